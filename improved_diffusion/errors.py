@@ -1,0 +1,25 @@
+"""Errors meant for the person at the terminal: one clear line and exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that says what is wrong, where, and what to do about it."""
+
+
+@contextlib.contextmanager
+def user_errors_exit() -> Iterator[None]:
+    """Wrap a command line's `main`: a `UserError` prints `error: ...` and exits 2, Ctrl-C exits 130."""
+    try:
+        yield
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
