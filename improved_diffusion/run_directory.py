@@ -1,0 +1,152 @@
+"""The run directory: where everything of one run lies, and how its checkpoints are written and read.
+
+    config.yaml  metrics.jsonl  evaluations.jsonl  tensorboard/  samples/  curves.png
+    checkpoints/step_0015000.pt ...; `latest` and `best` are text files that name one of them
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from improved_diffusion.config import Config, load_config, to_plain
+from improved_diffusion.errors import UserError
+from improved_diffusion.files import atomic_write
+
+CHECKPOINT_NAME = re.compile(r"step_(\d{7,})\.pt")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and checkpoints of the run at `path`."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations_file(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def curves_file(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def write_config(self, config: Config, provenance: dict[str, Any]) -> None:
+        """Write the resolved settings, with `provenance` (versions, commit, command line, data) beside them."""
+        with atomic_write(self.config_file) as temporary:
+            temporary.write_text(yaml.safe_dump({**to_plain(config), "provenance": provenance}, sort_keys=False))
+
+    def read_config(self) -> Config:
+        """The resolved settings of the run.
+
+        Raises:
+            UserError: `path` is not a run directory, or its config is damaged.
+        """
+        if not self.path.is_dir():
+            raise UserError(f"no run directory at {self.path}: train one with python train.py --out {self.path}")
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
+        return load_config(self.config_file)
+
+    def checkpoint_file(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:07d}.pt"
+
+    def checkpoint_files(self) -> list[Path]:
+        """All the checkpoints, oldest first."""
+        files = self.checkpoints.glob("step_*.pt") if self.checkpoints.is_dir() else ()
+        return sorted((f for f in files if CHECKPOINT_NAME.fullmatch(f.name)), key=_step)
+
+    def save_checkpoint(self, state: dict[str, Any], keep: int) -> Path:
+        """Write `state` (which has a `step`), point `latest` at it, and drop all but the `keep` newest and the best."""
+        file = self.checkpoint_file(state["step"])
+        write_checkpoint(file, state)
+        self.point("latest", file)
+        best = self.pointed("best")
+        for old in self.checkpoint_files()[:-keep]:
+            if old not in (best, file):
+                old.unlink()
+        return file
+
+    def point(self, name: str, file: Path) -> None:
+        """Let `name` (`latest` or `best`) name the checkpoint `file`."""
+        with atomic_write(self.checkpoints / name) as temporary:
+            temporary.write_text(file.name + "\n")
+
+    def pointed(self, name: str) -> Path | None:
+        """The checkpoint that `name` names; None if there is no such pointer or the file has gone."""
+        pointer = self.checkpoints / name
+        if not pointer.is_file():
+            return None
+        file = self.checkpoints / pointer.read_text().strip()
+        return file if file.is_file() else None
+
+    def latest_checkpoint(self) -> Path:
+        """The newest checkpoint.
+
+        Raises:
+            UserError: there is none.
+        """
+        file = self.pointed("latest") or next(reversed(self.checkpoint_files()), None)
+        if file is None:
+            raise UserError(f"{self.path} has no checkpoints: nothing was saved there yet")
+        return file
+
+
+def _step(file: Path) -> int:
+    match = CHECKPOINT_NAME.fullmatch(file.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def is_run_directory(path: Path | str) -> bool:
+    """Whether `path` is a directory with a config and checkpoints."""
+    return (Path(path) / "config.yaml").is_file() and (Path(path) / "checkpoints").is_dir()
+
+
+def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
+    """Write `state`, of tensors and plain values only, so that a kill leaves the whole file or none."""
+    with atomic_write(file) as temporary, temporary.open("wb") as stream:
+        torch.save(state, stream)
+
+
+def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in a checkpoint, with its tensors on `device`.
+
+    Raises:
+        UserError: no such file, or a damaged one; the message names the other checkpoints beside it.
+    """
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}")
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        others = sorted(f.name for f in file.parent.glob("step_*.pt") if f != file)
+        advice = f"use another one: {', '.join(others)}" if others else "there is no other one beside it"
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"the checkpoint {file} is damaged ({reason}); {advice}") from error

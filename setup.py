@@ -1,0 +1,28 @@
+"""Installation; tool settings are in pyproject.toml. The SD / SDXL dependencies stay in an extra of their own."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="improved_diffusion",
+    version="0.1.0",
+    description="From-scratch pixel-space diffusion: train, sample, and measure",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "einops>=0.8",
+        "pillow>=10.3",
+        "tqdm>=4.66",
+        "tensorboard>=2.17",
+        "matplotlib>=3.8",
+        "jsonargparse[signatures]>=4.49",
+        "pyyaml>=6.0",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "import-linter>=2.0"],
+    },
+)
