@@ -205,15 +205,14 @@ class Config:
         )
         _require(
             self.sampling.guidance_scale == 1 or self.model.class_dropout > 0,
-            f"sampling.guidance_scale {self.sampling.guidance_scale} needs a model trained with model.class_dropout > 0",
+            f"sampling.guidance_scale {self.sampling.guidance_scale} needs a model with model.class_dropout > 0",
         )
         learned = self.loss != "mse"
         diffusion = dataclasses.replace(
             diffusion,
             variance=diffusion.variance or ("learned_range" if learned else "fixed_large"),
             vlb_weight=timesteps / 1000 if diffusion.vlb_weight is None else diffusion.vlb_weight,
-            timestep_sampler=diffusion.timestep_sampler
-            or ("loss_second_moment" if self.loss == "vlb" else "uniform"),
+            timestep_sampler=diffusion.timestep_sampler or ("loss_second_moment" if self.loss == "vlb" else "uniform"),
         )
         _require(
             learned == (diffusion.variance == "learned_range"),
@@ -273,7 +272,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         raise UserError(f"no config at {path}: see configs/ for those that ship with the project") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"could not read the config {path}: {error}") from error
-    _require(isinstance(settings, dict), f"the config {path} must hold keys and values, not a {type(settings).__name__}")
+    _require(isinstance(settings, dict), f"the config {path} must hold keys and values, not {type(settings).__name__}")
     settings.pop("provenance", None)
     return settings
 

@@ -1,7 +1,7 @@
 """The run directory: where everything of one run lies, and how its checkpoints are written and read.
 
-    config.yaml  metrics.jsonl  evaluations.jsonl  tensorboard/  samples/  curves.png
-    checkpoints/step_0015000.pt ...; `latest` and `best` are text files that name one of them
+config.yaml  metrics.jsonl  evaluations.jsonl  tensorboard/  samples/  curves.png
+checkpoints/step_0015000.pt ...; `latest` and `best` are text files that name one of them
 """
 
 from __future__ import annotations

@@ -1,0 +1,37 @@
+"""Explicit randomness: generators that are functions of what they are for, never of what was drawn before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that is a function of `key`, for instance (seed, step); different keys are independent."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state))
+
+
+class PerSampleNoise:
+    """Noise for a batch in which every sample has a generator of its own, keyed by (seed, class, number).
+
+    So an image does not depend on which others are in its batch. The numbers are drawn on the CPU: a seed means the
+    same noise on every device.
+
+    Args:
+        keys: (seed, class, number) of each sample.
+        shape: of one sample, (C, H, W).
+        device: where the noise is wanted.
+    """
+
+    def __init__(self, keys: Sequence[tuple[int, int, int]], shape: tuple[int, ...], device: torch.device | str):
+        self.generators = [seeded_generator(*key) for key in keys]
+        self.shape = shape
+        self.device = device
+
+    def __call__(self) -> Tensor:
+        """The next noise of every sample, float32 (N, C, H, W)."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
