@@ -1,0 +1,96 @@
+"""Pack an image set: `python -m improved_diffusion.data {food101,folder,synthetic} --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from improved_diffusion.data.packing import PackedSplit, pack, pack_synthetic
+from improved_diffusion.data.sources import folder_source, food101_source
+from improved_diffusion.errors import UserError, user_errors_exit
+
+LISTED_BROKEN = 10
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m improved_diffusion.data", description="Pack images into one memory-mapped array.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{food101,folder,synthetic}")
+
+    food101 = commands.add_parser("food101", help="Food101 from torchvision, with its official train and test splits")
+    food101.add_argument("--source", type=Path, help="folder that holds food-101/ (default: download it beside --out)")
+    folder = commands.add_parser("folder", help="a folder of class folders, or a zip of one")
+    folder.add_argument("path", type=Path, help="CLASS/IMAGE, or train/CLASS/IMAGE with val/ and test/ as more splits")
+    for command in (food101, folder):
+        command.add_argument("--image-size", type=positive, default=64, help="side in pixels (default: %(default)s)")
+        command.add_argument("--workers", type=positive, help="processes (default: one per core)")
+
+    synthetic = commands.add_parser("synthetic", help="the embedded synthetic set, drawn here; 64x64, train and test")
+    synthetic.add_argument("--per-class", type=positive, default=500, help="training images (default: %(default)s)")
+    synthetic.add_argument("--test-per-class", type=positive, default=100, help="test images (default: %(default)s)")
+    synthetic.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+    for command in (food101, folder, synthetic):
+        command.add_argument("--out", type=Path, required=True, help="the packed set: a new directory")
+        command.add_argument("--overwrite", action="store_true", help="replace the packed set at --out")
+    return parser.parse_args(arguments)
+
+
+def print_report(packed: list[PackedSplit], notes: tuple[str, ...], seconds: float) -> None:
+    total = sum(split.num_images for split in packed)
+    print(f"packed {total:,} images in {seconds:.1f} s: {total / seconds:,.0f} images/s")
+    for split in packed:
+        absent = [name for name, count in split.images_per_class.items() if count == 0]
+        classes = f"{len(split.images_per_class) - len(absent)} classes"
+        if absent:
+            classes += f" (no image of {len(absent)} others: {', '.join(map(repr, absent[:LISTED_BROKEN]))})"
+        print(f"  {split.split}: {split.num_images:,} images, {classes}, in {split.path}")
+        if split.broken:
+            print(f"  {split.split}: {len(split.broken)} broken images left out, all named in dataset.json:")
+        for name, reason in split.broken[:LISTED_BROKEN]:
+            print(f"    {name!r}: {reason}")
+    for note in notes:
+        print(f"  {note}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    start = time.perf_counter()
+    notes: tuple[str, ...] = ()
+    if arguments.command == "synthetic":
+        packed = pack_synthetic(
+            arguments.out,
+            arguments.per_class,
+            arguments.test_per_class,
+            arguments.seed,
+            overwrite=arguments.overwrite,
+        )
+    else:
+        if arguments.command == "folder":
+            source = folder_source(arguments.path)
+        else:
+            root = arguments.source or arguments.out.parent
+            source = food101_source(root, download=arguments.source is None)
+        notes = source.notes
+        packed = pack(
+            source, arguments.out, arguments.image_size, overwrite=arguments.overwrite, workers=arguments.workers
+        )
+    print_report(packed, notes, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        main()
