@@ -1,0 +1,14 @@
+"""Where downloaded weights and reference statistics are kept between runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """`$IMPROVED_DIFFUSION_CACHE`, or else `improved_diffusion` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if own := os.environ.get("IMPROVED_DIFFUSION_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "improved_diffusion"
