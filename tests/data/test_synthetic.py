@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from improved_diffusion.data.synthetic import CLASS_NAMES, draw, draw_set
+from improved_diffusion.errors import UserError
+
+MEAN_COLOURS = {
+    "chocolate_cake": (139.89, 136.72, 132.99),
+    "creme_brulee": (130.59, 76.87, 43.95),
+    "cup_cakes": (146.89, 140.24, 134.67),
+    "donuts": (143.66, 131.05, 137.74),
+    "edamame": (139.78, 160.85, 124.41),
+    "french_fries": (120.29, 108.40, 88.55),
+    "hamburger": (141.51, 118.41, 80.77),
+    "hot_dog": (162.49, 141.64, 107.39),
+    "ice_cream": (188.64, 185.17, 189.53),
+    "macarons": (70.99, 82.37, 63.99),
+    "pancakes": (144.62, 134.63, 109.94),
+    "pizza": (177.83, 153.31, 107.47),
+    "spaghetti_bolognese": (170.36, 160.04, 133.07),
+    "strawberry_shortcake": (181.90, 164.32, 143.09),
+    "sushi": (152.13, 79.41, 64.72),
+    "waffles": (173.29, 141.39, 109.71),
+}
+
+
+@pytest.fixture(scope="module")
+def train() -> tuple[np.ndarray, np.ndarray]:
+    return draw_set(0, 40)
+
+
+@pytest.fixture(scope="module")
+def test() -> tuple[np.ndarray, np.ndarray]:
+    return draw_set(0, 20, first_index=1000)
+
+
+def coarse(images: np.ndarray) -> np.ndarray:
+    """(N, 64, 64, 3) -> (N, 193): 8x8 box means and a constant."""
+    means = images.reshape(-1, 8, 8, 8, 8, 3).mean((2, 4)).reshape(len(images), -1) / 255 - 0.5
+    return np.concatenate([means, np.ones((len(images), 1))], 1)
+
+
+def test_class_names_are_sorted_and_distinct():
+    assert list(CLASS_NAMES) == sorted(set(CLASS_NAMES))
+    assert len(CLASS_NAMES) >= 12
+    assert "creme_brulee" in CLASS_NAMES
+
+
+@pytest.mark.parametrize("class_name", CLASS_NAMES)
+def test_picture_depends_on_its_arguments_alone(class_name: str):
+    first = draw(3, class_name, 7)
+    assert first.shape == (64, 64, 3)
+    assert first.dtype == np.uint8
+    np.random.seed(0)
+    for other in ("pizza", class_name):
+        draw(1, other, 0)
+    np.testing.assert_array_equal(draw(3, class_name, 7), first)
+    for seed, index in [(4, 7), (3, 8), (7, 3)]:
+        assert np.abs(draw(seed, class_name, index).astype(int) - first).mean() > 5
+
+
+def test_set_holds_the_single_pictures_class_after_class():
+    images, labels = draw_set(5, 2, first_index=9)
+    assert images.shape == (2 * len(CLASS_NAMES), 64, 64, 3)
+    assert images.dtype == np.uint8
+    assert labels.dtype == np.int64
+    np.testing.assert_array_equal(labels, np.repeat(np.arange(len(CLASS_NAMES)), 2))
+    for position in (0, 1, 12, 31):
+        expected = draw(5, CLASS_NAMES[labels[position]], 9 + position % 2)
+        np.testing.assert_array_equal(images[position], expected)
+
+
+def test_pictures_are_the_published_ones():
+    """Mean colours, so that a last-bit difference between numpy builds passes and another picture does not."""
+    for class_name, mean in MEAN_COLOURS.items():
+        np.testing.assert_allclose(draw(0, class_name, 0).mean((0, 1)), mean, atol=0.3, err_msg=class_name)
+
+
+def test_pictures_use_the_whole_range_of_light(train: tuple[np.ndarray, np.ndarray]):
+    images, _ = train
+    spread = np.percentile(images.reshape(len(images), -1), 98, axis=1) - np.percentile(
+        images.reshape(len(images), -1), 2, axis=1
+    )
+    assert spread.min() > 80
+    assert (images == 255).mean() < 0.05
+
+
+def test_classes_are_told_apart_by_a_linear_classifier(train, test):
+    (x, y), (x_new, y_new) = (tuple(train), tuple(test))
+    features, targets = coarse(x), np.eye(len(CLASS_NAMES))[y]
+    weights = np.linalg.solve(features.T @ features + np.eye(features.shape[1]), features.T @ targets)
+    right = (coarse(x_new) @ weights).argmax(1) == y_new
+    assert right.mean() > 0.8
+    assert np.bincount(y_new, right).min() >= 10  # of 20: no class is lost in another
+
+
+def test_pictures_of_one_class_differ(train: tuple[np.ndarray, np.ndarray]):
+    images, labels = train
+    for label, class_name in enumerate(CLASS_NAMES):
+        features = coarse(images[labels == label]) * 255
+        gaps = np.sqrt(((features[:, None] - features[None]) ** 2).mean(-1))
+        gaps = gaps[np.triu_indices(len(gaps), 1)]
+        assert gaps.min() > 8, class_name
+        assert gaps.mean() > 35, class_name
+
+
+def test_unknown_class_names_the_nearest():
+    with pytest.raises(UserError, match=r"'hamberger'.*hamburger"):
+        draw(0, "hamberger", 0)
+    with pytest.raises(UserError, match="creme_brulee.*waffles"):
+        draw(0, "zzz", 0)
+
+
+@pytest.mark.parametrize(("seed", "index"), [(-1, 0), (0, -1)])
+def test_negative_numbers_are_refused(seed: int, index: int):
+    with pytest.raises(ValueError, match="non-negative"):
+        draw(seed, "pizza", index)
