@@ -54,8 +54,17 @@ def ddim(
     """DDIM (Song et al. 2020, arXiv:2010.02502, equation 12): deterministic at eta = 0, DDPM-like at eta = 1.
 
     Arguments as for `ancestral`.
+
+    Raises:
+        ValueError: `eta` is not between 0 and 1.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, not {eta}")
     schedule, x = denoiser.schedule, x_T
+    # In float64: where a respaced step is long, 1 - abar_{t-1} - sigma^2 is a difference of nearly equal numbers.
+    signal = schedule.alphas_cumprod_prev.sqrt()
+    sigma = eta * schedule.posterior_variance.sqrt()
+    direction = (1 - schedule.alphas_cumprod_prev - sigma**2).clamp(min=0).sqrt()
     for step in reversed(range(len(schedule))):
         t = torch.full((len(x),), step, device=x.device)
         prediction = denoiser(x, t, y)
@@ -63,11 +72,9 @@ def ddim(
         if clip:
             x_start = x_start.clamp(-1, 1)
             eps = process.eps_from_x_start(schedule, x, t, x_start)
-        previous = process.at(schedule.alphas_cumprod_prev, t, x)
-        sigma = eta * process.at(schedule.posterior_variance.sqrt(), t, x)
-        x = previous.sqrt() * x_start + (1 - previous - sigma**2).sqrt() * eps
+        x = process.at(signal, t, x) * x_start + process.at(direction, t, x) * eps
         if eta > 0 and step > 0:
-            x = x + sigma * draw_noise()
+            x = x + process.at(sigma, t, x) * draw_noise()
     return x
 
 
