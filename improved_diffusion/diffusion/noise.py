@@ -11,7 +11,8 @@ from torch import Tensor
 
 def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that is a function of `key`, for instance (seed, step); different keys are independent."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    # As an entropy, (1, 2) and (1, 2, 0) would be padded to the same; as a spawn key they differ.
+    state = np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state))
 
 
