@@ -30,12 +30,12 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: T
     lower = (x - mean - HALF_LEVEL) * inverse_std
     log_below_upper = torch.special.log_ndtr(upper)
     log_above_lower = torch.special.log_ndtr(-lower)
-    # The mass between is a difference of two tails; taking both from the side where they are small keeps its digits.
+    # The mass between is a difference of two tails. Taken on the side where they are small, and as logarithms, it keeps
+    # its digits (and its gradient) however far the level is from the mean.
     flip = x > mean
-    near = torch.where(flip, -lower, upper)
-    far = torch.where(flip, -upper, lower)
-    mass = torch.special.ndtr(near) - torch.special.ndtr(far)
-    log_between = torch.log(mass.clamp(min=1e-12))
+    log_near = torch.special.log_ndtr(torch.where(flip, -lower, upper))
+    log_far = torch.special.log_ndtr(torch.where(flip, -upper, lower))
+    log_between = log_near + torch.log(-torch.expm1(log_far - log_near).clamp(max=-1e-12))
     return torch.where(x < -EDGE, log_below_upper, torch.where(x > EDGE, log_above_lower, log_between))
 
 
