@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import multiprocessing
@@ -243,12 +244,16 @@ def _write_description(
 def _decoders(files: Folder | Archive, image_size: int, workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that decode. They are spawned: forking a process that has threads (PyTorch's, say) can deadlock."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(files, image_size))
+    stop = context.RawValue("b", False)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(files, image_size, stop)
+    )
     try:
         yield pool
     except BrokenProcessPool as error:
         raise UserError("a worker process died (killed, or out of memory): try again with fewer --workers") from error
     finally:
+        stop.value = True  # or a worker would first finish its chunk, which takes long where images are large
         pool.shutdown(cancel_futures=True)
 
 
@@ -280,14 +285,15 @@ class _Worker:
 
     files: Folder | Archive
     image_size: int
+    stop: ctypes.c_byte  # shared by all processes, without a lock: a worker killed while it held one would block all
 
 
 _worker: _Worker
 
 
-def _start_worker(files: Folder | Archive, image_size: int) -> None:
+def _start_worker(files: Folder | Archive, image_size: int, stop: ctypes.c_byte) -> None:
     global _worker
-    _worker = _Worker(files, image_size)
+    _worker = _Worker(files, image_size, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
     warnings.simplefilter("ignore")  # Pillow warns of odd metadata and large images, image after image
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -303,6 +309,8 @@ def _decode_chunk(images_file: Path, first_row: int, names: list[str]) -> dict[i
     images = np.load(images_file, mmap_mode="r+")
     broken = {}
     for row, name in enumerate(names, first_row):
+        if _worker.stop.value:
+            break
         try:
             images[row] = decode_image(_worker.files.read(name), _worker.image_size)
         except UnidentifiedImageError:  # its own message is an address in memory

@@ -114,6 +114,7 @@ def folder_source(path: str | Path) -> Source:
     if not images:
         raise UserError(f"no images in {path}: {LAYOUT}, an image being one of {' '.join(sorted(EXTENSIONS))}")
 
+    images.sort()
     level = _wrapping_folders(images)
     has_splits = _has_splits(path, images, level)
     class_level = level + has_splits
@@ -124,7 +125,7 @@ def folder_source(path: str | Path) -> Source:
     class_names = tuple(sorted({parts[class_level] for parts in images}))
     label_of = {name: label for label, name in enumerate(class_names)}
     splits: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS} if has_splits else {"all": []}
-    for parts in sorted(images, key=lambda parts: (parts[class_level], parts)):
+    for parts in sorted(images, key=lambda parts: parts[class_level]):
         splits[parts[level] if has_splits else "all"].append(("/".join(parts), label_of[parts[class_level]]))
     return Source(
         description=str(path.resolve()),

@@ -1,0 +1,320 @@
+"""Packing: what goes in comes out, broken images are named, and a half-written set is never seen."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from improved_diffusion.data import open_image_set
+from improved_diffusion.data.packing import pack, pack_synthetic
+from improved_diffusion.data.sources import folder_source
+from improved_diffusion.errors import UserError
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def noise(index: int, size: int = 16) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def make_folder(root: Path, names: list[str], broken: tuple[str, ...] = ()) -> Path:
+    """Image number i of `names` has the pixels noise(i)."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(noise(i))[: 300 if name in broken else None])
+    return root
+
+
+def make_zip(folder: Path) -> Path:
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png"), reverse=True):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "improved_diffusion.data", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_round_trip_and_equal_hash_of_folder_and_zip(tmp_path: Path):
+    names = [f"{split}/{name}/{i}.png" for split in ("test", "train") for name in ("b 'q' é", "a") for i in range(2)]
+    folder = make_folder(tmp_path / "set", names)
+    sets = []
+    for path in (folder, make_zip(folder)):
+        out = tmp_path / f"packed-{path.name}"
+        pack(folder_source(path), out, 16, workers=2)
+        train, test = open_image_set(out), open_image_set(out / "test")
+        assert (train.split, test.split) == ("train", "test")
+        assert train.class_names == test.class_names == ("a", "b 'q' é")
+        np.testing.assert_array_equal(train.images, np.stack([noise(i) for i in (6, 7, 4, 5)]))
+        np.testing.assert_array_equal(test.images, np.stack([noise(i) for i in (2, 3, 0, 1)]))
+        np.testing.assert_array_equal(train.labels, [0, 0, 1, 1])
+        assert train.labels.dtype == np.int64
+        assert train.resolution == 16
+        assert isinstance(train.images, np.memmap)
+        sets.append((train.content_hash, test.content_hash))
+    assert sets[0] == sets[1]
+    assert sets[0][0] != sets[0][1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed-set", "packed-set.zip", "set", "set.zip"]
+
+
+def test_broken_images_are_named_and_left_out(tmp_path: Path):
+    names = [f"a/{i:03}.png" for i in range(300)]  # three chunks
+    broken = ("a/000.png", "a/128.png", "a/200.png", "a/299.png")
+    (packed,) = pack(folder_source(make_folder(tmp_path / "set", names, broken)), tmp_path / "out", 16)
+    assert [name for name, _ in packed.broken] == list(broken)
+    assert packed.num_images == 296
+    kept = [i for i, name in enumerate(names) if name not in broken]
+    np.testing.assert_array_equal(open_image_set(tmp_path / "out").images, np.stack([noise(i) for i in kept]))
+    description = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert [entry["image"] for entry in description["broken"]] == list(broken)
+    assert all("truncated" in entry["reason"] for entry in description["broken"])
+
+
+def test_more_than_two_percent_broken_is_an_error(tmp_path: Path):
+    names = [f"a/{i:02}.png" for i in range(50)]
+    pack(folder_source(make_folder(tmp_path / "one", names, ("a/07.png",))), tmp_path / "out", 16)  # exactly 2%
+    source = folder_source(make_folder(tmp_path / "two", names, ("a/07.png", "a/31.png")))
+    with pytest.raises(UserError, match=r"2 of the first 50 images .* For one, 'a/07.png': .*truncated"):
+        pack(source, tmp_path / "never", 16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "two"]
+
+
+def test_result_does_not_depend_on_the_number_of_workers(tmp_path: Path):
+    source = folder_source(make_folder(tmp_path / "set", [f"{i % 3}/{i}.png" for i in range(300)]))
+    hashes = set()
+    for workers in (1, 3):
+        pack(source, tmp_path / str(workers), 16, workers=workers)
+        hashes.add(open_image_set(tmp_path / str(workers)).content_hash)
+    assert len(hashes) == 1
+
+
+def test_existing_output(tmp_path: Path):
+    first = folder_source(make_folder(tmp_path / "first", ["a/1.png"]))
+    second = folder_source(make_folder(tmp_path / "second", ["a/1.png", "a/2.png"]))
+    out = tmp_path / "out"
+    out.mkdir()
+    pack(first, out, 16)  # an empty folder is no obstacle
+    with pytest.raises(UserError, match="give --overwrite"):
+        pack(second, out, 16)
+    pack(second, out, 16, overwrite=True)
+    assert len(open_image_set(out).images) == 2
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "page.txt").write_text("dear")
+    with pytest.raises(UserError, match="not a packed image set"):
+        pack(second, tmp_path / "diary", 16, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diary", "first", "out", "second"]
+
+
+def test_failure_keeps_the_set_that_was_there(tmp_path: Path):
+    names = ["a/1.png", "a/2.png"]
+    out = tmp_path / "out"
+    pack(folder_source(make_folder(tmp_path / "set", names)), out, 16)
+    before = open_image_set(out).content_hash
+    with pytest.raises(UserError, match="broken"):
+        pack(folder_source(make_folder(tmp_path / "bad", names, ("a/1.png",))), out, 16, overwrite=True)
+    assert open_image_set(out).content_hash == before
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker processes in Linux's /proc")
+@pytest.mark.parametrize("victim", ["parent", "worker", "ctrl-c"])
+def test_killed_while_packing(tmp_path: Path, victim: str):
+    """Nothing at OUT, no process left, and the next run succeeds."""
+    slow = png(noise(0, 2000))
+    (tmp_path / "slow" / "a").mkdir(parents=True)
+    (tmp_path / "slow" / "a" / "0.png").write_bytes(slow)
+    for i in range(1, 600):
+        os.link(tmp_path / "slow" / "a" / "0.png", tmp_path / "slow" / "a" / f"{i}.png")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "improved_diffusion.data", "folder", tmp_path / "slow", "--out", out]
+    process = subprocess.Popen(
+        [*map(str, command), "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    images = tmp_path / ".out.partial" / "images.npy"
+    deadline = time.monotonic() + 60
+    while not (images.exists() and np.load(images, mmap_mode="r")[0].any()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = children(process.pid)
+    if victim == "parent":
+        process.kill()
+    elif victim == "worker":
+        decoder = next(pid for pid in workers if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text())
+        os.kill(decoder, signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    message = stderr.splitlines()[-1]
+    assert process.returncode == {"parent": -signal.SIGKILL, "worker": 2, "ctrl-c": 130}[victim]
+    assert message == "interrupted" if victim == "ctrl-c" else "Traceback" not in stderr
+    assert victim != "worker" or "error: a worker process died" in message
+    assert not out.exists()
+    assert (tmp_path / ".out.partial").exists() == (victim == "parent")
+
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pack(folder_source(make_folder(tmp_path / "quick", ["a/1.png"])), out, 16)
+    assert len(open_image_set(out).images) == 1
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_two_writers_of_one_set(tmp_path: Path):
+    from improved_diffusion.data.packing import new_directory
+
+    source = folder_source(make_folder(tmp_path / "set", ["a/1.png"]))
+    with new_directory(tmp_path / "out", overwrite=False), pytest.raises(UserError, match="another process"):
+        pack(source, tmp_path / "out", 16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def test_command_line_reports_what_it_did(tmp_path: Path):
+    names = [f"train/a/{i}.png" for i in range(60)] + ["test/b/0.png", "test/b/notes.txt"]
+    make_folder(tmp_path / "set", names, ("train/a/7.png",))
+    result = run("folder", tmp_path / "set", "--out", tmp_path / "out", "--image-size", 8)
+    assert result.returncode == 0, result.stderr
+    assert "packed 60 images" in result.stdout
+    assert "train: 59 images, 1 classes (no image of 1 others: 'b')" in result.stdout
+    assert "'train/a/7.png': " in result.stdout
+    assert "skipped 1 files that are no images: 1 .txt" in result.stdout
+    assert open_image_set(tmp_path / "out").resolution == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["folder", "{tmp}/missing", "--out", "{tmp}/out"], "there is no folder or zip archive at"),
+        (["folder", "{tmp}/set"], "the following arguments are required: --out"),
+        (["folder", "{tmp}/set", "--out", "{tmp}/out", "--image-size", "0"], "must be at least 1"),
+        (["folder", "{tmp}/set", "--out", "{tmp}/set"], "not a packed image set"),
+        (["folder", "{tmp}/set", "--out", "{tmp}/set/a/1.png/out"], "cannot write"),
+        (["food101", "--source", "{tmp}/set", "--out", "{tmp}/out"], "no usable food-101/"),
+        (["sorcery"], "invalid choice: 'sorcery'"),
+    ],
+)
+def test_command_line_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str):
+    make_folder(tmp_path / "set", ["a/1.png"])
+    result = run(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    pack(folder_source(make_folder(tmp_path / "set", ["a/1.png", "b/2.png"])), tmp_path / "packed", 16, workers=1)
+    return tmp_path / "packed"
+
+
+def edit_json(packed: Path, **changes: object) -> None:
+    description = json.loads((packed / "dataset.json").read_text())
+    (packed / "dataset.json").write_text(json.dumps({**description, **changes}))
+
+
+def flip_a_bit(packed: Path) -> None:
+    images = np.load(packed / "images.npy", mmap_mode="r+")
+    images[1, 2, 3, 0] ^= 1
+    images.flush()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, r"images.npy does not match its SHA-256"),
+        (lambda p: np.save(p / "labels.npy", np.array([1, 0])), "labels.npy does not match its SHA-256"),
+        (lambda p: np.save(p / "labels.npy", np.array([0, 2])), "labels from 0 to 2, but dataset.json names 2 classes"),
+        (lambda p: np.save(p / "labels.npy", np.array([0])), r"labels.npy is int64 \(1,\); expected int64 \(2,\)"),
+        (lambda p: np.save(p / "images.npy", np.zeros((2, 16, 8, 3))), r"expected uint8 \(N, S, S, 3\)"),
+        (lambda p: os.truncate(p / "images.npy", 500), "cannot read .*images.npy"),
+        (lambda p: os.truncate(p / "images.npy", 0), "cannot read .*images.npy"),
+        (lambda p: (p / "labels.npy").unlink(), "labels.npy is missing"),
+        (lambda p: (p / "dataset.json").unlink(), "dataset.json is missing"),
+        (lambda p: os.truncate(p / "dataset.json", 40), "cannot read .*dataset.json"),
+        (lambda p: edit_json(p, class_names=["a", "c"]), "class names do not match"),
+        (lambda p: edit_json(p, class_names="ab"), "`class_names` is missing or no list"),
+        (lambda p: edit_json(p, format_version=2), "format version 1"),
+    ],
+)
+def test_damaged_set(packed: Path, damage, message: str):
+    damage(packed)
+    with pytest.raises(UserError, match=message) as caught:
+        open_image_set(packed)
+    assert "\n" not in str(caught.value)
+
+
+def test_not_a_packed_set(packed: Path):
+    folder = packed.parent / "set"
+    for path, message in [
+        (packed.parent / "missing", "no packed image set at .* synthetic --out"),
+        (make_zip(folder), "is a zip archive, not a packed image set"),
+        (folder / "a" / "1.png", "is a file, not a packed image set"),
+        (folder, "is a folder without dataset.json"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_image_set(path)
+
+
+def test_arrays_are_read_only(packed: Path):
+    image_set = open_image_set(packed)
+    with pytest.raises(ValueError, match="read-only"):
+        image_set.images[0] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        image_set.labels[0] = 1
+
+
+def test_opening_does_not_import_torch(packed: Path):
+    code = "import sys; from improved_diffusion.data import open_image_set; open_image_set(sys.argv[1]); "
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(packed)], check=True)
+
+
+def test_synthetic_set(tmp_path: Path):
+    pytest.importorskip("improved_diffusion.data.synthetic", reason="the synthetic set is not built")
+    from improved_diffusion.data.synthetic import CLASS_NAMES, draw
+
+    pack_synthetic(tmp_path / "out", per_class=2, test_per_class=1, seed=3)
+    train, test = open_image_set(tmp_path / "out"), open_image_set(tmp_path / "out" / "test")
+    assert list(train.class_names) == sorted(CLASS_NAMES)
+    assert train.class_names == test.class_names
+    np.testing.assert_array_equal(np.bincount(train.labels), [2] * len(CLASS_NAMES))
+    np.testing.assert_array_equal(np.bincount(test.labels), [1] * len(CLASS_NAMES))
+    row = int(np.flatnonzero(test.labels == 1)[0])
+    np.testing.assert_array_equal(test.images[row], draw(3, test.class_names[1], 1_000_000))

@@ -1,0 +1,197 @@
+"""What counts as an image, a class and a split in folders, zips and torchvision's Food101."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from improved_diffusion.data.sources import folder_source, food101_source
+from improved_diffusion.errors import UserError
+
+ODD_NAMES = ["crème brûlée", "寿司", "it's \"it\"", "a & b; $(c)", "ends with space ", "#1 100%", "ZEBRA", "new\nline"]
+
+
+def make_files(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode("utf-8", "surrogateescape"))
+    return root
+
+
+def make_zip(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+    return path
+
+
+@pytest.fixture(params=["folder", "zip"])
+def make(request: pytest.FixtureRequest, tmp_path: Path):
+    """Both kinds of source must read the same names the same way."""
+    if request.param == "folder":
+        return lambda *names: make_files(tmp_path / "set", *names)
+    return lambda *names: make_zip(tmp_path / "set.zip", *names)
+
+
+def test_class_folders(make):
+    source = folder_source(make("b/2.png", "a/1.JPG", "b/1.jpeg"))
+    assert source.class_names == ("a", "b")
+    assert source.splits == {"all": [("a/1.JPG", 0), ("b/1.jpeg", 1), ("b/2.png", 1)]}
+    assert source.files.read("b/2.png") == b"b/2.png"
+
+
+def test_splits_share_one_class_list(make):
+    source = folder_source(make("val/c/1.png", "train/b/1.png", "test/a/1.png", "train/c/1.png"))
+    assert source.class_names == ("a", "b", "c")
+    assert list(source.splits) == ["train", "val", "test"]
+    assert source.splits["train"] == [("train/b/1.png", 1), ("train/c/1.png", 2)]
+    assert source.splits["test"] == [("test/a/1.png", 0)]
+
+
+def test_odd_class_names_survive(make):
+    source = folder_source(make(*(f"{name}/{name}.png" for name in ODD_NAMES)))
+    assert source.class_names == tuple(sorted(ODD_NAMES))
+    for name, label in source.splits["all"]:
+        assert name == f"{source.class_names[label]}/{source.class_names[label]}.png"
+        assert source.files.read(name) == name.encode()
+
+
+def test_undecodable_folder_name_survives(tmp_path: Path):
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        source = folder_source(make_files(tmp_path, f"{name}/1.png"))
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    assert source.class_names == (name,)
+    assert source.files.read(f"{name}/1.png") == b"caf\xe9/1.png"
+
+
+def test_zip_names_without_the_utf8_flag(tmp_path: Path):
+    """UTF-8 stored unflagged, as macOS does, is read as UTF-8; bytes that are not UTF-8 as code page 437."""
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("crXXme/1.png", "content")
+        archive.writestr("cafX/1.png", "")
+    raw = path.read_bytes().replace(b"crXXme", "crème".encode()).replace(b"cafX", "café".encode("cp437"))
+    path.write_bytes(raw)
+    source = folder_source(path)
+    assert source.class_names == ("café", "crème")
+    assert source.files.read("crème/1.png") == b"content"
+
+
+def test_hidden_and_system_files_are_skipped(make):
+    source = folder_source(
+        make("a/1.png", "a/.hidden.png", ".git/x.png", "__MACOSX/a/1.png", "a/Thumbs.db", "a/.DS_Store", "b/1.png")
+    )
+    assert source.splits == {"all": [("a/1.png", 0), ("b/1.png", 1)]}
+    assert source.notes == ()
+
+
+def test_stray_files_and_empty_folders_are_noted(make):
+    source = folder_source(make("a/1.png", "a/notes.txt", "a/2.txt", "README", "a/photo.heic"))
+    assert source.splits == {"all": [("a/1.png", 0)]}
+    (note,) = source.notes
+    assert note == "skipped 4 files that are no images: 2 .txt, 1 no extension, 1 .heic"
+
+
+def test_folder_without_images_is_no_class(tmp_path: Path):
+    make_files(tmp_path, "a/1.png", "b/readme.txt")
+    (tmp_path / "c").mkdir()
+    source = folder_source(tmp_path)
+    assert source.class_names == ("a",)
+    assert source.notes[1] == "skipped 2 folders without images: 'b', 'c'"
+
+
+def test_deeper_folders_belong_to_their_class(make):
+    source = folder_source(make("a/x/1.png", "a/x/y/2.png", "a/3.png", "b/1.png"))
+    assert source.class_names == ("a", "b")
+    assert [label for _, label in source.splits["all"]] == [0, 0, 0, 1]
+
+
+def test_wrapping_folder_is_looked_through(make):
+    source = folder_source(make("my set/train/a/1.png", "my set/test/b/1.png"))
+    assert source.class_names == ("a", "b")
+    assert source.splits == {"train": [("my set/train/a/1.png", 0)], "test": [("my set/test/b/1.png", 1)]}
+
+
+def test_single_class(make):
+    assert folder_source(make("a/1.png", "a/2.png")).class_names == ("a",)
+
+
+def test_single_split(make):
+    source = folder_source(make("train/a/1.png"))
+    assert (source.class_names, list(source.splits)) == (("a",), ["train"])
+
+
+def test_class_called_train_beside_other_classes(make):
+    assert folder_source(make("bus/1.png", "train/1.png")).class_names == ("bus", "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["1.png", "a/2.png"], "'1.png' is not in a class folder; expected CLASS/IMAGE"),
+        (["train/1.png", "test/2.png"], "'test/2.png' is not in a class folder"),
+        (["train/a/1.png", "extra/b/1.png"], r"split folders \(train\) beside others \('extra', ...\)"),
+        (["a/1.txt"], "no images in"),
+    ],
+)
+def test_wrong_layout(make, names: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        folder_source(make(*names))
+
+
+def test_not_a_source(tmp_path: Path):
+    (tmp_path / "x.tar").write_bytes(b"not a zip")
+    with pytest.raises(UserError, match="neither a folder nor a zip"):
+        folder_source(tmp_path / "x.tar")
+    with pytest.raises(UserError, match="there is no folder or zip archive at"):
+        folder_source(tmp_path / "missing")
+
+
+def test_archive_can_go_to_another_process(tmp_path: Path):
+    source = folder_source(make_zip(tmp_path / "set.zip", "a/1.png"))
+    assert pickle.loads(pickle.dumps(source.files)).read("a/1.png") == b"a/1.png"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_food101(root: Path) -> Path:
+    """A tiny root as torchvision lays it out; the JSON order is not the label order, and names are not sorted."""
+    meta = root / "food-101" / "meta"
+    meta.mkdir(parents=True)
+    splits = {
+        "train": {"waffles": ["waffles/9", "waffles/10"], "apple_pie": ["apple_pie/1"]},
+        "test": {"waffles": ["waffles/3"], "apple_pie": ["apple_pie/2"]},
+    }
+    for split, images in splits.items():
+        (meta / f"{split}.json").write_text(json.dumps(images))
+        make_files(root / "food-101" / "images", *(f"{name}.jpg" for names in images.values() for name in names))
+    return root
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_food101_from_an_existing_root(tmp_path: Path, inside: bool):
+    root = make_food101(tmp_path / "torch data")
+    source = food101_source(root / "food-101" if inside else root, download=False)
+    assert source.class_names == ("apple_pie", "waffles")
+    assert source.splits == {
+        "train": [("apple_pie/1.jpg", 0), ("waffles/10.jpg", 1), ("waffles/9.jpg", 1)],
+        "test": [("apple_pie/2.jpg", 0), ("waffles/3.jpg", 1)],
+    }
+    assert source.files.read("waffles/9.jpg") == b"waffles/9.jpg"
+
+
+def test_food101_missing_or_damaged(tmp_path: Path):
+    with pytest.raises(UserError, match="no usable food-101/"):
+        food101_source(tmp_path / "nowhere", download=False)
+    root = make_food101(tmp_path)
+    (root / "food-101" / "meta" / "test.json").write_text("{")
+    with pytest.raises(UserError, match=r"meta/test\.json"):
+        food101_source(root, download=False)
