@@ -13,14 +13,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from improved_diffusion.data.synthetic import savoury, sweet
+from improved_diffusion.data.synthetic import cakes, savoury, sweet
 from improved_diffusion.data.synthetic.canvas import Canvas
 from improved_diffusion.errors import UserError
 
 DISHES: dict[str, Callable[[Canvas], None]] = {
-    "chocolate_cake": sweet.chocolate_cake,
+    "chocolate_cake": cakes.chocolate_cake,
     "creme_brulee": sweet.creme_brulee,
-    "cup_cakes": sweet.cup_cakes,
+    "cup_cakes": cakes.cup_cakes,
     "donuts": sweet.donuts,
     "edamame": savoury.edamame,
     "french_fries": savoury.french_fries,
@@ -31,7 +31,7 @@ DISHES: dict[str, Callable[[Canvas], None]] = {
     "pancakes": sweet.pancakes,
     "pizza": savoury.pizza,
     "spaghetti_bolognese": savoury.spaghetti_bolognese,
-    "strawberry_shortcake": sweet.strawberry_shortcake,
+    "strawberry_shortcake": cakes.strawberry_shortcake,
     "sushi": savoury.sushi,
     "waffles": sweet.waffles,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from statistics import NormalDist
 
 import numpy as np
 
@@ -47,9 +48,9 @@ class Canvas:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
-        self.zoom = rng.uniform(0.96, 1.12)
+        self.zoom = rng.uniform(0.94, 1.14)
         self.roll = rng.uniform(-0.09, 0.09)
-        self.shift = rng.uniform(-0.07, 0.07, 2).tolist()
+        self.shift = rng.uniform(-0.08, 0.08, 2).tolist()
         self.pixel = 2 * self.zoom / SIZE  # side of a pixel in world units
 
         centres = (np.arange(SIZE, dtype=np.float32) + 0.5) * (2 / SIZE) - 1
@@ -70,8 +71,8 @@ class Canvas:
         return down @ knots @ across.T
 
     def blotches(self, cells: int, cover: float = 0.5, softness: float = 0.5) -> np.ndarray:
-        """Patches of opacity in 0..1 over a fraction of roughly `cover` of the picture: (SIZE, SIZE)."""
-        level = 4.4 * (cover - 0.5)
+        """Patches of opacity in 0..1, `cover` of them half opaque or more: (SIZE, SIZE)."""
+        level = NormalDist().inv_cdf(cover)
         return clamp(0.5 + (self.noise(cells) + level) / softness)
 
     def cover(self, shape: Shape) -> np.ndarray:
@@ -122,7 +123,7 @@ class Canvas:
         fall = (self.x * self.light[0] + self.y * self.light[1]) * rng.uniform(0.04, 0.12)  # nearer the lamp, brighter
         fall -= (self.x**2 + self.y**2) * rng.uniform(0.0, 0.07)
         picture = self.pixels * (tint * rng.uniform(0.92, 1.06) * (1 + fall))
-        picture += rng.standard_normal(picture.shape, dtype=np.float32) * rng.uniform(0.004, 0.012)
+        picture += rng.standard_normal((SIZE, SIZE), dtype=np.float32) * rng.uniform(0.004, 0.012)
         return (clamp(picture) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0).copy()
 
     def _window(self, box: Box, margin: float) -> tuple[slice, slice]:

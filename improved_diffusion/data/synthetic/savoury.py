@@ -217,10 +217,10 @@ def sushi(canvas: Canvas) -> None:
     tray = vary(rng, pick(rng, [rgb("33363b"), rgb("2b2b2f"), rgb("b88a57"), rgb("7a2f28"), rgb("e9e6df")]), 0.02)
     canvas.paint(rounded_box(0, 0, 1.02, 0.86, 0.06), tray, bulge=0.05, shadow=0.5, lift=0.1)
     if rng.random() < 0.5:
-        angle, n = rng.uniform(0.2, 0.7) * pick(rng, [-1, 1]), 3
+        angle = rng.uniform(0.3, 0.9) * pick(rng, [-1, 1])
         fish = vary(rng, pick(rng, [rgb("f47f4a"), rgb("f47f4a"), rgb("d83a4a"), rgb("f2a285")]), 0.02)
-        for i in range(n):
-            _nigiri(canvas, (i - 1) * 0.58, rng.uniform(-0.06, 0.06), angle, fish)
+        for cx in (-0.6, 0.0, 0.6):
+            _nigiri(canvas, cx, rng.uniform(-0.06, 0.06), angle, fish)
     else:
         columns, rows, size = pick(rng, [(2, 2, 0.4), (3, 2, 0.31), (2, 2, 0.38)])
         filling = pick(rng, [rgb("f47f4a"), rgb("d83a4a"), rgb("8dbb4b"), rgb("f6c84c")])
@@ -233,9 +233,9 @@ def sushi(canvas: Canvas) -> None:
 
 def _nigiri(canvas: Canvas, cx: float, cy: float, angle: float, fish: np.ndarray) -> None:
     c, s = math.sin(angle), math.cos(angle)
-    rice = capsules([cx - 0.38 * c, cy - 0.38 * s + 0.06, cx + 0.38 * c, cy + 0.38 * s + 0.06], 0.24)
+    rice = capsules([cx - 0.34 * c, cy - 0.34 * s + 0.12, cx + 0.34 * c, cy + 0.34 * s + 0.12], 0.25)
     canvas.paint(rice, rgb("f8f5ec"), bulge=0.2, mottle=0.06, rough=0.012, cells=30, shadow=0.6)
-    slab = capsules([cx - 0.42 * c, cy - 0.42 * s - 0.04, cx + 0.42 * c, cy + 0.42 * s - 0.04], 0.21)
+    slab = capsules([cx - 0.35 * c, cy - 0.35 * s - 0.04, cx + 0.35 * c, cy + 0.35 * s - 0.04], 0.21)
     across = c * (canvas.x - cx) + s * (canvas.y - cy) + 0.8 * np.abs(s * (canvas.x - cx) - c * (canvas.y - cy))
     stripes = clamp(np.sin(across * 26) * 2.5 - 1.2)
     canvas.paint(slab, mix(fish, rgb("fde3d0"), 0.75 * stripes), bulge=0.18, shine=0.35, shadow=0.25, lift=0.03)

@@ -18,6 +18,9 @@ WALLS = [rgb("cfd8d6"), rgb("93aab0"), rgb("56666d"), rgb("e2d6c3"), rgb("a8b39b
 CHINA = [rgb("f4f2ee"), rgb("f7f1e3"), rgb("e9eef1"), rgb("f4f2ee"), rgb("c5d5dc"), rgb("4a5157")]
 RIMS = [rgb("3f6c9c"), rgb("9aa8ae"), rgb("c2a15a"), rgb("7a9a80")]
 LEAF = rgb("4c9a3c")
+CREAM = rgb("fbf3e4")
+CHERRY, BLUEBERRY, RASPBERRY = rgb("c3142d"), rgb("3c4a86"), rgb("cf2450")
+FROSTINGS = [rgb("f7a8c4"), rgb("fbf3e6"), rgb("6b3d26"), rgb("a5dccb"), rgb("c3a5e4"), rgb("f9d976"), rgb("8cc4ee")]
 SPRINKLES = [rgb("f25c78"), rgb("ffd23f"), rgb("4ecdc4"), rgb("fdfdfd"), rgb("7a6ff0"), rgb("8bd450")]
 
 T = TypeVar("T")

@@ -8,6 +8,10 @@ import numpy as np
 
 from improved_diffusion.data.synthetic.canvas import Canvas, clamp, mix, rgb
 from improved_diffusion.data.synthetic.scene import (
+    BLUEBERRY,
+    CHERRY,
+    CREAM,
+    RASPBERRY,
     berry,
     counter,
     leaf,
@@ -30,11 +34,9 @@ from improved_diffusion.data.synthetic.shapes import (
     rounded_box,
 )
 
-CREAM = rgb("fbf3e4")
-CHERRY, BLUEBERRY, RASPBERRY = rgb("c3142d"), rgb("3c4a86"), rgb("cf2450")
-FROSTINGS = [rgb("f7a8c4"), rgb("fbf3e6"), rgb("6b3d26"), rgb("a5dccb"), rgb("c3a5e4"), rgb("f9d976"), rgb("8cc4ee")]
-PAPERS = [rgb("f2d7a0"), rgb("e86a8a"), rgb("f4f0ea"), rgb("6fb7c8"), rgb("5b3a29"), rgb("f0b93a")]
 FLAVOURS = [rgb("f7b6c8"), rgb("f8efd6"), rgb("6d4128"), rgb("b5e2c0"), rgb("f6d06a"), rgb("9fc7ea"), rgb("b06a9c")]
+PINK, CHOCOLATE = rgb("f27fae"), rgb("55301f")
+ICINGS = [PINK, PINK, rgb("f7a8c4"), CHOCOLATE, CHOCOLATE, rgb("fbf3e6"), rgb("c3a5e4"), rgb("a5dccb")]
 PASTELS = [rgb("f592b0"), rgb("aedd8c"), rgb("f9d764"), rgb("bd9fe8"), rgb("84cfe3"), rgb("a56f45"), rgb("f7a877")]
 SKIES = [rgb("8ecae6"), rgb("f2d5bd"), rgb("bcd9c2"), rgb("5c8aa8"), rgb("e9e1d4")]
 
@@ -53,11 +55,12 @@ def creme_brulee(canvas: Canvas) -> None:
     bowl = 0.87 * radius
     canvas.paint(ellipse(0, top, bowl, bowl * squash), rgb("6d3714"))
     crust = vary(rng, pick(rng, [rgb("dd9430"), rgb("cf7d22"), rgb("e6a845")]), 0.03)
-    sugar = mix(crust, rgb("6b2f0c"), 0.9 * canvas.blotches(6, rng.uniform(0.25, 0.45), 2.2))
-    sugar = mix(sugar, rgb("f7cf71"), 0.75 * canvas.blotches(8, 0.24, 1.5))
+    sugar = mix(crust, rgb("f7cf71"), 0.8 * canvas.blotches(7, 0.3, 1.5))
+    sugar = mix(sugar, rgb("6b2f0c"), 0.9 * canvas.blotches(7, rng.uniform(0.25, 0.42), 1.8))
+    sugar = mix(sugar, rgb("45200c"), 0.8 * canvas.blotches(14, 0.16, 1.2))
     disc = ellipse(0, top + 0.01, 0.8 * radius, 0.8 * radius * squash)
     canvas.paint(disc, sugar, bulge=0.12, shine=0.25, mottle=0.06, cells=20, rough=0.008)
-    gx, gy = (0.4 * radius * canvas.light[0], top + 0.4 * ry * canvas.light[1])
+    gx, gy = 0.4 * radius * canvas.light[0], top + 0.4 * ry * canvas.light[1]
     canvas.paint(ellipse(gx, gy, 0.26, 0.13 * squash), rgb("fff3d0"), alpha=0.6 * canvas.blotches(12, 0.45))
     garnish = rng.random()
     if garnish < 0.4:
@@ -79,12 +82,11 @@ def donuts(canvas: Canvas) -> None:
     table(canvas)
     if rng.random() < 0.4:
         plate(canvas, 0, 0, rng.uniform(1.0, 1.1))
-    n = pick(rng, [1, 1, 2, 3])
-    radius = {1: rng.uniform(0.72, 0.84), 2: 0.56, 3: 0.49}[n]
+    n = pick(rng, [1, 1, 1, 2, 3])
+    radius, away = {1: (rng.uniform(0.72, 0.84), 0.0), 2: (0.56, 0.52), 3: (0.49, 0.54)}[n]
     start = rng.uniform(0, 2 * math.pi)
     for i in range(n):
         turn = start + 2 * math.pi * i / n
-        away = 0 if n == 1 else (0.52 if n == 2 else 0.54)
         _donut(canvas, away * math.cos(turn), away * math.sin(turn), radius)
 
 
@@ -95,7 +97,7 @@ def _donut(canvas: Canvas, cx: float, cy: float, radius: float) -> None:
     dough = ellipse(cx, cy, radius) - ellipse(cx, cy, hole)
     canvas.paint(dough, vary(rng, rgb("cf8f45"), 0.03), bulge=half, mottle=0.04, shadow=0.6, lift=0.12)
     icing = ellipse(cx, cy, middle + 0.78 * half) - ellipse(cx, cy, middle - 0.72 * half)
-    colour = vary(rng, pick(rng, [*FROSTINGS, rgb("f279a8"), rgb("4d2a1a")]), 0.02)
+    colour = vary(rng, pick(rng, ICINGS), 0.02)
     canvas.paint(icing, colour, bulge=0.7 * half, shine=0.35, rough=0.022 * radius / 0.7, cells=9)
     if rng.random() < 0.7:
         spots = scatter(rng, int(rng.integers(16, 26)), middle - 0.5 * half, middle + 0.5 * half) + (cx, cy)
@@ -103,45 +105,6 @@ def _donut(canvas: Canvas, cx: float, cy: float, radius: float) -> None:
     elif rng.random() < 0.6:
         lines = [(cx + u, cy - radius, cx + u + 0.2, cy + radius) for u in np.linspace(-0.8, 0.6, 5) * radius]
         canvas.paint(capsules(lines, 0.025) & icing, pick(rng, [CREAM, rgb("5a2f1c")]))
-
-
-def cup_cakes(canvas: Canvas) -> None:
-    """A pleated paper cup under a swirl of frosting, from the side; one large, or two behind each other."""
-    rng = canvas.rng
-    counter(canvas, rng.uniform(-0.1, 0.35))
-    if rng.random() < 0.7:
-        _cup_cake(canvas, rng.uniform(-0.06, 0.06), 0.86, rng.uniform(0.95, 1.06))
-    else:
-        side = pick(rng, [-1, 1])
-        _cup_cake(canvas, 0.44 * side, 0.62, 0.66)
-        _cup_cake(canvas, -0.36 * side, 0.85, 0.76)
-
-
-def _cup_cake(canvas: Canvas, cx: float, base: float, size: float) -> None:
-    rng = canvas.rng
-    height, wide, narrow = 0.72 * size, 0.58 * size, 0.42 * size
-    lip = base - height
-    canvas.paint(ellipse(cx, base, 0.6 * size, 0.1 * size), rgb("000000"), alpha=0.25, bulge=0.0)
-    paper = vary(rng, pick(rng, PAPERS))
-    pleats = paper * (0.86 + 0.16 * np.sin((canvas.x - cx) * (30 + 8 * (base - canvas.y)) / size))
-    cup = convex([(cx - wide, lip), (cx + wide, lip), (cx + narrow, base), (cx - narrow, base)])
-    canvas.paint(cup, pleats, bulge=0.3 * size, shadow=0.35)
-    colour = vary(rng, pick(rng, FROSTINGS), 0.02)
-    steps = pick(rng, [3, 4])
-    lean = rng.uniform(-0.05, 0.05)
-    for i in range(steps):
-        share = i / (steps - 1)
-        rx, ry = (0.68 - 0.46 * share) * size, (0.2 - 0.05 * share) * size
-        cy = lip - (0.02 + 0.62 * share) * size
-        tier = ellipse(cx + lean * share, cy, rx, ry, rng.uniform(-0.14, -0.04))
-        canvas.paint(tier, colour * (1 + 0.03 * i), bulge=ry, shine=0.2, shadow=0.25, lift=0.06)
-    top = lip - 0.8 * size
-    if rng.random() < 0.55:
-        berry(canvas, cx + lean, top, 0.13 * size, pick(rng, [CHERRY, CHERRY, RASPBERRY, BLUEBERRY]))
-    if rng.random() < 0.5:
-        u, v = rng.uniform(-0.9, 0.9, 14), rng.uniform(0, 1, 14)
-        spots = np.stack([cx + u * (0.6 - 0.45 * v) * size, lip - (0.62 * v - 0.03) * size], 1)
-        sprinkles(canvas, spots, 0.07 * size, 0.022 * size)
 
 
 def ice_cream(canvas: Canvas) -> None:
@@ -293,56 +256,3 @@ def waffles(canvas: Canvas) -> None:
     else:
         for cx, cy in scatter(rng, 5, 0.1, 0.5).tolist():
             berry(canvas, cx, cy, 0.11, pick(rng, [BLUEBERRY, RASPBERRY]))
-
-
-def chocolate_cake(canvas: Canvas) -> None:
-    """A dark slice with icing between the layers."""
-    rng = canvas.rng
-    table(canvas)
-    plate(canvas, 0, 0.2, rng.uniform(1.0, 1.1), rng.uniform(0.62, 0.75))
-    cream = pick(rng, [rgb("7d4a2c"), rgb("ecdcc4"), rgb("a06a3f")])
-    crown = _slice(canvas, vary(rng, rgb("502a17"), 0.02), cream, vary(rng, rgb("351a0f"), 0.02), pick(rng, [2, 3]))
-    topping = rng.random()
-    if topping < 0.4:
-        berry(canvas, *crown, 0.13, pick(rng, [CHERRY, RASPBERRY]))
-    elif topping < 0.7:
-        canvas.paint(dots(scatter(rng, 5, 0.05, 0.1) + crown, 0.11), CREAM, bulge=0.1, shadow=0.3, lift=0.04)
-
-
-def strawberry_shortcake(canvas: Canvas) -> None:
-    """A pale slice with whipped cream and strawberries."""
-    rng = canvas.rng
-    table(canvas)
-    plate(canvas, 0, 0.2, rng.uniform(1.0, 1.1), rng.uniform(0.62, 0.75))
-    crown = _slice(canvas, vary(rng, rgb("efc878"), 0.03), CREAM, vary(rng, rgb("fdf8f0"), 0.01), 2, filled=True)
-    cx, cy = crown
-    if rng.random() < 0.5:
-        strawberry(canvas, cx - 0.34, cy + 0.1, 0.2, rng.uniform(-0.7, 0.7))
-    strawberry(canvas, cx, cy - 0.08, rng.uniform(0.27, 0.32), rng.uniform(-0.5, 0.5))
-
-
-def _slice(
-    canvas: Canvas, sponge: np.ndarray, cream: np.ndarray, icing: np.ndarray, layers: int, filled: bool = False
-) -> tuple[float, float]:
-    """A wedge with its cut side to the viewer, strawberries in the cream if `filled`. Returns the middle of its top."""
-    rng = canvas.rng
-    flip = pick(rng, [-1, 1])
-    x0, y0, x1, y1 = -0.8, rng.uniform(-0.02, 0.1), 0.7, rng.uniform(0.0, 0.14)
-    back, height = (0.5, -0.46), rng.uniform(0.56, 0.66)
-
-    def face(*points: tuple[float, float]) -> Shape:
-        return convex([(flip * x, y) for x, y in points[::flip]])
-
-    def band(top: float, bottom: float) -> Shape:
-        return face((x0, y0 + top), (x1, y1 + top), (x1, y1 + bottom), (x0, y0 + bottom))
-
-    canvas.paint(band(0, height), sponge, mottle=0.09, cells=24, shadow=0.55, lift=0.14)
-    for middle in (np.arange(1, layers) * (height / layers) + 0.04).tolist():
-        canvas.paint(band(middle - 0.07, middle + 0.07), cream, rough=0.012)
-        if filled:
-            u = np.linspace(0.12, 0.88, 5) + rng.uniform(-0.03, 0.03, 5)
-            halves = np.stack([flip * (x0 + u * (x1 - x0)), y0 + u * (y1 - y0) + middle], 1)
-            canvas.paint(dots(halves, 0.085), rgb("e0323c"), bulge=0.05)
-    canvas.paint(band(-0.01, 0.1), icing * 0.94, rough=0.015)
-    canvas.paint(face((x0, y0), back, (x1, y1)), icing * 1.06, bulge=0.06, shine=0.2)
-    return flip * 0.34, -0.14
