@@ -25,12 +25,13 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
     Raises:
         ValueError: shapes that do not match, or a NaN or an infinity.
     """
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(a, dtype=torch.float64, device="cpu") for a in (mean1, cov1, mean2, cov2))
+    arrays = [torch.as_tensor(array, dtype=torch.float64, device="cpu") for array in (mean1, cov1, mean2, cov2)]
+    mean1, cov1, mean2, cov2 = arrays
     d = mean1.numel()
     if mean1.shape != (d,) or mean2.shape != (d,) or cov1.shape != (d, d) or cov2.shape != (d, d):
-        shapes = ", ".join(str(tuple(a.shape)) for a in (mean1, cov1, mean2, cov2))
+        shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
         raise ValueError(f"means (d,) and covariances (d, d) of one size are needed, got {shapes}")
-    if not all(torch.isfinite(a).all() for a in (mean1, cov1, mean2, cov2)):
+    if not all(torch.isfinite(array).all() for array in arrays):
         raise ValueError("the means and covariances hold a NaN or an infinity")
     cross = torch.linalg.svdvals(factor(cov1).T @ factor(cov2)).sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross

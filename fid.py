@@ -1,0 +1,72 @@
+"""Fréchet Inception distance: python fid.py REAL FAKE [--features 64] [--json FILE]"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+from improved_diffusion.errors import UserError, user_errors_exit
+from improved_diffusion.files import atomic_write
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fréchet Inception distance between two sets of images.",
+        epilog="REAL and FAKE are each an image folder, a zip of images, a packed set, an .npy or .npz of uint8 images "
+        "(N, H, W, 3), or an .npz of saved statistics (mu, sigma). Statistics of REAL are cached in "
+        "$IMPROVED_DIFFUSION_CACHE or ~/.cache/improved_diffusion.",
+    )
+    parser.add_argument("real", metavar="REAL", type=Path, help="reference images")
+    parser.add_argument("fake", metavar="FAKE", type=Path, help="images to measure")
+    parser.add_argument(
+        "--features",
+        type=int,
+        default=2048,
+        metavar="SIZE",
+        help="Inception feature size: 64, 192, 768 or 2048 (default: %(default)s, the standard FID)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    parser.add_argument("--weights", type=Path, metavar="PATH", help="file of Inception weights (default: cache, download)")
+    parser.add_argument("--batch-size", type=int, help="images per network call (default: what suits the device)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+
+    # Imported only now: torch takes seconds, and --help should not.
+    from improved_diffusion.metrics.extractor import FeatureExtractor
+    from improved_diffusion.metrics.fid import fid, statistics_at
+
+    extractor = FeatureExtractor((arguments.features,), choose_device(arguments.device), arguments.weights)
+    real = statistics_at(arguments.real, extractor, reference=True, batch_size=arguments.batch_size)
+    fake = statistics_at(arguments.fake, extractor, batch_size=arguments.batch_size)
+    result = fid(real[arguments.features], fake[arguments.features])
+    print(f"{result.metric} {result.value:.4f}  ({result.n_real} real images, {result.n_fake} fake)")
+    if arguments.json:
+        with atomic_write(arguments.json) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+
+
+def choose_device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        main()
