@@ -20,9 +20,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
+    return at_least(1, text)
+
+
+def natural(text: str) -> int:
+    return at_least(0, text)
+
+
+def at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
     return value
 
 
@@ -36,15 +44,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     folder.add_argument("path", type=Path, help="CLASS/IMAGE, or train/CLASS/IMAGE with val/ and test/ as more splits")
     for command in (food101, folder):
         command.add_argument("--image-size", type=positive, default=64, help="side in pixels (default: %(default)s)")
-        command.add_argument("--workers", type=positive, help="processes (default: one per core)")
 
     synthetic = commands.add_parser("synthetic", help="the embedded synthetic set, drawn here; 64x64, train and test")
     synthetic.add_argument("--per-class", type=positive, default=500, help="training images (default: %(default)s)")
     synthetic.add_argument("--test-per-class", type=positive, default=100, help="test images (default: %(default)s)")
-    synthetic.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    synthetic.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
 
     for command in (food101, folder, synthetic):
         command.add_argument("--out", type=Path, required=True, help="the packed set: a new directory")
+        command.add_argument("--workers", type=positive, help="processes (default: one per core)")
         command.add_argument("--overwrite", action="store_true", help="replace the packed set at --out")
     return parser.parse_args(arguments)
 
@@ -69,25 +77,19 @@ def print_report(packed: list[PackedSplit], notes: tuple[str, ...], seconds: flo
 def main() -> None:
     arguments = parse_arguments()
     start = time.perf_counter()
+    options = {"overwrite": arguments.overwrite, "workers": arguments.workers}
     notes: tuple[str, ...] = ()
     if arguments.command == "synthetic":
         packed = pack_synthetic(
-            arguments.out,
-            arguments.per_class,
-            arguments.test_per_class,
-            arguments.seed,
-            overwrite=arguments.overwrite,
+            arguments.out, arguments.per_class, arguments.test_per_class, arguments.seed, **options
         )
     else:
         if arguments.command == "folder":
             source = folder_source(arguments.path)
         else:
-            root = arguments.source or arguments.out.parent
-            source = food101_source(root, download=arguments.source is None)
+            source = food101_source(arguments.source or arguments.out.parent, download=arguments.source is None)
         notes = source.notes
-        packed = pack(
-            source, arguments.out, arguments.image_size, overwrite=arguments.overwrite, workers=arguments.workers
-        )
+        packed = pack(source, arguments.out, arguments.image_size, **options)
     print_report(packed, notes, time.perf_counter() - start)
 
 

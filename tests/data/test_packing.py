@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from improved_diffusion.data import open_image_set
-from improved_diffusion.data.packing import pack, pack_synthetic
+from improved_diffusion.data.packing import new_directory, pack, pack_synthetic
 from improved_diffusion.data.sources import folder_source
+from improved_diffusion.data.synthetic import CLASS_NAMES, draw
 from improved_diffusion.errors import UserError
 
 
@@ -189,8 +190,6 @@ def test_killed_while_packing(tmp_path: Path, victim: str):
 
 
 def test_two_writers_of_one_set(tmp_path: Path):
-    from improved_diffusion.data.packing import new_directory
-
     source = folder_source(make_folder(tmp_path / "set", ["a/1.png"]))
     with new_directory(tmp_path / "out", overwrite=False), pytest.raises(UserError, match="another process"):
         pack(source, tmp_path / "out", 16)
@@ -307,9 +306,6 @@ def test_opening_does_not_import_torch(packed: Path):
 
 
 def test_synthetic_set(tmp_path: Path):
-    pytest.importorskip("improved_diffusion.data.synthetic", reason="the synthetic set is not built")
-    from improved_diffusion.data.synthetic import CLASS_NAMES, draw
-
     pack_synthetic(tmp_path / "out", per_class=2, test_per_class=1, seed=3)
     train, test = open_image_set(tmp_path / "out"), open_image_set(tmp_path / "out" / "test")
     assert list(train.class_names) == sorted(CLASS_NAMES)
