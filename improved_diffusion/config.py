@@ -160,8 +160,10 @@ class EvaluationConfig:
 
     every: int = 15_000
     """Steps between evaluations."""
-    features: int = 64
-    """Inception features: 64, 192, 768 or 2048."""
+    features: Literal[64, 192, 768, 2048] | None = 64
+    """Size of the Inception features of the FID; null for grids alone."""
+    weights: str | None = None
+    """File of Inception weights; by default found as fid.py finds them."""
     samples_per_class: int = 20
     """Images generated for each class."""
     reference: str | None = None
@@ -174,10 +176,6 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("every", "samples_per_class", "grid_columns"):
             _require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1, not {getattr(self, name)}")
-        _require(
-            self.features in (64, 192, 768, 2048),
-            f"evaluation.features must be 64, 192, 768 or 2048, not {self.features}",
-        )
 
 
 @dataclass(frozen=True)
@@ -232,31 +230,34 @@ def config_parser(**kwargs: Any) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def parse_settings(
-    parser: jsonargparse.ArgumentParser, arguments: list[str], settings: dict[str, Any], source: str
-) -> tuple[Config, jsonargparse.Namespace]:
-    """Fill the settings from `settings` (read from `source`), then from the flags in `arguments`.
-
-    Returns the configuration, and the parsed arguments that are not settings (as `config_parser`'s caller added them).
+def parse_arguments(
+    parser: jsonargparse.ArgumentParser, arguments: list[str], settings: dict[str, Any] | None = None, source: str = ""
+) -> jsonargparse.Namespace:
+    """Parse the flags in `arguments`, which override `settings` (read from `source`), which override the defaults.
 
     Raises:
-        UserError: an unknown key, a wrong type, or a value out of range; the message names the key and the source.
+        UserError: an unknown key or a wrong type; the message names the key and where it was.
     """
-    for name, value in settings.items():
+    for name, value in (settings or {}).items():
         if name in GROUPS and not isinstance(value, dict):
             raise UserError(f"in {source}: {name} is a group of settings and cannot be {value!r}")
     where = source
     try:
-        base = parser.parse_object(settings)
+        base = parser.parse_object(settings or {})
         where = "the command line"
-        parsed = parser.parse_args(arguments, namespace=base)
-        filled = parser.instantiate(parsed)
-    except (argparse.ArgumentError, TypeError, AttributeError) as error:
+        return parser.parse_args(arguments, namespace=base)
+    except argparse.ArgumentError as error:
         raise UserError(f"in {where}: {error}") from error
-    names = {f.name for f in dataclasses.fields(Config)}
-    values = vars(filled)
-    config = Config(**{name: values[name] for name in names})
-    return config, jsonargparse.Namespace({name: value for name, value in values.items() if name not in names})
+
+
+def to_config(parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> Config:
+    """The configuration among the parsed arguments.
+
+    Raises:
+        UserError: a value that is out of range, or does not fit another one.
+    """
+    filled = vars(parser.instantiate(parsed))
+    return Config(**{field.name: filled[field.name] for field in dataclasses.fields(Config)})
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
@@ -278,8 +279,9 @@ def read_settings(path: Path | str) -> dict[str, Any]:
 
 
 def load_config(path: Path | str) -> Config:
-    """The configuration in a YAML file. Raises UserError as `read_settings` and `parse_settings` do."""
-    return parse_settings(config_parser(), [], read_settings(path), str(path))[0]
+    """The configuration in a YAML file. Raises UserError as `read_settings`, `parse_arguments` and `to_config` do."""
+    parser = config_parser()
+    return to_config(parser, parse_arguments(parser, [], read_settings(path), str(path)))
 
 
 def to_plain(config: Config) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def write_config(self, config: Config, provenance: dict[str, Any]) -> None:
-        """Write the resolved settings, with `provenance` (versions, commit, command line, data) beside them."""
+    def write_config(self, config: Config, provenance: list[dict[str, Any]]) -> None:
+        """Write the resolved settings, with `provenance` (command lines, versions, commit, data) beside them."""
         with atomic_write(self.config_file) as temporary:
             temporary.write_text(yaml.safe_dump({**to_plain(config), "provenance": provenance}, sort_keys=False))
 
@@ -89,7 +89,7 @@ class RunDirectory:
         self.point("latest", file)
         best = self.pointed("best")
         for old in self.checkpoint_files()[:-keep]:
-            if old not in (best, file):
+            if old != best and _step(old) < state["step"]:
                 old.unlink()
         return file
 

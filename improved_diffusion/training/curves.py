@@ -1,0 +1,42 @@
+"""curves.png of a run: its loss terms and its FID against the step."""
+
+from __future__ import annotations
+
+from improved_diffusion.files import atomic_write
+from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.training.run_log import read_jsonl
+
+
+def draw_curves(run: RunDirectory) -> None:
+    """Draw the mean-square error, the bound's term by quartile of t, and the FID, from the run's own records."""
+    # The object interface, for no window system and no state of pyplot's is wanted in a training process.
+    from matplotlib.figure import Figure
+
+    metrics, evaluations = read_jsonl(run.metrics_file), read_jsonl(run.evaluations_file)
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    loss_axes, bound_axes, fid_axes = figure.subplots(1, 3)
+    for name in ("loss", "mse"):
+        _plot(loss_axes, metrics, name)
+    loss_axes.set(title="Training loss", xlabel="step", yscale="log")
+    for quartile in range(4):
+        name = f"vlb_q{quartile}" if any("vlb" in record for record in metrics) else f"mse_q{quartile}"
+        _plot(bound_axes, metrics, name)
+    bound = any("vlb" in record for record in metrics)
+    title = "Bound per step and quartile of t (bits/dim)" if bound else "Mean-square error by quartile of t"
+    bound_axes.set(title=title, xlabel="step", yscale="log")
+    scored = [record for record in evaluations if "value" in record]
+    if scored:
+        fid_axes.plot([r["step"] for r in scored], [r["value"] for r in scored], "o-", label=scored[-1]["metric"])
+    fid_axes.set(title="FID of the moving average", xlabel="step", yscale="log")
+    for axes in (loss_axes, bound_axes, fid_axes):
+        axes.grid(alpha=0.3, which="both")
+        if axes.lines:
+            axes.legend()
+    with atomic_write(run.curves_file) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _plot(axes, records: list[dict], name: str) -> None:
+    points = [(record["step"], record[name]) for record in records if name in record]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1)

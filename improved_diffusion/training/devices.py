@@ -1,0 +1,109 @@
+"""Which device to use, what it is fast at, and the processes that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from improved_diffusion.diffusion.denoiser import Network
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run: one, unless torchrun started more. `device` is this process's own."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files and speaks."""
+        return self.rank == 0
+
+    def average(self, x: Tensor) -> Tensor:
+        """The mean of `x` over the processes."""
+        if self.world_size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+            x /= self.world_size
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the processes."""
+        return self.average(x) * self.world_size
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process."""
+        return bool(self.total(torch.tensor(float(flag), device=self.device)) > 0) if self.world_size > 1 else flag
+
+    def concatenate(self, x: Tensor) -> Tensor:
+        """`x` of every process, in the order of their ranks, along the first dimension; all of one shape."""
+        if self.world_size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    def gather(self, value: object) -> list:
+        """`value` of every process, in the order of their ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Return once every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def start_processes() -> Iterator[Processes]:
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be the only one."""
+    rank, local_rank, world_size = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Processes(device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(device, rank, world_size)
+    finally:
+        dist.destroy_process_group()
+
+
+_TORCHRUN = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+
+
+def is_fast_at_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 has hardware of its own there: Ampere and later GPUs, CPUs with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def arithmetic(precision: str, device: torch.device) -> torch.dtype:
+    """The type that the settings' `precision` (auto, bf16, float32) means on `device`."""
+    if precision == "bf16" or (precision == "auto" and is_fast_at_bf16(device)):
+        return torch.bfloat16
+    return torch.float32
+
+
+def with_autocast(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
+    """`network` run under autocast to `dtype`; what is outside of it, the loss above all, stays float32."""
+
+    def run(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            return network(x_t, t, y)
+
+    return run

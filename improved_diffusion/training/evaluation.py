@@ -1,0 +1,160 @@
+"""The periodic evaluation of a run: a sample grid with fixed seeds, and the FID of the moving average."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from improved_diffusion.config import Config
+from improved_diffusion.data.image_set import ImageSet, is_image_set, open_image_set
+from improved_diffusion.errors import UserError
+from improved_diffusion.metrics import (
+    FeatureExtractor,
+    Moments,
+    frechet_distance,
+    metric_name,
+    reference_statistics,
+)
+from improved_diffusion.metrics.sources import open_source
+from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
+from improved_diffusion.training.generate import SampleKey, generate
+from improved_diffusion.training.grids import make_grid
+from improved_diffusion.training.model import build_sampling_denoiser
+
+
+def reference_set(config: Config, image_set: ImageSet) -> ImageSet:
+    """What generated images are compared with: `evaluation.reference`, or else the test or val split in the training
+    set's folder, or else the training set itself.
+
+    Raises:
+        UserError: it is no image set, or has other classes than the training set.
+    """
+    if config.evaluation.reference is not None:
+        reference = open_image_set(config.evaluation.reference)
+    else:
+        beside = [image_set.path / split for split in ("test", "val") if is_image_set(image_set.path / split)]
+        reference = open_image_set(beside[0]) if beside else image_set
+    if reference.class_names != image_set.class_names:
+        raise UserError(f"the classes of {reference.path} are not those of the training set {image_set.path}")
+    return reference
+
+
+class Evaluator:
+    """Evaluates a network against a reference set, sharing the work among the processes.
+
+    Without classes there is one row of images, and `samples_per_class` is the number of all of them.
+
+    The Inception weights and the reference's statistics are found when it is made, so that a run without them stops at
+    its start and not at its first evaluation.
+
+    Raises:
+        UserError: no Inception weights, or the reference cannot be opened.
+    """
+
+    def __init__(self, config: Config, image_set: ImageSet, processes: Processes):
+        self.config = config
+        self.processes = processes
+        self.class_names = image_set.class_names
+        self.rows = len(self.class_names) if config.model.class_conditional else 1
+        self.reference = reference_set(config, image_set)
+        if processes.is_first:  # fills the caches for the others
+            self._prepare()
+        processes.wait()
+        if not processes.is_first:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        evaluation = self.config.evaluation
+        if evaluation.features is None:
+            return
+        try:
+            self.extractor = FeatureExtractor((evaluation.features,), self.processes.device, evaluation.weights)
+        except UserError as error:
+            raise UserError(f"{error} (or train without FID: --evaluation.features null)") from error
+        source = open_source(self.reference.path)
+        self.statistics = reference_statistics(source, self.extractor)[evaluation.features]
+
+    def evaluate(
+        self, network: nn.Module, step: int, stop_requested: Callable[[], bool]
+    ) -> tuple[dict[str, Any], np.ndarray] | None:
+        """Generate images of each class with fixed seeds, measure them, and show some.
+
+        Args:
+            network: with the weights to evaluate.
+            step: its step, for the record.
+            stop_requested: asked between batches; once it is true the evaluation is abandoned.
+
+        Returns:
+            The record for evaluations.jsonl and the grid, uint8 (H, W, 3); None if abandoned.
+        """
+        config, evaluation, started = self.config, self.config.evaluation, time.monotonic()
+        generated = self._generate(network, step, stop_requested)
+        if generated is None:
+            return None
+        shown, moments = generated
+        record = {
+            "step": step,
+            "sampler": config.sampling.sampler,
+            "sampling_steps": config.sampling.steps or config.diffusion.timesteps,
+            "guidance_scale": config.sampling.guidance_scale,
+            "ema_rate": config.training.ema_rates[0],
+        }
+        if moments is not None:
+            record |= {
+                "metric": metric_name(evaluation.features),
+                "features": evaluation.features,
+                "value": frechet_distance(
+                    self.statistics.mean, self.statistics.cov, moments.mean, moments.covariance()
+                ),
+                "n_real": self.statistics.n,
+                "n_fake": moments.n,
+                "weights_hash": self.extractor.weights_hash,
+            }
+        record["seconds"] = round(time.monotonic() - started, 1)
+        rows = [
+            [shown[SampleKey(evaluation.seed, class_index, number)] for number in range(evaluation.grid_columns)]
+            for class_index in range(self.rows)
+        ]
+        titles = self.class_names if config.model.class_conditional else None
+        return record, make_grid(np.array(rows), titles)
+
+    def _generate(
+        self, network: nn.Module, step: int, stop_requested: Callable[[], bool]
+    ) -> tuple[dict[SampleKey, np.ndarray], Moments | None] | None:
+        """The images of the grid, and the moments of the features of all; each process makes its share of them."""
+        config, processes, evaluation = self.config, self.processes, self.config.evaluation
+        device, features = processes.device, evaluation.features
+        run = with_autocast(network.eval(), device, arithmetic(config.training.precision, device))
+        denoiser = build_sampling_denoiser(config, config.sampling, run, len(self.class_names), device)
+        counted = evaluation.samples_per_class if features else 0
+        keys = [
+            SampleKey(evaluation.seed, class_index, number)
+            for number in range(max(counted, evaluation.grid_columns))
+            for class_index in range(self.rows)
+        ]
+        share = keys[processes.rank :: processes.world_size]
+        shown: dict[SampleKey, np.ndarray] = {}
+        moments = Moments(features) if features else None
+        with tqdm(
+            total=len(share), desc=f"evaluating step {step}", unit="image", leave=False, disable=not processes.is_first
+        ) as bar:
+            for batch, images in generate(denoiser, share, config, config.sampling, device):
+                if processes.any(stop_requested()):
+                    return None
+                if moments is not None:
+                    measured = [key.number < counted for key in batch]
+                    moments.update(self.extractor(images[measured])[features].cpu())
+                pictures = zip(batch, images.cpu().numpy(), strict=True)
+                shown |= {key: picture for key, picture in pictures if key.number < evaluation.grid_columns}
+                bar.update(len(batch))
+        (shown, moments), *others = processes.gather((shown, moments))
+        for other_shown, other_moments in others:
+            shown |= other_shown
+            if moments is not None:
+                moments.merge(other_moments)
+        return shown, moments

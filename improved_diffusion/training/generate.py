@@ -1,0 +1,97 @@
+"""Images from a model. Image number i of class c of seed s is the same whatever else is drawn beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from improved_diffusion.config import Config, SamplingConfig
+from improved_diffusion.diffusion.denoiser import Denoiser
+from improved_diffusion.diffusion.noise import PerSampleNoise
+from improved_diffusion.diffusion.samplers import SAMPLERS
+from improved_diffusion.errors import UserError
+from improved_diffusion.models.unet import UNet
+from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.training.devices import arithmetic, with_autocast
+from improved_diffusion.training.model import build_network, build_sampling_denoiser, set_weights
+
+
+class SampleKey(NamedTuple):
+    """Which image: the seed, the class's index (0 for a model without classes), and the number within the class."""
+
+    seed: int
+    class_index: int
+    number: int
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained network in evaluation mode, with what is needed to sample from it."""
+
+    config: Config
+    network: UNet
+    class_names: tuple[str, ...]
+    step: int
+    checkpoint: Path
+
+
+def load_model(run_path: Path | str, device: torch.device, checkpoint: str | None = None) -> LoadedModel:
+    """The model of a run: the first moving average of its weights, or the weights where it keeps none.
+
+    Args:
+        run_path: a run directory.
+        device: where the network is wanted.
+        checkpoint: `best`, `latest`, or the name of one; by default the best one, or else the latest.
+
+    Raises:
+        UserError: not a run directory, no such checkpoint, or a damaged one.
+    """
+    run = RunDirectory(Path(run_path))
+    config = run.read_config()
+    if checkpoint is None:
+        file = run.pointed("best") or run.latest_checkpoint()
+    elif checkpoint in ("best", "latest"):
+        file = run.pointed(checkpoint)
+        if file is None:
+            raise UserError(f"{run.path} has no {checkpoint} checkpoint yet")
+    else:
+        file = run.checkpoints / checkpoint
+    state = read_checkpoint(file, device)
+    network = build_network(config, len(state["class_names"]))
+    set_weights(network, next(iter(state["ema"].values()), state["model"]))
+    network.to(device, memory_format=torch.channels_last).eval()
+    return LoadedModel(config, network, tuple(state["class_names"]), state["step"], file)
+
+
+def model_denoiser(model: LoadedModel, sampling: SamplingConfig, device: torch.device) -> Denoiser:
+    """The denoiser that samples from `model` as `sampling` says. Raises UserError as `build_sampling_denoiser` does."""
+    network = with_autocast(model.network, device, arithmetic(model.config.training.precision, device))
+    return build_sampling_denoiser(model.config, sampling, network, len(model.class_names), device)
+
+
+def generate(
+    denoiser: Denoiser, keys: Sequence[SampleKey], config: Config, sampling: SamplingConfig, device: torch.device
+) -> Iterator[tuple[Sequence[SampleKey], Tensor]]:
+    """Draw the images of `keys`, `sampling.batch_size` at a time.
+
+    Yields (keys, uint8 (N, H, W, 3) on `device`) of each batch, in order. A last batch that is short is filled up with
+    repetitions, which are dropped: the arithmetic of a network may depend on the size of its batch in the last digits.
+    """
+    size = config.model.image_size
+    for first in range(0, len(keys), sampling.batch_size):
+        batch = list(keys[first : first + sampling.batch_size])
+        full = batch + [batch[-1]] * (min(sampling.batch_size, len(keys)) - len(batch))
+        draw_noise = PerSampleNoise(full, (3, size, size), device)
+        y = torch.tensor([key.class_index for key in full], device=device) if config.model.class_conditional else None
+        x = SAMPLERS[sampling.sampler](denoiser, draw_noise(), y, draw_noise)
+        yield batch, to_uint8(x[: len(batch)])
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images (N, 3, H, W) on [-1, 1] as uint8 (N, H, W, 3), rounded to the nearest grey level."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

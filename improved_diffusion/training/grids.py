@@ -1,0 +1,41 @@
+"""Sample grids: one row per class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+
+from improved_diffusion.files import atomic_write
+
+
+def make_grid(rows: np.ndarray, titles: tuple[str, ...] | None = None) -> np.ndarray:
+    """Put images side by side.
+
+    Args:
+        rows: uint8 (R, C, H, W, 3).
+        titles: R names, written to the left of their rows; none by default.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    grid = rearrange(rows, "r c h w rgb -> (r h) (c w) rgb")
+    if titles is None:
+        return grid
+    font = ImageFont.load_default(12)
+    margin = 8 + max(round(font.getlength(title)) for title in titles)
+    height = rows.shape[2]
+    page = Image.new("RGB", (margin + grid.shape[1], grid.shape[0]), "white")
+    page.paste(Image.fromarray(grid), (margin, 0))
+    draw = ImageDraw.Draw(page)
+    for row, title in enumerate(titles):
+        draw.text((margin - 4, (row + 0.5) * height), title, fill="black", font=font, anchor="rm")
+    return np.asarray(page)
+
+
+def save_png(image: np.ndarray, path: Path) -> None:
+    """Write uint8 (H, W, 3), whole or not at all."""
+    with atomic_write(path) as temporary:
+        Image.fromarray(image).save(temporary, format="png")

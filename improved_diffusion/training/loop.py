@@ -1,0 +1,183 @@
+"""The training loop: step, log, save, evaluate, until the last step or until someone asks it to stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from types import FrameType
+
+from tqdm import tqdm
+
+from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.errors import UserError
+from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.training.curves import draw_curves
+from improved_diffusion.training.evaluation import Evaluator
+from improved_diffusion.training.grids import save_png
+from improved_diffusion.training.model import swapped_weights
+from improved_diffusion.training.run_log import RunLog
+from improved_diffusion.training.trainer import Trainer
+
+STEPS_BETWEEN_STOP_CHECKS = 10  # with several processes, which must agree to stop at the same step
+
+
+class StopRequest:
+    """Within its block, turns the first SIGINT or SIGTERM into a wish to stop; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopRequest:
+        self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class TrainingLoop:
+    """A run: a trainer, what evaluates it, and the directory that records it.
+
+    Args:
+        trainer: new, or with the state of a checkpoint loaded.
+        evaluator: of its moving average.
+        run: where everything is written, by the first process alone.
+        image_set: what it trains on; its hash and class names go into the checkpoints.
+    """
+
+    def __init__(self, trainer: Trainer, evaluator: Evaluator, run: RunDirectory, image_set: ImageSet):
+        self.trainer = trainer
+        self.evaluator = evaluator
+        self.run = run
+        self.image_set = image_set
+        self.config = trainer.config
+        self.processes = trainer.processes
+        self.log = RunLog(run, trainer.step) if self.processes.is_first else None
+        evaluations = self.log.evaluations() if self.log else []
+        self.evaluated_steps, self.best_value = self.processes.gather(
+            ({e["step"] for e in evaluations}, min((e["value"] for e in evaluations if "value" in e), default=math.inf))
+        )[0]
+        self.saved_step = trainer.step  # of the newest checkpoint; 0 for none
+        self.logged_step, self.logged_time = trainer.step, time.monotonic()
+        self.stop = StopRequest()
+
+    def train(self) -> bool:
+        """Train to the last step. Returns False if a signal stopped it before that; all is saved either way.
+
+        Raises:
+            UserError: a loss that is not finite; the message names the last good checkpoint.
+        """
+        trainer, training = self.trainer, self.config.training
+        batches = trainer.stream.batches(trainer.step)
+        bar = tqdm(
+            total=training.steps,
+            initial=trainer.step,
+            desc="training",
+            unit="step",
+            mininterval=1 if sys.stderr.isatty() else 30,
+            disable=not self.processes.is_first,
+        )
+        with self.stop, bar:
+            while trainer.step < training.steps or self._evaluation_is_due():
+                if self._evaluation_is_due():
+                    self._save()
+                    self._evaluate()
+                else:
+                    trainer.train_step(*next(batches))
+                    bar.update()
+                    if self._is_due(training.log_every):
+                        bar.set_postfix(self._log_metrics(), refresh=False)
+                    if self._is_due(training.save_every):
+                        self._save()
+                if self._should_stop():
+                    if self.logged_step < trainer.step:
+                        self._log_metrics()
+                    self._save()
+                    return False
+        return True
+
+    def _is_due(self, every: int) -> bool:
+        return self.trainer.step % every == 0 or self.trainer.step == self.config.training.steps
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.trainer.step
+        return step > 0 and step not in self.evaluated_steps and self._is_due(self.config.evaluation.every)
+
+    def _should_stop(self) -> bool:
+        if self.processes.world_size > 1 and self.trainer.step % STEPS_BETWEEN_STOP_CHECKS:
+            return False
+        return self.processes.any(self.stop.requested)
+
+    def _log_metrics(self) -> dict[str, str]:
+        """Write a line of metrics.jsonl; returns what the progress bar shows of it."""
+        self._require_finite()
+        trainer, training, now = self.trainer, self.config.training, time.monotonic()
+        means = trainer.terms.flush(self.processes)
+        images = (trainer.step - self.logged_step) * training.batch_size
+        record = {
+            "step": trainer.step,
+            "images_seen": trainer.step * training.batch_size,
+            **means,
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "images_per_second": images / (now - self.logged_time),
+        }
+        if self.log:
+            self.log.write_metrics(record)
+        self.logged_step, self.logged_time = trainer.step, now
+        return {name: f"{means[name]:.4g}" for name in ("loss", "mse") if name in means}
+
+    def _require_finite(self) -> None:
+        if not self.trainer.terms.are_finite(self.processes):
+            saved = self.run.checkpoint_file(self.saved_step) if self.saved_step else None
+            advice = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been saved"
+            raise UserError(
+                f"the loss or its gradient was not finite between steps {self.logged_step} and {self.trainer.step}; "
+                f"{advice}: go on from there with a lower training.lr or a tighter training.grad_clip"
+            )
+
+    def _save(self) -> None:
+        """Save a checkpoint of this step, unless there is one."""
+        step = self.trainer.step
+        if step == self.saved_step:
+            return
+        self._require_finite()
+        if self.processes.is_first:
+            state = {
+                **self.trainer.state_dict(),
+                "class_names": list(self.image_set.class_names),
+                "data_hash": self.image_set.content_hash,
+            }
+            self.run.save_checkpoint(state, self.config.training.keep_checkpoints)
+        self.saved_step = step
+
+    def _evaluate(self) -> None:
+        """Evaluate the checkpoint of this step, and draw the curves. A stop request leaves it for the resumed run."""
+        trainer, started = self.trainer, time.monotonic()
+        rate = self.config.training.ema_rates[0]
+        with swapped_weights(trainer.network, trainer.ema.weights(rate)):
+            result = self.evaluator.evaluate(trainer.network, trainer.step, lambda: self.stop.requested)
+        self.logged_time += time.monotonic() - started  # the rate of training leaves evaluations out
+        if result is None:
+            return
+        record, grid = result
+        self.evaluated_steps.add(trainer.step)
+        value = record.get("value", math.inf)
+        is_best = value < self.best_value
+        self.best_value = min(value, self.best_value)
+        if not self.log:
+            return
+        self.log.write_evaluation(record, grid)
+        save_png(grid, self.run.samples / f"step_{trainer.step:07d}.png")
+        draw_curves(self.run)
+        if is_best:
+            self.run.point("best", self.run.checkpoint_file(trainer.step))
+        if "value" in record:
+            tqdm.write(f"step {trainer.step}: {record['metric']} {value:.4g}{' (best)' if is_best else ''}")

@@ -1,0 +1,103 @@
+"""From settings to a network, and from a network to the denoiser that losses and samplers take."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from improved_diffusion.config import Config, SamplingConfig
+from improved_diffusion.diffusion.denoiser import Denoiser, DiscreteDenoiser, Network
+from improved_diffusion.diffusion.guidance import ClassifierFreeGuidance
+from improved_diffusion.diffusion.schedule import SCHEDULES, evenly_spaced, respace
+from improved_diffusion.errors import UserError
+from improved_diffusion.models.unet import UNet
+
+
+def build_network(config: Config, num_classes: int) -> UNet:
+    """The UNet of the settings, with newly drawn weights.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+    model = config.model
+    try:
+        return UNet(
+            image_size=model.image_size,
+            num_channels=model.num_channels,
+            channel_multipliers=model.channel_multipliers,
+            num_res_blocks=model.num_res_blocks,
+            attention_resolutions=model.attention_resolutions,
+            num_heads=model.num_heads,
+            dropout=model.dropout,
+            num_classes=num_classes if model.class_conditional else None,
+            null_class=model.class_dropout > 0,
+            out_channels=6 if config.diffusion.variance == "learned_range" else 3,
+        )
+    except ValueError as error:
+        raise UserError(f"the settings under model do not fit together: {error}") from error
+
+
+def build_denoiser(config: Config, network: Network, device: str) -> DiscreteDenoiser:
+    """`network` as a denoiser over all the timesteps it is trained on."""
+    diffusion = config.diffusion
+    schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps).to(device)
+    return DiscreteDenoiser(network, schedule, diffusion.prediction, diffusion.variance)
+
+
+def build_sampling_denoiser(
+    config: Config, sampling: SamplingConfig, network: Network, num_classes: int, device: str
+) -> Denoiser:
+    """`network` as a denoiser over the sampling steps, guided where the settings ask for it.
+
+    Raises:
+        UserError: more sampling steps than timesteps, or guidance of a model that was trained without class dropout.
+    """
+    denoiser = build_denoiser(config, network, device)
+    length = len(denoiser.schedule)
+    if sampling.steps is not None:
+        if sampling.steps > length:
+            raise UserError(f"{sampling.steps} sampling steps are more than the model's {length} timesteps")
+        denoiser.schedule = respace(denoiser.schedule, evenly_spaced(length, sampling.steps))
+    if sampling.guidance_scale == 1:
+        return denoiser
+    if config.model.class_dropout == 0:
+        raise UserError("this model cannot be guided: it was trained with model.class_dropout 0; use guidance scale 1")
+    return ClassifierFreeGuidance(denoiser, sampling.guidance_scale, null_class=num_classes)
+
+
+def set_weights(network: nn.Module, weights: dict) -> None:
+    """Load `weights` into `network`.
+
+    Raises:
+        UserError: they are those of another architecture; the message names a tensor that differs.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(own.keys() | given.keys()):
+        if own.get(name) != given.get(name):
+            raise UserError(
+                "the checkpoint is of another architecture than the settings under model: "
+                f"{name} is {given.get(name, 'absent')} in the checkpoint and {own.get(name, 'absent')} in the settings"
+            )
+    network.load_state_dict(weights)
+
+
+@contextlib.contextmanager
+def swapped_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let `network` have `weights`, named as its parameters are, inside the block and its own again after it."""
+    parameters = dict(network.named_parameters())
+    own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def load(values: Mapping[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+    load(weights)
+    try:
+        yield
+    finally:
+        load(own)

@@ -1,0 +1,68 @@
+"""The written record of a run: metrics.jsonl, evaluations.jsonl and TensorBoard, cut back to the step of a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from improved_diffusion.files import atomic_write
+from improved_diffusion.run_directory import RunDirectory
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object per line; a last line that a kill cut short is left out."""
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class RunLog:
+    """Writes the record of a run that starts, or goes on, at `first_step`; what it said of later steps is dropped."""
+
+    def __init__(self, run: RunDirectory, first_step: int):
+        self.run = run
+        for file in (run.metrics_file, run.evaluations_file):
+            kept = [record for record in read_jsonl(file) if record["step"] <= first_step]
+            with atomic_write(file) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
+
+    def write_metrics(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl, and its numbers to TensorBoard."""
+        self._append(self.run.metrics_file, record)
+        self._scalars("train", record)
+
+    def write_evaluation(self, record: dict[str, Any], grid: np.ndarray) -> None:
+        """Add a line to evaluations.jsonl, and its numbers and the sample `grid` (H, W, 3) uint8 to TensorBoard."""
+        self._append(self.run.evaluations_file, record)
+        if "value" in record:
+            self.tensorboard.add_scalar(f"evaluation/{record['metric']}", record["value"], record["step"])
+        self.tensorboard.add_image("samples", grid, record["step"], dataformats="HWC")
+        self.tensorboard.flush()
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations so far."""
+        return read_jsonl(self.run.evaluations_file)
+
+    def close(self) -> None:
+        self.tensorboard.close()
+
+    def _scalars(self, group: str, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self.tensorboard.add_scalar(f"{group}/{name}", value, record["step"])
+
+    @staticmethod
+    def _append(file: Path, record: dict[str, Any]) -> None:
+        with file.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")

@@ -1,0 +1,182 @@
+"""From a command line to a run: which settings, which data, which directory, new or resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from improved_diffusion.config import Config
+from improved_diffusion.data.image_set import ImageSet, is_image_set
+from improved_diffusion.data.packing import pack_synthetic
+from improved_diffusion.errors import UserError
+from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.training.devices import Processes, arithmetic
+from improved_diffusion.training.evaluation import Evaluator
+from improved_diffusion.training.trainer import Trainer
+
+SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS = 500, 100
+
+# What a resumed run may change; all else decides what the run computes.
+CHANGEABLE = {
+    "training": ("steps", "log_every", "save_every", "keep_checkpoints", "compile"),
+    "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
+    "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
+}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `train.py` takes where it is not told: the config, the data, and why."""
+
+    config: Path
+    data: Path
+    reason: str
+
+
+def choose_defaults(loss: str | None, project: Path) -> Defaults:
+    """The replication config where Food101 and a CUDA device are at hand, and the demo elsewhere."""
+    food101, synthetic = Path("data/food101-64"), Path("data/synthetic-64")
+    has_food101, has_cuda = is_image_set(food101), torch.cuda.is_available()
+    if has_food101 and has_cuda:
+        name = "food101_mse.yaml" if loss == "mse" else "food101_hybrid.yaml"
+        return Defaults(project / "configs" / name, food101, f"{food101} is prepared and there is a CUDA device")
+    if has_food101:
+        return Defaults(project / "configs" / "demo.yaml", food101, "there is no CUDA device")
+    return Defaults(project / "configs" / "demo.yaml", synthetic, f"{food101} is not prepared")
+
+
+def with_data(config: Config, defaults: Defaults, processes: Processes) -> Config:
+    """The settings with the default data where they name none; the embedded set is drawn if it is not there yet."""
+    if config.data is not None:
+        return config
+    if not is_image_set(defaults.data):
+        if processes.is_first:
+            print(f"drawing the embedded image set into {defaults.data}", flush=True)
+            pack_synthetic(defaults.data, SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS, seed=0)
+        processes.wait()
+    return dataclasses.replace(config, data=str(defaults.data))
+
+
+def new_run(out: str | None, config: Config, processes: Processes) -> RunDirectory:
+    """The directory of a new run: `out`, or a free name under runs/.
+
+    Raises:
+        UserError: `out` already holds a run.
+    """
+    if out is not None:
+        run = RunDirectory(Path(out))
+        if run.checkpoint_files():
+            raise UserError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
+        return run
+    name = f"{Path(config.data or 'data').name}-{config.loss}"
+    candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    free = next(path for path in candidates if not path.exists())
+    return RunDirectory(processes.gather(free)[0])
+
+
+def open_run(path: str, device: torch.device) -> tuple[RunDirectory, dict[str, Any]]:
+    """The run to resume, and the state to go on from: that of its latest checkpoint, or of the checkpoint at `path`.
+
+    Raises:
+        UserError: no run, no checkpoint in it, or a damaged one.
+    """
+    if path.endswith(".pt"):
+        file = Path(path)
+        run = RunDirectory(file.parent.parent)
+    else:
+        run = RunDirectory(Path(path))
+        run.read_config()
+        file = run.latest_checkpoint()
+    return run, read_checkpoint(file, device)
+
+
+def require_same_run(old: Config, new: Config) -> None:
+    """A resumed run keeps the settings that decide what it computes.
+
+    Raises:
+        UserError: one of them differs; the message names it.
+    """
+    for field in dataclasses.fields(Config):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if not dataclasses.is_dataclass(before):
+            pairs = [(field.name, before, after)] if field.name != "data" else []
+        else:
+            fixed = [f.name for f in dataclasses.fields(before) if f.name not in CHANGEABLE.get(field.name, ())]
+            pairs = [(f"{field.name}.{name}", getattr(before, name), getattr(after, name)) for name in fixed]
+        for name, was, now in pairs:
+            if was != now:
+                raise UserError(
+                    f"a resumed run cannot change {name} from {was} to {now}: start a new run, or leave the setting out"
+                )
+
+
+def require_same_data(state: dict[str, Any], image_set: ImageSet) -> None:
+    """A resumed run sees the images it has seen before.
+
+    Raises:
+        UserError: the image set's content differs.
+    """
+    if state.get("data_hash") != image_set.content_hash:
+        raise UserError(
+            f"{image_set.path} is not the image set that the run was trained on: its content hash is "
+            f"{image_set.content_hash[:12]}, and the checkpoint's is {str(state.get('data_hash'))[:12]}"
+        )
+
+
+def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: RunDirectory) -> str:
+    """What is about to run, in a few lines."""
+    config, device = trainer.config, trainer.processes.device
+    training, classes = config.training, len(image_set.class_names)
+    epochs = training.steps * training.batch_size / len(image_set.images)
+    parameters = sum(p.numel() for p in trainer.network.parameters())
+    dtype = str(arithmetic(training.precision, device)).removeprefix("torch.")
+    return "\n".join(
+        (
+            f"data: {image_set.path}, {len(image_set.images):,} images of {classes} classes",
+            f"model: {parameters / 1e6:.2f} M parameters, {config.loss} loss, T = {config.diffusion.timesteps}",
+            f"training: steps {trainer.step:,} to {training.steps:,} of {training.batch_size} images "
+            f"({epochs:.1f} epochs), {dtype} on {device}, {trainer.processes.world_size} process(es)",
+            f"evaluation: every {config.evaluation.every:,} steps, "
+            f"{config.evaluation.samples_per_class} images per class against the "
+            f"{len(evaluator.reference.images):,} of {evaluator.reference.path}",
+            f"run: {run.path}",
+        )
+    )
+
+
+def record_provenance(run: RunDirectory, config: Config, image_set: ImageSet, processes: Processes) -> None:
+    """Write config.yaml: the settings, and under `provenance` an entry for each time the run was started or resumed."""
+    earlier = yaml.safe_load(run.config_file.read_text())["provenance"] if run.config_file.is_file() else []
+    device = processes.device
+    entry = {
+        "command_line": shlex.join(sys.argv),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": _git_commit(),
+        "data": {"path": str(image_set.path), "split": image_set.split, "content_hash": image_set.content_hash},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "processes": processes.world_size,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
+        "python": platform.python_version(),
+    }
+    run.write_config(config, [*earlier, entry])
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,160 @@
+"""One training step, and everything that it changes."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from improved_diffusion.config import Config
+from improved_diffusion.data.batches import BatchStream
+from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.diffusion.losses import make_loss
+from improved_diffusion.diffusion.noise import seeded_generator
+from improved_diffusion.diffusion.timesteps import TIMESTEP_SAMPLERS
+from improved_diffusion.errors import UserError
+from improved_diffusion.models.ema import EMA
+from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
+from improved_diffusion.training.model import build_denoiser, build_network, set_weights
+from improved_diffusion.training.running_terms import RunningTerms
+
+# Generators of a run are keyed (seed, purpose, step): resuming draws what an unbroken run would have drawn.
+TIMESTEPS, NOISE, CLASS_DROPOUT, DROPOUT = range(4)
+
+
+class Trainer:
+    """A model in training. `step` counts the optimizer steps taken.
+
+    What a step draws (images, flips, timesteps, noise, dropped classes) is a function of (seed, step), drawn for the
+    whole batch and then divided among the processes and their accumulated parts; only the network's dropout also
+    depends on that division.
+
+    Raises:
+        UserError: settings that fit neither each other, nor the images, nor the number of processes.
+    """
+
+    def __init__(self, config: Config, image_set: ImageSet, processes: Processes):
+        training, device = config.training, processes.device
+        if image_set.resolution != config.model.image_size:
+            raise UserError(
+                f"the images of {image_set.path} are {image_set.resolution} pixels wide and model.image_size is "
+                f"{config.model.image_size}: pack the images at that size, or change the setting"
+            )
+        if training.batch_size % (processes.world_size * training.accumulation):
+            raise UserError(
+                f"training.batch_size {training.batch_size} cannot be divided among {processes.world_size} processes "
+                f"with training.accumulation {training.accumulation} each"
+            )
+        self.config = config
+        self.processes = processes
+        self.step = 0
+        self.num_classes = len(image_set.class_names)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.network = build_network(config, self.num_classes)
+        self.network.to(device, memory_format=torch.channels_last)
+        self.ema = EMA(self.network, training.ema_rates)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
+        )
+        self.timestep_sampler = TIMESTEP_SAMPLERS[config.diffusion.timestep_sampler](config.diffusion.timesteps)
+        self.loss = make_loss(config.loss, config.diffusion.vlb_weight)
+        self.stream = BatchStream(
+            image_set,
+            training.batch_size,
+            config.seed,
+            flip=training.flip,
+            device=device,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        self.parallel = DistributedDataParallel(self.network) if processes.world_size > 1 else self.network
+        runnable = torch.compile(self.parallel) if training.compile else self.parallel
+        dtype = arithmetic(training.precision, device)
+        self.denoiser = build_denoiser(config, with_autocast(runnable, device, dtype), device)
+        self.terms = RunningTerms(config.diffusion.timesteps, device)
+
+    def train_step(self, x_start: Tensor, y: Tensor) -> None:
+        """One optimizer step on this process's share of the batch that the stream holds for `step`.
+
+        Args:
+            x_start: (batch_size / world_size, 3, H, W) on [-1, 1].
+            y: int64 (batch_size / world_size,).
+        """
+        training = self.config.training
+        t, weights, noise, y = self._draw(y)
+        for group in self.optimizer.param_groups:
+            group["lr"] = training.lr * min(1.0, (self.step + 1) / max(1, training.warmup_steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.network.train()
+        bounds = []
+        parts = zip(*(tensor.chunk(training.accumulation) for tensor in (x_start, t, y, noise, weights)), strict=True)
+        for part, (x_part, t_part, y_part, noise_part, weights_part) in enumerate(parts):
+            torch.manual_seed(self._generator_seed(part))
+            with self._gradients_shared_only_if(part == training.accumulation - 1):
+                classes = y_part if self.config.model.class_conditional else None
+                terms = self.loss(self.denoiser, x_part, t_part, classes, noise_part)
+                ((terms.loss * weights_part).mean() / training.accumulation).backward()
+            self.terms.add(terms, t_part)
+            bounds.append(terms.vlb)
+        self.terms.add_grad_norm(self._clip_gradients())
+        self.optimizer.step()
+        self.ema.update(self.step)
+        if self.timestep_sampler.learns:
+            gather = self.processes.concatenate
+            self.timestep_sampler.update(gather(t).cpu(), gather(torch.cat(bounds).detach()).cpu())
+        self.step += 1
+
+    def _draw(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's timesteps, their importance weights, the noise, and the classes with some of them dropped."""
+        config, device = self.config, self.processes.device
+        n = config.training.batch_size
+        share = slice(self.processes.rank * len(y), (self.processes.rank + 1) * len(y))
+        t, weights = self.timestep_sampler.sample(n, seeded_generator(config.seed, TIMESTEPS, self.step))
+        size = config.model.image_size
+        noise_generator = seeded_generator(config.seed, NOISE, self.step, device=device)
+        noise = torch.randn(n, 3, size, size, generator=noise_generator, device=device)[share]
+        if config.model.class_dropout > 0:
+            draws = torch.rand(n, generator=seeded_generator(config.seed, CLASS_DROPOUT, self.step))[share]
+            y = torch.where((draws < config.model.class_dropout).to(device), self.num_classes, y)
+        return t[share].to(device), weights[share].to(device), noise, y
+
+    def _generator_seed(self, part: int) -> int:
+        """Seed of the network's dropout, which can only be drawn from the global generator."""
+        return seeded_generator(self.config.seed, DROPOUT, self.step, self.processes.rank, part).initial_seed()
+
+    def _gradients_shared_only_if(self, last: bool) -> contextlib.AbstractContextManager:
+        """Let the processes average their gradients only once, with the last part of the batch."""
+        shares = isinstance(self.parallel, DistributedDataParallel) and not last
+        return self.parallel.no_sync() if shares else contextlib.nullcontext()
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip the gradient's norm, and return what it was."""
+        limit = self.config.training.grad_clip
+        return torch.nn.utils.clip_grad_norm_(self.network.parameters(), float("inf") if limit is None else limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: tensors and plain values."""
+        return {
+            "step": self.step,
+            "images_seen": self.step * self.config.training.batch_size,
+            "model": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "timestep_sampler": self.timestep_sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            UserError: it is that of another architecture.
+        """
+        set_weights(self.network, state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.timestep_sampler.load_state_dict(state["timestep_sampler"])
+        self.step = state["step"]

@@ -1,0 +1,70 @@
+"""Train a diffusion model.
+
+python train.py --loss hybrid                      the demo, or Food101 where it is prepared and there is a GPU
+python train.py --config FILE --data DIR --out DIR [--training.lr 1e-4 ...]
+python train.py --resume runs/NAME                 go on with an interrupted run
+torchrun --nproc-per-node 8 train.py ...           the same on several GPUs
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from improved_diffusion.config import config_parser, parse_arguments, read_settings, to_config
+from improved_diffusion.errors import UserError, user_errors_exit
+
+
+def main(arguments: list[str]) -> int:
+    parser = config_parser(prog="train.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", help="YAML file of settings (default: chosen by data and device, and printed)")
+    parser.add_argument("--out", help="directory of the run (default: a new one under runs/)")
+    parser.add_argument("--resume", help="directory of a run to go on with, or one of its checkpoints")
+    options = parse_arguments(parser, arguments)
+    if options.resume is not None and (options.config or options.out):
+        raise UserError("--resume takes the settings and the directory of its run: leave out --config and --out")
+
+    # Only now, for torch takes seconds to import: --help and typos are answered at once.
+    from improved_diffusion.data import open_image_set
+    from improved_diffusion.training import start
+    from improved_diffusion.training.devices import start_processes
+    from improved_diffusion.training.evaluation import Evaluator
+    from improved_diffusion.training.loop import TrainingLoop
+    from improved_diffusion.training.trainer import Trainer
+
+    with start_processes() as processes:
+        say = print if processes.is_first else lambda *_, **__: None
+        if options.resume is not None:
+            run, state = start.open_run(options.resume, processes.device)
+            config_file = run.config_file
+            say(f"going on with {run.path} at step {state['step']}", flush=True)
+        else:
+            state = None
+            defaults = start.choose_defaults(options.loss, Path(__file__).resolve().parent)
+            config_file = Path(options.config) if options.config else defaults.config
+            why = "as --config says" if options.config else f"because {defaults.reason}"
+            say(f"settings: {config_file}, {why}", flush=True)
+        config = to_config(parser, parse_arguments(parser, arguments, read_settings(config_file), str(config_file)))
+        if options.resume is not None:
+            start.require_same_run(run.read_config(), config)
+        else:
+            config = start.with_data(config, defaults, processes)
+            run = start.new_run(options.out, config, processes)
+
+        image_set = open_image_set(config.data)
+        trainer = Trainer(config, image_set, processes)
+        if state is not None:
+            start.require_same_data(state, image_set)
+            trainer.load_state_dict(state)
+        evaluator = Evaluator(config, image_set, processes)
+        say(start.summary(trainer, evaluator, image_set, run), flush=True)
+        if processes.is_first:
+            start.record_provenance(run, config, image_set, processes)
+        finished = TrainingLoop(trainer, evaluator, run, image_set).train()
+        say(f"finished: {run.path}" if finished else f"stopped; go on with: python train.py --resume {run.path}")
+    return 0 if finished else 130
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        sys.exit(main(sys.argv[1:]))
