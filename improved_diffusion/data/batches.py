@@ -61,15 +61,7 @@ class BatchStream:
         Returns, on the device, x: float32 (batch_size / world_size, 3, S, S) in [-1, 1], channels-last in memory; and
         y: int64 (batch_size / world_size,).
         """
-        rows, flips = self._rows(step)
-        if self._resident is None:
-            images = self._to_device(self.image_set.images[rows])
-        else:
-            images = self._resident[self._to_device(rows)]
-        images = images.permute(0, 3, 1, 2)
-        if self.flip:
-            images = torch.where(self._to_device(flips)[:, None, None, None], images.flip(3), images)
-        return images.float().div_(127.5).sub_(1), self._to_device(self.image_set.labels[rows])
+        return self._on_device(*self._on_host(step))
 
     def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """`batch(first_step)`, `batch(first_step + 1)`, and so on without end."""
@@ -77,11 +69,32 @@ class BatchStream:
         if self._resident is not None:
             yield from map(self.batch, steps)  # never ends
         with ThreadPoolExecutor(PREFETCHED_BATCHES) as pool:
-            pending = deque(pool.submit(self.batch, next(steps)) for _ in range(PREFETCHED_BATCHES))
+            pending = deque(pool.submit(self._on_host, next(steps)) for _ in range(PREFETCHED_BATCHES))
             while True:
-                batch = pending.popleft().result()
-                pending.append(pool.submit(self.batch, next(steps)))
-                yield batch
+                prepared = pending.popleft().result()
+                pending.append(pool.submit(self._on_host, next(steps)))
+                yield self._on_device(*prepared)
+
+    def _on_host(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What has to be copied to the device: images (n, S, S, 3) uint8, or their rows (n,) int64 where the set is
+        resident; labels (n,) int64; and whether to flip (n,) bool. Runs in threads, and starts no work on the device.
+        """
+        rows, flips = self._rows(step)
+        images = rows if self._resident is not None else self.image_set.images[rows]
+        host = tuple(torch.from_numpy(array) for array in (images, self.image_set.labels[rows], flips))
+        if self.device.type != "cuda":
+            return host
+        with torch.cuda.device(self.device):  # pinned, so that the copy need not wait for the kernels before it
+            return tuple(tensor.pin_memory() for tensor in host)
+
+    def _on_device(self, images: Tensor, labels: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels, flips = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels, flips))
+        if self._resident is not None:
+            images = self._resident[images]
+        images = images.permute(0, 3, 1, 2)
+        if self.flip:
+            images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        return images.float().div_(127.5).sub_(1), labels
 
     def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the image set in this rank's share of a batch, int64, and whether each is flipped, bool."""
@@ -94,14 +107,6 @@ class BatchStream:
             here = epochs == epoch
             rows[here], flips[here] = order[within[here]], flipped[within[here]]
         return rows, flips
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        """Copy to the device; to CUDA from pinned memory, so that the copy does not wait for the kernels before it."""
-        tensor = torch.from_numpy(array)
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        with torch.cuda.device(self.device):
-            return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=4)
