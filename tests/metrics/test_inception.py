@@ -1,0 +1,174 @@
+"""The network against two others: the packaged TorchScript, and the layers of torchvision."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.metrics import FeatureExtractor, inception
+from improved_diffusion.metrics.extractor import build_network, preprocess
+from improved_diffusion.metrics.weights import load_layers, read_packaged, read_published, weights_hash
+
+TORCHSCRIPT_LAYERS = {"pool0": 64, "pool1": 192, "mixed_7": 768, "pool2": 2048}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error of one image's features, relative to their norm."""
+    return ((actual - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+
+
+def resize_by_hand(images: np.ndarray, half_pixel: bool = False) -> torch.Tensor:
+    """uint8 (N, H, W, 3) to float32 (N, 3, 299, 299), pixel by pixel and in float64."""
+    n, height, width, _ = images.shape
+    output = np.zeros((n, 3, 299, 299))
+    for i in range(299):
+        for j in range(299):
+            shift = 0.5 if half_pixel else 0.0
+            y = max((i + shift) * height / 299 - shift, 0)
+            x = max((j + shift) * width / 299 - shift, 0)
+            top, left = math.floor(y), math.floor(x)
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            upper = images[:, top, left] * (1 - (x - left)) + images[:, top, right] * (x - left)
+            lower = images[:, bottom, left] * (1 - (x - left)) + images[:, bottom, right] * (x - left)
+            output[:, :, i, j] = upper * (1 - (y - top)) + lower * (y - top)
+    return torch.from_numpy(output).float()
+
+
+@pytest.fixture(scope="module")
+def expected(torchscript, photos) -> dict[int, torch.Tensor]:
+    """Features of four photographs by the TorchScript, at every size."""
+    features = {}
+    x = (resize_by_hand(photos[:4]) - 128) / 128
+    with torch.inference_mode():
+        whole = torchscript(x)
+        for name, layer in torchscript.net.layers.named_children():
+            x = layer(x)
+            if name in TORCHSCRIPT_LAYERS:
+                features[TORCHSCRIPT_LAYERS[name]] = x.mean(dim=(2, 3))
+    torch.testing.assert_close(whole, features[2048])  # so the layers above are taken in the right order
+    return features
+
+
+def test_features_of_every_size_equal_those_of_the_packaged_network(extractor, photos, expected):
+    features = extractor(photos[:4])
+    assert list(features) == [64, 192, 768, 2048]
+    for size, tensor in features.items():
+        assert tensor.shape == (4, size)
+        assert tensor.dtype == torch.float32
+        assert relative_error(tensor, expected[size]) < 1e-4
+
+
+def padding_counted(x):
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=True)
+
+
+@pytest.mark.parametrize("mutation", ["half-pixel resize", "divided by 127.5", "padding counted", "last pool a mean"])
+def test_every_peculiarity_of_the_network_shows_in_its_features(mutation, extractor, photos, expected, monkeypatch):
+    x = preprocess(torch.from_numpy(photos[:4]))
+    if mutation == "half-pixel resize":
+        x = (resize_by_hand(photos[:4], half_pixel=True) - 128) / 128
+    elif mutation == "divided by 127.5":
+        x = x * 128 / 127.5
+    elif mutation == "padding counted":
+        monkeypatch.setattr(inception, "average_pool", padding_counted)
+    else:
+        monkeypatch.setattr(extractor.network.Mixed_7c, "pool", inception.average_pool)
+    with torch.inference_mode():
+        features = extractor.network(x)[2048]
+    assert relative_error(features, expected[2048]) > 1e-3
+
+
+def test_a_shallower_network_gives_the_same_features(extractor, extractor64, photos, expected):
+    assert list(extractor64(photos[:4])) == [64]
+    assert relative_error(extractor64(photos[:4])[64], expected[64]) < 1e-4
+    assert sum(p.numel() for p in extractor64.network.parameters()) < 30_000
+
+
+def test_features_do_not_depend_on_the_batch(extractor64, photos):
+    one_by_one = torch.cat([extractor64(photo[None])[64] for photo in photos])
+    torch.testing.assert_close(extractor64(photos)[64], one_by_one, rtol=1e-5, atol=1e-6)
+
+
+def test_features_ignore_autocast_and_reduced_matmul_precision(extractor64, photos):
+    plain = extractor64(photos)[64]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            reduced = extractor64(photos)[64]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(plain, reduced)
+
+
+def test_images_of_any_size(extractor64, photos):
+    wide = np.concatenate([photos, photos], axis=2)
+    assert extractor64(wide[:2])[64].shape == (2, 64)
+    assert extractor64(torch.from_numpy(photos[:1, :1, :1]))[64].shape == (1, 64)
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(2, 8, 8, 3), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, 3).byte()]
+)
+def test_other_dtypes_and_layouts_are_refused(extractor64, images):
+    with pytest.raises(ValueError, match=r"uint8 \(N, H, W, 3\)"):
+        extractor64(images)
+
+
+@pytest.mark.parametrize("features", [(), (100,), (64, 2047)])
+def test_an_unknown_feature_size_names_the_known_ones(features):
+    with pytest.raises(UserError, match="64, 192, 768, 2048"):
+        FeatureExtractor(features)
+
+
+@pytest.fixture(scope="module")
+def torchvision_network() -> torchvision.models.Inception3:
+    """The class whose layer names and shapes the published weights have, with random normalization."""
+    network = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.3)
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.1)
+    return network.eval()
+
+
+def test_published_weights_are_read_and_folded_layer_by_layer(torchvision_network, tmp_path):
+    torch.save(torchvision_network.state_dict(), tmp_path / "published.pth")
+    network = build_network((2048,), read_published(tmp_path / "published.pth"))
+    generator = torch.Generator().manual_seed(0)
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, inception.Conv)]
+    assert len(layers) == 94
+    with torch.inference_mode():
+        for name, layer in layers:
+            x = torch.randn(1, layer.in_channels, 9, 9, generator=generator)
+            expected = torchvision_network.get_submodule(name)(x)
+            torch.testing.assert_close(layer(x.clone()), expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_one_network_has_one_hash_whatever_file_it_came_in(torchvision_network, weights, tmp_path):
+    packaged = read_packaged(weights)
+    state = torchvision_network.state_dict()
+    for name, layer in packaged.items():
+        state[f"{name}.conv.weight"] = layer.weight
+        state[f"{name}.bn.weight"] = torch.ones_like(layer.beta)
+        state[f"{name}.bn.bias"] = layer.beta
+        state[f"{name}.bn.running_mean"] = layer.mean
+        state[f"{name}.bn.running_var"] = layer.variance
+    torch.save(state, tmp_path / "published.pth")
+    assert weights_hash(read_published(tmp_path / "published.pth")) == weights_hash(packaged)
+    state["Mixed_7c.branch_pool.bn.bias"] = state["Mixed_7c.branch_pool.bn.bias"] + 1e-3
+    torch.save(state, tmp_path / "published.pth")
+    assert weights_hash(read_published(tmp_path / "published.pth")) != weights_hash(packaged)
+
+
+def test_load_layers_reads_the_packaged_file(weights):
+    assert load_layers(weights).keys() == read_packaged(weights).keys()

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from improved_diffusion.data.image_set import array_sha256, content_sha256
+from improved_diffusion.errors import UserError
+from improved_diffusion.metrics.sources import ArraySource, Source, open_source
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 10, 12, 3), dtype=np.uint8)
+
+
+def all_images(source: Source, batch_size: int = 3) -> np.ndarray:
+    batches = list(source.batches(batch_size))
+    assert all(batch.dtype == np.uint8 and len(batch) <= batch_size for batch in batches)
+    return np.concatenate(batches)
+
+
+def write_folder(path: Path, images: np.ndarray = IMAGES) -> Path:
+    for i, image in enumerate(images):
+        file = path / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    return path
+
+
+def in_name_order(images: np.ndarray = IMAGES) -> np.ndarray:
+    return np.concatenate([images[::2], images[1::2]])
+
+
+def write_packed_set(path: Path, images: np.ndarray) -> Path:
+    path.mkdir()
+    labels = np.zeros(len(images), dtype=np.int64)
+    np.save(path / "images.npy", images)
+    np.save(path / "labels.npy", labels)
+    sums = {"images_sha256": array_sha256(images), "labels_sha256": array_sha256(labels)}
+    description = {"format_version": 1, "class_names": ["only"], "split": "all", **sums}
+    description["content_sha256"] = content_sha256(*sums.values(), ("only",))
+    (path / "dataset.json").write_text(json.dumps(description))
+    return path
+
+
+def zip_of(folder: Path, file: Path) -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        for image in sorted(folder.rglob("*.*")):
+            archive.write(image, image.relative_to(folder.parent))
+    return file
+
+
+def test_a_folder(tmp_path):
+    source = open_source(write_folder(tmp_path / "images"))
+    (tmp_path / "images" / "class0" / ".hidden.png").write_bytes(b"")
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    assert len(source) == 7
+    np.testing.assert_array_equal(all_images(source), in_name_order())
+
+
+def test_a_zip_has_the_content_of_its_folder(tmp_path):
+    folder = write_folder(tmp_path / "images")
+    source = open_source(zip_of(folder, tmp_path / "images.zip"))
+    np.testing.assert_array_equal(all_images(source), in_name_order())
+    assert source.content_hash == open_source(folder).content_hash
+
+
+def test_arrays(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    np.savez(tmp_path / "b.npz", IMAGES)
+    np.savez_compressed(tmp_path / "c.npz", images=IMAGES, labels=np.arange(7))
+    sources = [open_source(tmp_path / name) for name in ("a.npy", "b.npz", "c.npz")]
+    for source in sources:
+        assert len(source) == 7
+        np.testing.assert_array_equal(all_images(source), IMAGES)
+    assert len({source.content_hash for source in sources}) == 1
+
+
+def test_a_packed_set(tmp_path):
+    source = open_source(write_packed_set(tmp_path / "packed", IMAGES[:, :, :10]))
+    np.testing.assert_array_equal(all_images(source), IMAGES[:, :, :10])
+
+
+def test_the_content_hash_is_of_pixels_and_not_of_names(tmp_path):
+    folder = write_folder(tmp_path / "images")
+    before = open_source(folder).content_hash
+    (folder / "class0" / "0.png").rename(folder / "class1" / "renamed.png")
+    assert open_source(folder).content_hash == before
+    Image.fromarray(IMAGES[0] ^ 1).save(folder / "class1" / "renamed.png")
+    assert open_source(folder).content_hash != before
+    changed = IMAGES.copy()
+    changed[3, 2, 1, 0] ^= 1
+    assert ArraySource("x", changed).content_hash != ArraySource("x", IMAGES).content_hash
+    assert ArraySource("x", IMAGES.reshape(7, 12, 10, 3)).content_hash != ArraySource("x", IMAGES).content_hash
+
+
+def test_images_of_several_kinds_and_sizes(tmp_path):
+    Image.new("L", (4, 4), 100).save(tmp_path / "a-grey.png")
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "b-clear.webp", lossless=True)
+    Image.new("P", (8, 2)).save(tmp_path / "c-palette.bmp")
+    Image.new("RGB", (8, 2), (10, 20, 30)).save(tmp_path / "d-photo.JPEG", quality=100)
+    batches = list(open_source(tmp_path).batches(64))
+    assert [batch.shape for batch in batches] == [(2, 4, 4, 3), (2, 2, 8, 3)]
+    assert (batches[0][0] == 100).all()
+    assert (batches[0][1] == 255).all()  # a clear image lies on white
+    assert abs(batches[1][1].astype(int) - [10, 20, 30]).max() <= 2
+
+
+def test_many_images_stay_in_order(tmp_path):
+    grey = np.repeat(np.arange(200, dtype=np.uint8), 12).reshape(200, 2, 2, 3)
+    for i, image in enumerate(grey):
+        Image.fromarray(image).save(tmp_path / f"{i:03}.png")
+    np.testing.assert_array_equal(all_images(open_source(tmp_path), 33), grey)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def test_a_few_broken_images_are_skipped_and_reported(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
+    folder = write_folder(tmp_path / "images", images)
+    truncate(folder / "class0" / "4.png")
+    (folder / "class1" / "7.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"skipped 2 of 100 .*class0/4\.png"):
+        assert len(all_images(open_source(folder))) == 98
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_more_broken_images_are_an_error_that_names_one(tmp_path, packed):
+    folder = write_folder(tmp_path / "images")
+    truncate(folder / "class1" / "3.png")
+    source = open_source(zip_of(folder, tmp_path / "images.zip") if packed else folder)
+    assert len(source.content_hash) == 64
+    with pytest.raises(UserError, match=r"2%.*class1/3\.png"):
+        all_images(source)
+
+
+def test_a_damaged_member_of_a_zip_is_a_broken_image(tmp_path):
+    file = zip_of(write_folder(tmp_path / "images"), tmp_path / "images.zip")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"2%.*class0/0\.png"):
+        all_images(open_source(file))
+
+
+def test_what_is_no_set_of_images_is_said_in_one_line(tmp_path):
+    def saved(name: str, **arrays: np.ndarray) -> Path:
+        np.savez(tmp_path / name, **arrays)
+        return tmp_path / name
+
+    (tmp_path / "empty").mkdir()
+    write_folder(tmp_path / "one", IMAGES[:1])
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY damaged")
+    (tmp_path / "bad.npz").write_bytes(b"PK damaged")
+    with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
+        archive.writestr("a.txt", "text")
+    (tmp_path / "bad.zip").write_bytes((tmp_path / "texts.zip").read_bytes()[:-10])
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "dataset.json").write_text("{}")
+    cases = [
+        (tmp_path / "missing", "nothing at"),
+        (tmp_path / "empty", "no images"),
+        (tmp_path / "one", "1 image"),
+        (tmp_path / "text.txt", "no set of images"),
+        (tmp_path / "texts.zip", "no images"),
+        (tmp_path / "bad.zip", "no set of images"),
+        (tmp_path / "bad.npy", "damaged"),
+        (tmp_path / "bad.npz", "damaged"),
+        (tmp_path / "run", "run directory"),
+        (tmp_path / "half", "packed set"),
+        (saved("floats.npz", images=IMAGES / 255), "float64"),
+        (saved("nchw.npz", images=IMAGES.transpose(0, 3, 1, 2)), r"\(7, 3, 10, 12\)"),
+        (saved("labels.npz", labels=np.arange(3)), "found labels"),
+        (saved("one.npz", images=IMAGES[:1]), "1 image"),
+    ]
+    for path, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            open_source(path)
+        assert path.name in str(error.value)
+        assert "\n" not in str(error.value)
