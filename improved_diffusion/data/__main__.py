@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from improved_diffusion.data.packing import PackedSplit, pack, pack_synthetic
+from improved_diffusion.data.packing import PackedSplit, check_free, pack, pack_synthetic
 from improved_diffusion.data.sources import folder_source, food101_source
 from improved_diffusion.errors import UserError, user_errors_exit
 
@@ -76,13 +76,12 @@ def print_report(packed: list[PackedSplit], notes: tuple[str, ...], seconds: flo
 
 def main() -> None:
     arguments = parse_arguments()
+    check_free(arguments.out, arguments.overwrite)  # before a long download, too
     start = time.perf_counter()
     options = {"overwrite": arguments.overwrite, "workers": arguments.workers}
     notes: tuple[str, ...] = ()
     if arguments.command == "synthetic":
-        packed = pack_synthetic(
-            arguments.out, arguments.per_class, arguments.test_per_class, arguments.seed, **options
-        )
+        packed = pack_synthetic(arguments.out, arguments.per_class, arguments.test_per_class, arguments.seed, **options)
     else:
         if arguments.command == "folder":
             source = folder_source(arguments.path)

@@ -50,7 +50,7 @@ def pack(
     The first split is the set at `out`, every other is a set of its own in the folder `out`/SPLIT. Rows are in the
     order of `source`, whatever the number of `workers` (default: one per usable core). Broken images are left out.
 
-    Raises `UserError` when `out` is taken (see `new_directory`), more than 2% of a split is broken, the disk is full,
+    Raises `UserError` when `out` is taken (see `check_free`), more than 2% of a split is broken, the disk is full,
     or a worker dies; `out` is then as it was.
     """
     render = functools.partial(_decode, source.files, image_size)
@@ -92,16 +92,28 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise `UserError` when `out` exists and is not an empty folder, unless it is a packed set and `overwrite`."""
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+    except OSError as error:
+        raise UserError(f"cannot read {out}: {error.strerror}") from error
+    if not is_image_set(out):
+        raise UserError(f"{out} exists and is not a packed image set: choose another --out, or remove it")
+    if not overwrite:
+        raise UserError(f"{out} holds a packed image set already: choose another --out, or give --overwrite")
+
+
 @contextlib.contextmanager
 def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield an empty hidden directory beside `out`; when the block ends well, rename it to `out`, else remove it.
 
-    What a killed run left in the hidden directory is cleared by the next. Raises `UserError` when `out` exists and is
-    not empty, unless it is a packed set and `overwrite`; when another process is writing `out`; or on an OSError, such
-    as a full disk, inside the block.
+    What a killed run left in the hidden directory is cleared by the next. Raises `UserError` when `out` is taken (see
+    `check_free`), when another process is writing it, or on an OSError, such as a full disk, inside the block.
     """
     try:
-        _check_free(out, overwrite)
+        check_free(out, overwrite)
         target = out.resolve()
         partial = target.with_name(f".{target.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
@@ -209,15 +221,6 @@ def _write_description(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The directory
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not is_image_set(out):
-        raise UserError(f"{out} exists and is not a packed image set: choose another --out, or remove it")
-    if not overwrite:
-        raise UserError(f"{out} holds a packed image set already: choose another --out, or give --overwrite")
 
 
 @contextlib.contextmanager

@@ -211,6 +211,22 @@ def test_command_line_reports_what_it_did(tmp_path: Path):
     assert open_image_set(tmp_path / "out").resolution == 8
 
 
+def test_food101_with_its_official_splits(tmp_path: Path):
+    images, meta = tmp_path / "food-101" / "images", tmp_path / "food-101" / "meta"
+    make_folder(images, ["waffles/1.jpg", "waffles/2.jpg", "apple_pie/3.jpg"])  # PNG inside: the content decides
+    meta.mkdir()
+    (meta / "train.json").write_text(json.dumps({"waffles": ["waffles/2"], "apple_pie": ["apple_pie/3"]}))
+    (meta / "test.json").write_text(json.dumps({"waffles": ["waffles/1"], "apple_pie": []}))
+    result = run("food101", "--source", tmp_path, "--out", tmp_path / "out", "--image-size", 16)
+    assert result.returncode == 0, result.stderr
+    train, test = open_image_set(tmp_path / "out"), open_image_set(tmp_path / "out" / "test")
+    assert train.class_names == test.class_names == ("apple_pie", "waffles")
+    np.testing.assert_array_equal(train.images, np.stack([noise(2), noise(1)]))
+    np.testing.assert_array_equal(train.labels, [0, 1])
+    np.testing.assert_array_equal(test.images[0], noise(0))
+    np.testing.assert_array_equal(test.labels, [1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,7 +13,7 @@ import pytest
 from improved_diffusion.data.sources import folder_source, food101_source
 from improved_diffusion.errors import UserError
 
-ODD_NAMES = ["crème brûlée", "寿司", "it's \"it\"", "a & b; $(c)", "ends with space ", "#1 100%", "ZEBRA", "new\nline"]
+ODD_NAMES = ["crème brûlée", "寿司", 'it\'s "it"', "a & b; $(c)", "ends with space ", "#1 100%", "ZEBRA", "new\nline"]
 
 
 def make_files(root: Path, *names: str) -> Path:
