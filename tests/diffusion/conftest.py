@@ -41,6 +41,6 @@ class AnalyticGaussian:
         return abar * self.std**2 + 1 - abar
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def analytic_gaussian():
     return AnalyticGaussian
