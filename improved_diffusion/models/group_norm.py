@@ -1,0 +1,82 @@
+"""Group normalisation (Wu & He 2018, arXiv:1803.08494), optionally adaptive, and fast in bfloat16."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation in 32 groups, or in the most that divide both 32 and the channels."""
+
+    def __init__(self, channels: int):
+        super().__init__(math.gcd(32, channels), channels)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Normalise `x`, (N, C, H, W); with `scale` and `shift`, (N, C), return norm(x) * (1 + scale) + shift.
+
+        The result has the type and the memory format of `x`; statistics are float32 in any case.
+        """
+        # CUDA autocast would make float32 of bfloat16 activations here: twice the memory traffic, for kernels that
+        # accumulate in float32 anyway.
+        with torch.autocast(x.device.type, enabled=False):
+            if scale is None:
+                weight, bias = self.weight[None], self.bias[None]
+            else:  # one affine map in place of two
+                gain = 1 + scale.float()
+                weight, bias = self.weight * gain, self.bias * gain + shift.float()
+            if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+                return _GroupNormBF16.apply(x, weight, bias, self.num_groups, self.eps)
+            x_hat = F.group_norm(x, self.num_groups, eps=self.eps)
+            return torch.addcmul(_over_positions(bias, x), x_hat, _over_positions(weight, x))
+
+
+class _GroupNormBF16(torch.autograd.Function):
+    """For bfloat16 on a CPU, where PyTorch's own backward pass over channels_last takes some 10 times as long as this
+    one (its inner loop is over the few channels of one group), and would be a third of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        """`x`: (N, C, H, W). `weight`, `bias`: float32 (N or 1, C)."""
+        n, c, h, w = x.shape
+        # For maps below 1024 pixels PyTorch's kernel takes another path, which is slower than going through float32.
+        x_hat, mean, rstd = torch.native_group_norm(
+            x if h * w >= 1024 else x.float(), None, None, n, c, h * w, groups, eps
+        )
+        ctx.save_for_backward(x, weight, mean.float(), rstd.float())
+        x_hat = x_hat.to(x.dtype)
+        return torch.addcmul(_over_positions(bias, x), x_hat, _over_positions(weight, x), out=x_hat)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With x_hat = (x - mean) * rstd and g = grad * weight,
+
+            dx = rstd * (g - mean over the group of g - x_hat * mean over the group of (g * x_hat))
+
+        which is a * grad + b * x + c, where a, b and c are constant over each channel of each sample: only the two sums
+        over positions and the last line touch whole feature maps.
+        """
+        x, weight, mean, rstd = ctx.saved_tensors
+        n, channels, height, width = x.shape
+        grouped = (-1, mean.shape[1], channels // mean.shape[1])  # (N or 1, groups, channels of one)
+        mean, rstd, gain = mean[..., None], rstd[..., None], weight.reshape(grouped)
+
+        grad_bias = grad.sum((2, 3)).float().reshape(grouped)
+        grad_weight = rstd * ((grad * x).sum((2, 3)).float().reshape(grouped) - mean * grad_bias)
+        count = grouped[2] * height * width
+        a = rstd * gain
+        b = -(rstd**2) * (gain * grad_weight).sum(2, keepdim=True) / count
+        c = -rstd * (gain * grad_bias).sum(2, keepdim=True) / count - b * mean
+        a, b, c = (_over_positions(v.expand_as(a).reshape(n, channels), x) for v in (a, b, c))
+        grad_x = torch.addcmul(c, x, b).addcmul_(grad, a)
+        grad_weight, grad_bias = (v.reshape(n, channels).sum_to_size(weight.shape) for v in (grad_weight, grad_bias))
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _over_positions(per_channel: Tensor, x: Tensor) -> Tensor:
+    """(N or 1, C) -> (N or 1, C, 1, 1), in the type of `x`."""
+    return per_channel.to(x.dtype)[:, :, None, None]

@@ -1,0 +1,282 @@
+"""The UNet of Improved DDPM (Nichol & Dhariwal 2021, arXiv:2102.09672, appendix A).
+
+Going down, each resolution has `num_res_blocks` residual blocks, then a stride-2 convolution to the next. Going up,
+each has one block more, so that every feature map of the way down is consumed once as a skip. Self-attention follows
+the residual blocks at chosen feature-map sizes, and sits in the middle. Time, and class if there is one, enter each
+residual block as the scale and shift of its second GroupNorm.
+
+Memory format is the caller's choice and survives every block: a model and an input in `torch.channels_last` are the
+fast way under bfloat16 autocast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from improved_diffusion.models.group_norm import GroupNorm
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Embed timesteps as cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5).
+
+    `t`: (N,), integers or fractions. Returns float32 (N, dim); `dim` is even.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angles = t.float()[:, None] * frequencies  # (N, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Zero the parameters of `layer`, so that the residual branch which it ends starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv; norm that the embedding scales and shifts, SiLU, dropout, conv; added to the input.
+
+    The last convolution starts at zero.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = GroupNorm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.scale_shift = nn.Linear(embedding_channels, 2 * out_channels)
+        self.norm2 = GroupNorm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """`x`: (N, in_channels, H, W). `embedding`: (N, embedding_channels). Returns (N, out_channels, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.scale_shift(embedding).chunk(2, dim=1)
+        h = self.norm2(h, scale, shift)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the positions of a feature map, added to its input; the identity at first."""
+
+    def __init__(self, channels: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)"""
+        n, c, h, w = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)  # a view where x is channels_last
+        qkv = self.qkv(tokens).reshape(n, h * w, self.num_heads, 3, c // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each (N, heads, H * W, C / heads)
+        tokens = attend(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        return x + self.out(tokens).reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of (N, heads, positions, channels)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    # PyTorch's CPU kernel is twice as fast in float32 as in bfloat16, forwards and backwards together.
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a stride-2 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.strided_conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.strided_conv(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width by repeating pixels, then convolve."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Stage(nn.ModuleList):
+    """Layers applied in turn; those that are residual blocks take the embedding too."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, embedding) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts, from a noisy image, what the diffusion's loss asks for (eps, x_0 or v), and maybe a variance.
+
+    image_size              height and width in pixels; divisible by 2 ** (levels - 1)
+    num_channels            channels at full resolution; even
+    channel_multipliers     channels of each level, in units of `num_channels`; each level halves the feature map
+    num_res_blocks          residual blocks of each level on the way down; one more on the way up
+    attention_resolutions   feature-map sizes (pixels a side, not downsampling factors) that have attention
+    num_heads               heads of every attention layer; divides its channels
+    dropout                 probability of dropping a feature before a block's last convolution, in training
+    num_classes             number of classes, or None for a model that takes no `y`
+    null_class              have a further embedding row, `y == num_classes`, that stands for "no class": what
+                            classifier-free guidance needs (Ho & Salimans 2022, arXiv:2207.12598)
+    out_channels            3, or 6 where the second three channels parametrise a learned variance
+
+    Raises ValueError for settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        num_channels: int = 128,
+        channel_multipliers: tuple[int, ...] = (1, 2, 3, 4),
+        num_res_blocks: int = 2,
+        attention_resolutions: tuple[int, ...] = (16, 8),
+        num_heads: int = 4,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        null_class: bool = False,
+        out_channels: int = 3,
+    ):
+        super().__init__()
+        check_geometry(image_size, num_channels, channel_multipliers, attention_resolutions, num_heads)
+        if num_res_blocks < 1:
+            raise ValueError(f"num_res_blocks is {num_res_blocks}; it must be at least 1")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; it must be at least 1, or None for no classes")
+        if null_class and num_classes is None:
+            raise ValueError("null_class stands beside classes: it needs num_classes")
+        if out_channels not in (3, 6):
+            raise ValueError(f"out_channels is {out_channels}; it must be 3, or 6 with a learned variance")
+        self.image_size = image_size
+        self.num_channels = num_channels
+        self.num_classes = num_classes
+        self.null_class = null_class
+        self.out_channels = out_channels
+
+        embedding_channels = 4 * num_channels
+        self.time_embedding = nn.Sequential(
+            nn.Linear(num_channels, embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels)
+        )
+        if num_classes is not None:
+            self.class_embedding = nn.Embedding(num_classes + null_class, embedding_channels)
+
+        def block(in_channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(in_channels, out_channels, embedding_channels, dropout)
+
+        channels = num_channels
+        self.encoder = nn.ModuleList([Stage([nn.Conv2d(3, channels, 3, padding=1)])])
+        skip_channels = [channels]
+        levels = [(image_size >> level, m * num_channels) for level, m in enumerate(channel_multipliers)]
+        for size, level_channels in levels:
+            if size < image_size:
+                self.encoder.append(Stage([Downsample(channels)]))
+                skip_channels.append(channels)
+            for _ in range(num_res_blocks):
+                stage = Stage([block(channels, level_channels)])
+                channels = level_channels
+                if size in attention_resolutions:
+                    stage.append(Attention(channels, num_heads))
+                self.encoder.append(stage)
+                skip_channels.append(channels)
+
+        self.middle = Stage([block(channels, channels), Attention(channels, num_heads), block(channels, channels)])
+
+        self.decoder = nn.ModuleList()
+        for size, level_channels in reversed(levels):
+            for _ in range(num_res_blocks + 1):
+                stage = Stage([block(channels + skip_channels.pop(), level_channels)])
+                channels = level_channels
+                if size in attention_resolutions:
+                    stage.append(Attention(channels, num_heads))
+                self.decoder.append(stage)
+            if size < image_size:
+                stage.append(Upsample(channels))
+
+        self.output_norm = GroupNorm(channels)
+        self.output_conv = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Run the network.
+
+        `x_t`: (N, 3, image_size, image_size), float in about [-1, 1]. `t`: (N,), the timestep, integer or fractional.
+        `y`: (N,) int64 class indices; given exactly when the model has classes. Who trains for guidance draws which
+        labels to drop and passes `num_classes` for them.
+        Returns float32 (N, out_channels, image_size, image_size) under any autocast.
+        Raises ValueError for shapes that do not fit, and for a `y` missing or out of place.
+        """
+        self._check_inputs(x_t, t, y)
+        with torch.autocast(x_t.device.type, enabled=False):
+            embedding = self.time_embedding(sinusoidal_embedding(t, self.num_channels))
+            if y is not None:
+                embedding = embedding + self.class_embedding(y)
+            embedding = F.silu(embedding)  # once here rather than in every block
+
+        h = x_t
+        skips = []
+        for stage in self.encoder:
+            h = stage(h, embedding)
+            skips.append(h)
+        h = self.middle(h, embedding)
+        for stage in self.decoder:
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.output_conv(F.silu(self.output_norm(h))).float()
+
+    def _check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> None:
+        n = x_t.shape[0]
+        if x_t.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"x_t is {tuple(x_t.shape)}; this UNet takes (N, 3, {self.image_size}, {self.image_size})")
+        if t.shape != (n,):
+            raise ValueError(f"t is {tuple(t.shape)}; it must be ({n},): one timestep per image")
+        if y is None and self.num_classes is not None:
+            raise ValueError(f"y is missing: this UNet is conditional on {self.num_classes} classes")
+        if y is not None and self.num_classes is None:
+            raise ValueError("y was given, but this UNet has no classes")
+        if y is not None and y.shape != (n,):
+            raise ValueError(f"y is {tuple(y.shape)}; it must be ({n},): one class per image")
+
+
+def check_geometry(
+    image_size: int,
+    num_channels: int,
+    channel_multipliers: tuple[int, ...],
+    attention_resolutions: tuple[int, ...],
+    num_heads: int,
+) -> None:
+    """Raise ValueError, in one sentence, where these settings of a `UNet` do not fit together."""
+    if not channel_multipliers or min(channel_multipliers) < 1:
+        raise ValueError(f"channel_multipliers is {channel_multipliers or 'empty'}; it must be integers of at least 1")
+    if num_channels < 2 or num_channels % 2:
+        raise ValueError(f"num_channels is {num_channels}; it must be even: time is embedded as cosines and sines")
+    if num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads}; it must be at least 1")
+    levels = len(channel_multipliers)
+    if image_size < 1 or image_size % 2 ** (levels - 1):
+        raise ValueError(
+            f"image_size is {image_size}; with {levels} channel_multipliers it must be divisible by {2 ** (levels - 1)}"
+        )
+    sizes = [image_size >> level for level in range(levels)]
+    absent = sorted(set(attention_resolutions) - set(sizes))
+    if absent:
+        raise ValueError(f"attention_resolutions has {absent}, but the feature maps are {sizes} pixels a side")
+    for size, multiplier in zip(sizes, channel_multipliers, strict=True):
+        channels = multiplier * num_channels
+        has_attention = size in attention_resolutions or size == sizes[-1]  # the middle always has
+        if has_attention and channels % num_heads:
+            raise ValueError(f"num_heads is {num_heads}; it must divide the {channels} channels at {size}x{size}")

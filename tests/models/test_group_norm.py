@@ -1,0 +1,77 @@
+"""Group normalisation against its definition, in float64, with gradients by autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from improved_diffusion.models.group_norm import GroupNorm
+
+
+def definition(x, weight, bias, scale, shift, groups, eps):
+    """Normalise over the channels of a group and all positions, then scale and shift."""
+    n, c, h, w = x.shape
+    grouped = x.reshape(n, groups, -1)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    normalised = centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()
+    y = normalised.reshape(n, c, h, w) * weight[:, None, None] + bias[:, None, None]
+    return y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    channels=st.sampled_from([4, 32, 48, 96]),
+    size=st.sampled_from([4, 32, 33]),
+    adaptive=st.booleans(),
+    channels_last=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**32),
+)
+def test_values_and_gradients_are_those_of_the_definition(n, channels, size, adaptive, channels_last, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    norm = GroupNorm(channels)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * normal(channels))
+        norm.bias.copy_(normal(channels))
+    x = (normal(n, channels, size, size) * 3 + normal(n, channels, 1, 1)).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    scale, shift = normal(n, channels) * 0.5, normal(n, channels)
+    scale, shift = (scale, shift) if adaptive else (scale * 0, shift * 0)
+    grad = normal(n, channels, size, size).to(dtype)
+
+    exact = [v.detach().double().requires_grad_() for v in (x, norm.weight, norm.bias, scale, shift)]
+    expected = definition(*exact, norm.num_groups, norm.eps)
+    expected.backward(grad.double())
+
+    own = [v.requires_grad_() for v in (x, norm.weight, norm.bias, scale, shift)]
+    with torch.autocast("cpu", torch.bfloat16):  # which must not change what is computed
+        y = norm(x, scale, shift) if adaptive else norm(x)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    y.backward(grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format))
+
+    bound = 1e-4 if dtype == torch.float32 else 0.015
+    assert relative_error(y, expected.detach()) < bound
+    for tensor, reference in list(zip(own, exact, strict=True))[: 5 if adaptive else 3]:
+        assert relative_error(tensor.grad, reference.grad) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_mean_does_not_swamp_the_variance(dtype):
+    x = torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0)) + 16
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    y = GroupNorm(32)(x).detach()
+    zero = torch.zeros(2, 32)
+    expected = definition(x.double(), torch.ones(32), torch.zeros(32), zero, zero, 32, 1e-5)
+    assert relative_error(y, expected) < (1e-4 if dtype == torch.float32 else 0.01)
