@@ -1,0 +1,143 @@
+"""A run that was interrupted, in whatever way, ends as one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from improved_diffusion.run_directory import RunDirectory, read_checkpoint, write_checkpoint
+from improved_diffusion.training.run_log import read_jsonl
+
+
+def assert_same(one: object, other: object, where: str = "state") -> None:
+    """Equal types, keys, and bits."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same last checkpoint and the same record, but for the clock."""
+    states = [read_checkpoint(RunDirectory(path).latest_checkpoint()) for path in (one, other)]
+    assert_same(*states)
+    records = [read_jsonl(RunDirectory(path).metrics_file) for path in (one, other)]
+    for record in records[0] + records[1]:
+        del record["images_per_second"]
+    assert records[0] == records[1]
+
+
+def take_steps(trainer, steps: int) -> None:
+    batches = trainer.stream.batches(trainer.step)
+    for _ in range(steps):
+        trainer.train_step(*next(batches))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss=hybrid"],
+        ["--loss=mse", "--training.accumulation=2", "--diffusion.timestep_sampler=stratified"],
+        # Three timesteps, so that the history of the losses fills and decides what is drawn after the resume.
+        ["--loss=vlb", "--diffusion.timesteps=3", "--training.warmup_steps=12"],
+    ],
+    ids=["hybrid", "mse", "vlb"],
+)
+def test_half_the_steps_and_a_resume_equal_all_the_steps(tiny_trainer, tmp_path, flags):
+    unbroken, first_half, second_half = (tiny_trainer(*flags) for _ in range(3))
+    take_steps(unbroken, 20)
+    take_steps(first_half, 10)
+    write_checkpoint(tmp_path / "half.pt", first_half.state_dict())
+    second_half.load_state_dict(read_checkpoint(tmp_path / "half.pt"))
+    take_steps(second_half, 10)
+    assert_same(unbroken.state_dict(), second_half.state_dict())
+    if "--loss=vlb" in flags:
+        assert unbroken.timestep_sampler.probabilities().std() > 0.01  # no longer uniform
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    finish_script, start_script, run_script, tiny_config_file, tmp_path
+):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    finish_script("train.py", "--config", tiny_config_file, "--out", unbroken, "--training.steps=24")
+    process = start_script("train.py", "--config", tiny_config_file, "--out", killed, "--training.steps=24")
+    wait_for(killed / "checkpoints" / "latest", process)
+    process.kill()
+    process.wait()
+    outcome = run_script("train.py", "--resume", killed)
+    assert outcome.code == 0, outcome.err
+    assert_same_run(unbroken, killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_cleanly(start_script, run_script, tiny_config_file, tmp_path, number):
+    out = tmp_path / "run"
+    process = start_script(
+        "train.py", "--config", tiny_config_file, "--out", out, "--training.steps=100000", "--training.save_every=50000"
+    )
+    wait_for(out / "metrics.jsonl", process, lambda file: file.stat().st_size > 0)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert f"--resume {out}" in printed
+    step = read_checkpoint(RunDirectory(out).latest_checkpoint())["step"]
+    assert 0 < step < 100000
+    assert read_jsonl(RunDirectory(out).metrics_file)[-1]["step"] == step
+    outcome = run_script("train.py", "--resume", out, f"--training.steps={step + 2}")
+    assert outcome.code == 0, outcome.err
+    assert read_checkpoint(RunDirectory(out).latest_checkpoint())["step"] == step + 2
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys, torch
+from pathlib import Path
+from improved_diffusion.run_directory import RunDirectory
+
+run = RunDirectory(Path(sys.argv[1]))
+run.save_checkpoint({"step": 1, "weights": torch.arange(1000.0)}, keep=1)
+
+
+real_save = torch.save
+def save_half(state, stream):
+    real_save(state, stream)
+    stream.flush()
+    stream.truncate(stream.tell() // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_half
+run.save_checkpoint({"step": 2, "weights": torch.zeros(1000)}, keep=1)
+"""
+
+
+def test_a_kill_in_the_middle_of_a_save_loses_nothing_before_it(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, tmp_path], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    run = RunDirectory(tmp_path)
+    assert run.checkpoint_files() == [run.checkpoint_file(1)]
+    assert_same(read_checkpoint(run.latest_checkpoint()), {"step": 1, "weights": torch.arange(1000.0)})
+    run.save_checkpoint({"step": 2, "weights": torch.zeros(1000)}, keep=1)
+    assert read_checkpoint(run.latest_checkpoint())["step"] == 2
+
+
+def wait_for(file: Path, process: subprocess.Popen, is_ready=lambda file: True) -> None:
+    """Wait until `file` is there and ready, which must be before the process ends."""
+    end = time.monotonic() + 120
+    while not (file.is_file() and is_ready(file)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{file} was not written"
+        time.sleep(0.01)

@@ -1,0 +1,116 @@
+"""What one training step computes, however it is divided."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from improved_diffusion.diffusion.losses import LossTerms
+from improved_diffusion.errors import UserError
+from improved_diffusion.training.devices import Processes
+from improved_diffusion.training.run_log import read_jsonl
+from improved_diffusion.training.running_terms import RunningTerms
+
+CPU = Processes(torch.device("cpu"))
+
+
+def gradients_of_first_step(trainer) -> dict[str, torch.Tensor]:
+    # The last convolutions are zero at first, which would leave most gradients zero too.
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    trainer.train_step(*trainer.stream.batch(0))
+    return {name: parameter.grad for name, parameter in trainer.network.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["mse", "hybrid", "vlb"])
+def test_accumulation_equals_the_full_batch(tiny_trainer, loss):
+    flags = [f"--loss={loss}", "--model.dropout=0", "--training.grad_clip=null", "--training.batch_size=8"]
+    whole = gradients_of_first_step(tiny_trainer(*flags))
+    parts = gradients_of_first_step(tiny_trainer(*flags, "--training.accumulation=4"))
+    largest = max(float(gradient.abs().max()) for gradient in whole.values())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6 * largest, msg=name)
+
+
+def test_two_processes_give_the_loss_curve_of_one(finish_script, tiny_config_file, tmp_path):
+    curves, grids = [], []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        flags = ["--model.dropout=0", "--training.accumulation=2", "--loss=vlb", "--diffusion.timesteps=4"]
+        finish_script("train.py", "--config", tiny_config_file, "--out", out, *flags, processes=processes)
+        curves.append(read_jsonl(out / "metrics.jsonl"))
+        grids.append((out / "samples" / "step_0000012.png").read_bytes())
+    assert [record["step"] for record in curves[0]] == [3, 6, 9, 12]
+    for one, two in zip(*curves, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"images_per_second"}:
+            assert two[name] == pytest.approx(one[name], rel=1e-3), name
+
+
+def test_overfits_one_batch(tiny_trainer):
+    trainer = tiny_trainer("--loss=mse", "--model.dropout=0", "--training.lr=3e-3")
+    images, classes = trainer.stream.batch(0)
+    errors = []
+    for _ in range(8):
+        for _ in range(40):
+            trainer.train_step(images, classes)
+        errors.append(trainer.terms.flush(CPU)["mse"])
+    assert errors[-1] < 0.35 * errors[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(run_script, tiny_config_file, tmp_path):
+    out = tmp_path / "run"
+    first = run_script("train.py", "--config", tiny_config_file, "--out", out, "--training.steps=6")
+    assert first.code == 0, first.err
+    checkpoint = out / "checkpoints" / "step_0000006.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    state["model"]["out.weight" if "out.weight" in state["model"] else next(iter(state["model"]))].fill_(float("nan"))
+    torch.save(state, checkpoint)
+    outcome = run_script("train.py", "--resume", out, "--training.steps=12")
+    assert outcome.code == 2
+    assert "not finite" in outcome.err
+    assert str(checkpoint) in outcome.err
+    assert not (out / "checkpoints" / "step_0000012.pt").exists()
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tiny_trainer):
+    with pytest.raises(UserError, match="accumulation"):
+        tiny_trainer("--training.batch_size=6", "--training.accumulation=4")
+
+
+def test_the_images_must_have_the_size_that_the_model_expects(tiny_trainer):
+    with pytest.raises(UserError, match="model.image_size is 32"):
+        tiny_trainer("--model.image_size=32")
+
+
+class TestRunningTerms:
+    def test_means_over_quartiles(self):
+        generator = torch.Generator().manual_seed(0)
+        terms = RunningTerms(8, CPU.device)
+        t = torch.randint(7, (64,), generator=generator)
+        mse = torch.rand(64, generator=generator)
+        for part in (slice(0, 20), slice(20, 64)):
+            terms.add(LossTerms(2 * mse[part], mse[part], None), t[part])
+        means = terms.flush(CPU)
+        for quartile in range(4):
+            expected = np.mean(mse[(t == 2 * quartile) | (t == 2 * quartile + 1)].numpy())
+            assert means[f"mse_q{quartile}"] == pytest.approx(expected)
+        assert means["loss"] == pytest.approx(2 * means["mse"])
+        assert means["mse"] == pytest.approx(float(mse.mean()))
+        assert not any(name.startswith("vlb") for name in means)
+        assert terms.flush(CPU) == {}
+
+    def test_the_last_timestep_does_not_drown_the_curve(self):
+        terms = RunningTerms(100, CPU.device)
+        t = torch.arange(100)
+        vlb = torch.full((100,), 0.02)
+        vlb[99] = 721.0
+        terms.add(LossTerms(1 + vlb, torch.ones(100), vlb), t)
+        means = terms.flush(CPU)
+        assert means["vlb"] == pytest.approx(0.02)
+        assert means["vlb_q3"] == pytest.approx(0.02)
+        assert means["loss"] == pytest.approx(1.02)
+        assert means["vlb_last_step"] == pytest.approx(721.0)
