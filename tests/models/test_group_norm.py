@@ -24,7 +24,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 3),
     channels=st.sampled_from([4, 32, 48, 96]),
@@ -63,8 +63,10 @@ def test_values_and_gradients_are_those_of_the_definition(n, channels, size, ada
 
     bound = 1e-4 if dtype == torch.float32 else 0.015
     assert relative_error(y, expected.detach()) < bound
-    for tensor, reference in list(zip(own, exact, strict=True))[: 5 if adaptive else 3]:
-        assert relative_error(tensor.grad, reference.grad) < bound
+    assert relative_error(x.grad, exact[0].grad) < bound
+    for tensor, reference in list(zip(own, exact, strict=True))[1 : 5 if adaptive else 3]:
+        # sums over positions of terms of either sign may cancel: `grad.norm()` is the size that they have by chance
+        assert (tensor.grad - reference.grad).norm() < bound * max(reference.grad.norm(), grad.double().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
