@@ -2,7 +2,7 @@
 
 python sample.py --class creme_brulee              16 images from the newest run
 python sample.py --class all --n 4 --run runs/hybrid --sampler ddim --sampling-steps 50 --guidance-scale 1.5
-torchrun --nproc-per-node 8 sample.py ...          the same images, from several GPUs
+torchrun --nproc-per-node 8 -- sample.py ...       the same images, from several GPUs
 """
 
 from __future__ import annotations
@@ -11,18 +11,12 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from improved_diffusion.errors import UserError, user_errors_exit
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="sample.py", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0])
     parser.add_argument("--class", dest="class_name", default="all", help="a class name, or all (default: all)")
     parser.add_argument("--run", help="run directory (default: the newest run, or else the model that ships)")
     parser.add_argument("--checkpoint", help="best, latest or step_0015000.pt (default: best, or else latest)")

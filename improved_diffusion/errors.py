@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Bad input. The message is one line that says what is wrong, where, and what to do about it."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One whose complaint about a flag is one line too, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 @contextlib.contextmanager

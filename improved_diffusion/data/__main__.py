@@ -5,18 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from improved_diffusion.data.packing import PackedSplit, check_free, pack, pack_synthetic
 from improved_diffusion.data.sources import folder_source, food101_source
-from improved_diffusion.errors import UserError, user_errors_exit
+from improved_diffusion.errors import ArgumentParser, user_errors_exit
 
 LISTED_BROKEN = 10
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
 def positive(text: str) -> int:
@@ -35,7 +29,7 @@ def at_least(least: int, text: str) -> int:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m improved_diffusion.data", description="Pack images into one memory-mapped array.")
+    parser = ArgumentParser(prog="python -m improved_diffusion.data", description="Pack images into one memory-mapped array.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{food101,folder,synthetic}")
 
     food101 = commands.add_parser("food101", help="Food101 from torchvision, with its official train and test splits")

@@ -84,7 +84,7 @@ def start_script() -> Iterator[Callable[..., subprocess.Popen]]:
     def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
         command = [sys.executable]
         if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
         process = subprocess.Popen(
             [*command, *map(str, arguments)],
             cwd=PROJECT,
