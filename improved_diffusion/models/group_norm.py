@@ -23,13 +23,14 @@ class GroupNorm(nn.GroupNorm):
         # CUDA autocast would make float32 of bfloat16 activations here: twice the memory traffic, for kernels that
         # accumulate in float32 anyway.
         with torch.autocast(x.device.type, enabled=False):
-            if scale is None:
-                weight, bias = self.weight[None], self.bias[None]
-            else:  # one affine map in place of two
+            weight, bias = self.weight, self.bias
+            if scale is not None:  # one affine map in place of two
                 gain = 1 + scale.float()
-                weight, bias = self.weight * gain, self.bias * gain + shift.float()
+                weight, bias = weight * gain, bias * gain + shift.float()
             if x.device.type == "cpu" and x.dtype == torch.bfloat16:
                 return _GroupNormBF16.apply(x, weight, bias, self.num_groups, self.eps)
+            if scale is None:
+                return F.group_norm(x, self.num_groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
             x_hat = F.group_norm(x, self.num_groups, eps=self.eps)
             return torch.addcmul(_over_positions(bias, x), x_hat, _over_positions(weight, x))
 
@@ -41,15 +42,19 @@ class _GroupNormBF16(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        """`x`: (N, C, H, W). `weight`, `bias`: float32 (N or 1, C)."""
+        """`x`: (N, C, H, W). `weight`, `bias`: float32, (C,) or (N, C)."""
         n, c, h, w = x.shape
+        of_all = weight.dim() == 1
+        common = (weight, bias) if of_all else (torch.ones_like(weight[0]), torch.zeros_like(bias[0]))
         # For maps below 1024 pixels PyTorch's kernel takes another path, which is slower than going through float32.
-        x_hat, mean, rstd = torch.native_group_norm(
-            x if h * w >= 1024 else x.float(), None, None, n, c, h * w, groups, eps
+        y, mean, rstd = torch.native_group_norm(
+            x if h * w >= 1024 else x.float(), *common, n, c, h * w, groups, eps
         )
-        ctx.save_for_backward(x, weight, mean.float(), rstd.float())
-        x_hat = x_hat.to(x.dtype)
-        return torch.addcmul(_over_positions(bias, x), x_hat, _over_positions(weight, x), out=x_hat)
+        y = y.to(x.dtype)
+        if not of_all:
+            torch.addcmul(_over_positions(bias, x), y, _over_positions(weight, x), out=y)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,7 +67,7 @@ class _GroupNormBF16(torch.autograd.Function):
         """
         x, weight, mean, rstd = ctx.saved_tensors
         n, channels, height, width = x.shape
-        grouped = (-1, mean.shape[1], channels // mean.shape[1])  # (N or 1, groups, channels of one)
+        grouped = (-1, mean.shape[1], channels // mean.shape[1])  # (N, groups, channels of one)
         mean, rstd, gain = mean[..., None], rstd[..., None], weight.reshape(grouped)
 
         grad_bias = grad.sum((2, 3)).float().reshape(grouped)
@@ -78,5 +83,5 @@ class _GroupNormBF16(torch.autograd.Function):
 
 
 def _over_positions(per_channel: Tensor, x: Tensor) -> Tensor:
-    """(N or 1, C) -> (N or 1, C, 1, 1), in the type of `x`."""
+    """(N, C) -> (N, C, 1, 1), in the type of `x`."""
     return per_channel.to(x.dtype)[:, :, None, None]

@@ -77,18 +77,18 @@ class Attention(nn.Module):
         n, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)  # a view where x is channels_last
         qkv = self.qkv(tokens).reshape(n, h * w, self.num_heads, 3, c // self.num_heads)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each (N, heads, H * W, C / heads)
-        tokens = attend(q, k, v).transpose(1, 2).reshape(n, h * w, c)
-        return x + self.out(tokens).reshape(n, h, w, c).permute(0, 3, 1, 2)
+        tokens = self.out(attend(qkv).reshape(n, h * w, c))
+        return x + tokens.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention of (N, heads, positions, channels)."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
-    # PyTorch's CPU kernel is twice as fast in float32 as in bfloat16, forwards and backwards together.
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+def attend(qkv: Tensor) -> Tensor:
+    """Scaled dot-product attention: (N, positions, heads, 3, channels) -> (N, positions, heads, channels)."""
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+        # PyTorch's CPU kernel is twice as fast in float32, forwards and backwards together.
+        with torch.autocast("cpu", enabled=False):
+            return attend(qkv.float()).to(qkv.dtype)
+    q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each (N, heads, positions, channels)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class Downsample(nn.Module):
