@@ -106,7 +106,8 @@ def test_ddim_errs_by_the_angles_that_it_cuts(analytic_gaussian, schedule, mean,
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_keeps_the_marginals_for_every_eta(eta):
-    """Where x_0 is known, every x_t is N(sqrt(abar_t) x_0, 1 - abar_t), if x_T is (Song et al. 2020, lemma 1)."""
+    """Where x_0 is known, every x_t is N(sqrt(abar_t) x_0, 1 - abar_t), if x_T is (Song et al. 2020, lemma 1), of
+    which the last draw made up sigma^2 = eta^2 (1 - abar_t) / (1 - abar_{t+1}) (1 - abar_{t+1} / abar_t)."""
     schedule, x_start = respace(cosine_schedule(1000), evenly_spaced(1000, 20)), 0.6
     seen = {}
 
@@ -123,7 +124,12 @@ def test_ddim_keeps_the_marginals_for_every_eta(eta):
     for t, x_t in seen.items():
         abar = schedule.alphas_cumprod[t].item()
         assert x_t[-1].item() == pytest.approx(math.sqrt(abar) * x_start)
-        assert (x_t[:-1] - x_t[-1]).square().sum().item() == pytest.approx(1 - abar)
+        gains = x_t[:-1] - x_t[-1]
+        assert gains.square().sum().item() == pytest.approx(1 - abar)
+        if t < 19:
+            later = schedule.alphas_cumprod[t + 1].item()
+            sigma = eta * math.sqrt((1 - abar) / (1 - later) * (1 - later / abar))
+            assert gains[19 - t].item() == pytest.approx(sigma)
     torch.testing.assert_close(samples, torch.full_like(samples, x_start))
 
 
