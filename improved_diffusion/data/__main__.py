@@ -29,7 +29,8 @@ def at_least(least: int, text: str) -> int:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="python -m improved_diffusion.data", description="Pack images into one memory-mapped array.")
+    about = "Pack images into one memory-mapped array."
+    parser = ArgumentParser(prog="python -m improved_diffusion.data", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{food101,folder,synthetic}")
 
     food101 = commands.add_parser("food101", help="Food101 from torchvision, with its official train and test splits")

@@ -25,7 +25,11 @@ def bound_term(schedule: NoiseSchedule, x_start: Tensor, x_t: Tensor, t: Tensor,
     true_mean = process.q_posterior_mean(schedule, x_start, x_t, t)
     true_log_variance = process.at(schedule.posterior_log_variance, t, x_t)
     divergence = gaussian_kl(true_mean, true_log_variance, mean, prediction.log_variance)
-    decoder = -discretized_gaussian_log_likelihood(x_start, mean, prediction.log_variance)
+    # Where t > 0 the decoder is not used, but a NaN in its gradient would be: there it gets harmless arguments.
+    first = (t == 0).view(-1, *(1,) * (x_t.ndim - 1))
+    decoder = -discretized_gaussian_log_likelihood(
+        x_start, torch.where(first, mean, x_start), torch.where(first, prediction.log_variance, 0.0)
+    )
     return torch.where(t == 0, to_bits_per_dim(decoder), to_bits_per_dim(divergence))
 
 

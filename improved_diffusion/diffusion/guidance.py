@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from improved_diffusion.diffusion import process
 from improved_diffusion.diffusion.denoiser import Denoiser, Prediction
 
 
@@ -31,7 +30,12 @@ class ClassifierFreeGuidance:
             raise ValueError("guidance needs classes")
         labels = torch.cat([y, torch.full_like(y, self.null_class)])
         both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), labels)
-        with_class, without_class = both.eps.chunk(2)
-        eps = without_class + self.scale * (with_class - without_class)
-        x_start = process.x_start_from_eps(self.schedule, x_t, t, eps)
-        return Prediction(x_start, eps, both.log_variance.chunk(2)[0])
+        return Prediction(
+            self._extrapolate(both.x_start),  # linear in eps, so the same combination
+            self._extrapolate(both.eps),
+            both.log_variance.chunk(2)[0],
+        )
+
+    def _extrapolate(self, both: Tensor) -> Tensor:
+        with_class, without_class = both.chunk(2)
+        return without_class + self.scale * (with_class - without_class)

@@ -6,15 +6,13 @@ noise, (N, C, H, W); `draw_noise` returns fresh noise of that shape, and is call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from improved_diffusion.diffusion import process
 from improved_diffusion.diffusion.denoiser import Denoiser
-
-Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @torch.no_grad()

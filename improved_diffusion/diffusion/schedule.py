@@ -19,17 +19,19 @@ MAX_BETA = 0.999  # keeps the last step of the cosine schedule from being singul
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A forward process, given by its betas.
+    """A forward process, given by its alphas_cumprod, from which everything else follows.
+
+    Not by its betas: where alphas_cumprod is as small as 1e-17, 1 - beta has no digits left to give it back.
 
     `original_timesteps` are the timesteps that a network is told about: 0..T-1, or the subset of them that a
     respaced schedule kept; `original_length` is the T that they count up to.
     """
 
-    betas: Tensor
+    alphas_cumprod: Tensor
     original_timesteps: Tensor
     original_length: int
 
-    alphas_cumprod: Tensor = dataclasses.field(init=False)
+    betas: Tensor = dataclasses.field(init=False)
     alphas_cumprod_prev: Tensor = dataclasses.field(init=False)
     posterior_mean_coef1: Tensor = dataclasses.field(init=False)
     posterior_mean_coef2: Tensor = dataclasses.field(init=False)
@@ -38,17 +40,19 @@ class NoiseSchedule:
     fixed_large_variance: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        betas = self.betas
-        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas <= 1)).all()):
-            raise ValueError("betas must be a non-empty vector of values in (0, 1]")
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        alphas_cumprod = self.alphas_cumprod
+        if alphas_cumprod.ndim != 1 or not 0 < len(alphas_cumprod) == len(self.original_timesteps):
+            raise ValueError("alphas_cumprod must be a vector with a value for each original timestep, at least one")
         previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+        if not bool(((alphas_cumprod >= 0) & (alphas_cumprod < previous)).all()):
+            raise ValueError("alphas_cumprod must fall from below 1, and not below 0")
+        betas = 1 - alphas_cumprod / previous
         # q(x_{t-1} | x_t, x_0) = N(coef1 x_0 + coef2 x_t, variance): DDPM, equations 6 and 7.
         posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
         # The variance at t = 0 is 0; its logarithm takes the value at t = 1 (or beta, where there is no t = 1).
         after_first = torch.cat([posterior_variance[1:2] if len(betas) > 1 else betas, posterior_variance[1:]])
         tables = {
-            "alphas_cumprod": alphas_cumprod,
+            "betas": betas,
             "alphas_cumprod_prev": previous,
             "posterior_mean_coef1": betas * previous.sqrt() / (1 - alphas_cumprod),
             "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
@@ -60,15 +64,15 @@ class NoiseSchedule:
             object.__setattr__(self, name, table)
 
     def __len__(self) -> int:
-        return len(self.betas)
+        return len(self.alphas_cumprod)
 
     def to(self, device: torch.device | str) -> NoiseSchedule:
         """The same schedule with its tables on `device`."""
-        return NoiseSchedule(self.betas.to(device), self.original_timesteps.to(device), self.original_length)
+        return NoiseSchedule(self.alphas_cumprod.to(device), self.original_timesteps.to(device), self.original_length)
 
 
 def _schedule(betas: Tensor) -> NoiseSchedule:
-    return NoiseSchedule(betas, torch.arange(len(betas)), len(betas))
+    return NoiseSchedule(torch.cumprod(1 - betas, dim=0), torch.arange(len(betas)), len(betas))
 
 
 def cosine_schedule(timesteps: int, s: float = 0.008) -> NoiseSchedule:
@@ -84,7 +88,7 @@ def cosine_schedule(timesteps: int, s: float = 0.008) -> NoiseSchedule:
 
 
 def linear_schedule(timesteps: int) -> NoiseSchedule:
-    """The linear schedule of DDPM, 1e-4 to 0.02 at T = 1000, scaled by 1000 / T so that any T ends in noise.
+    """The linear schedule of DDPM, 1e-4 to 0.02 at T = 1000, scaled by 1000 / T so that any T > 1 ends in noise.
 
     The scaled betas pass 1 where T < 20, so they are capped at 0.999 as the cosine schedule's are.
 
@@ -109,12 +113,11 @@ def respace(schedule: NoiseSchedule, timesteps: Sequence[int] | Tensor) -> Noise
     Raises:
         ValueError: `timesteps` is empty, not increasing, or out of range.
     """
-    kept = torch.as_tensor(timesteps, dtype=torch.int64, device=schedule.betas.device)
-    if kept.ndim != 1 or len(kept) == 0 or kept[0] < 0 or kept[-1] >= len(schedule) or bool((kept.diff() <= 0).any()):
-        raise ValueError(f"respacing needs increasing timesteps between 0 and {len(schedule) - 1}")
-    alphas_cumprod = schedule.alphas_cumprod[kept]
-    previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    return NoiseSchedule(1 - alphas_cumprod / previous, schedule.original_timesteps[kept], schedule.original_length)
+    kept = torch.as_tensor(timesteps, device=schedule.alphas_cumprod.device)
+    increasing = kept.ndim == 1 and len(kept) > 0 and not kept.is_floating_point() and bool((kept.diff() > 0).all())
+    if not increasing or kept[0] < 0 or kept[-1] >= len(schedule):
+        raise ValueError(f"respacing needs increasing timesteps, integers from 0 to {len(schedule) - 1}")
+    return NoiseSchedule(schedule.alphas_cumprod[kept], schedule.original_timesteps[kept], schedule.original_length)
 
 
 def evenly_spaced(length: int, steps: int) -> list[int]:

@@ -5,6 +5,7 @@ Sampling takes the generator; a sampler that learns keeps its history in `state_
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -80,7 +81,7 @@ class LossSecondMomentTimesteps:
         """p_t, float64 (T,)."""
         if bool((self.counts < self.history_length).any()):
             return torch.full((self.timesteps,), 1 / self.timesteps, dtype=torch.float64)
-        moments = self.losses.square().mean(1).sqrt()
+        moments = self.losses.square().mean(1).sqrt().clamp(min=1e-12)
         if self.timesteps > 1:
             moments[-1] = moments[-1].clamp(max=moments[:-1].max())
         p = moments / moments.sum()
@@ -93,6 +94,8 @@ class LossSecondMomentTimesteps:
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            if not math.isfinite(loss):  # the run stops by itself; the history must not be spoilt for its resume
+                continue
             self.losses[step] = self.losses[step].roll(-1)
             self.losses[step, -1] = loss
             self.counts[step] = min(int(self.counts[step]) + 1, self.history_length)
@@ -101,6 +104,8 @@ class LossSecondMomentTimesteps:
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state["losses"].shape != self.losses.shape:
+            raise ValueError(f"a history of {len(state['losses'])} timesteps cannot serve {self.timesteps}")
         self.losses.copy_(state["losses"])
         self.counts.copy_(state["counts"])
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from improved_diffusion.diffusion.denoiser import DiscreteDenoiser
@@ -27,9 +27,7 @@ def names():
 @st.composite
 def schedules_and_subsets(draw):
     timesteps = draw(st.integers(1, 300))
-    # Between, the capped linear betas leave alphas_cumprod below 1e-15, which 1 - beta of a long step cannot hold.
     name = draw(names())
-    assume(name == "cosine" or not 6 <= timesteps < 20)
     subset = sorted(draw(st.sets(st.integers(0, timesteps - 1), min_size=1)))
     return SCHEDULES[name](timesteps), subset
 
@@ -43,7 +41,8 @@ def test_cosine_betas(timesteps):
     betas = cosine_schedule(timesteps).betas
     assert betas.dtype == torch.float64
     np.testing.assert_allclose(betas, expected, rtol=1e-9)
-    assert (betas == 0.999).nonzero().flatten().tolist() == [timesteps - 1]  # only the last is capped
+    capped = np.isclose(betas, 0.999, rtol=1e-12, atol=0)
+    assert capped.nonzero()[0].tolist() == [timesteps - 1]  # only the last
 
 
 @pytest.mark.parametrize(("timesteps", "last"), [(1000, 2.43e-9), (200, 6.07e-8)])
@@ -115,7 +114,7 @@ def test_variances_at_the_first_timestep(name, timesteps):
 def test_respaced_process_has_the_same_marginals(case):
     schedule, subset = case
     respaced = respace(schedule, subset)
-    np.testing.assert_allclose(respaced.alphas_cumprod, schedule.alphas_cumprod[subset], rtol=1e-3, atol=1e-15)
+    np.testing.assert_allclose(respaced.alphas_cumprod, schedule.alphas_cumprod[subset], rtol=1e-12)
     np.testing.assert_allclose(1 - respaced.alphas_cumprod, 1 - schedule.alphas_cumprod[subset], rtol=1e-9)
     # A long step is the product of the short ones between.
     for k, (start, end) in enumerate(zip([-1, *subset[:-1]], subset, strict=True)):
@@ -177,10 +176,12 @@ def test_one_step(sampler, timesteps, name):
 
 
 @pytest.mark.parametrize(
-    "bad", [[], [-1, 2], [3, 10], [10], [2, 2], [3, 1], 4, [[1, 2]]], ids=lambda bad: str(bad).replace(" ", "")
+    "bad",
+    [[], [-1, 2], [3, 10], [10], [2, 2], [3, 1], 4, [[1, 2]], [0.5, 2.0]],
+    ids=lambda bad: str(bad).replace(" ", ""),
 )
 def test_respacing_rejects_timesteps_that_do_not_fit(bad):
-    with pytest.raises(ValueError, match="increasing timesteps between 0 and 9"):
+    with pytest.raises(ValueError, match="increasing timesteps, integers from 0 to 9"):
         respace(cosine_schedule(10), bad)
 
 
@@ -212,16 +213,21 @@ def test_schedule_needs_a_timestep(make, timesteps):
         make(timesteps)
 
 
-@pytest.mark.parametrize("betas", [[], [0.0, 0.1], [0.1, 1.1], [-0.1], [float("nan")], [[0.1]]], ids=str)
-def test_schedule_rejects_betas_that_are_no_variances(betas):
-    with pytest.raises(ValueError, match="betas"):
-        NoiseSchedule(torch.tensor(betas, dtype=torch.float64), torch.arange(len(betas)), len(betas))
+@pytest.mark.parametrize("abar", [[], [1.0, 0.5], [0.5, 0.5], [0.5, -0.1], [float("nan")], [[0.1]]], ids=str)
+def test_schedule_rejects_what_is_no_decay_of_a_signal(abar):
+    with pytest.raises(ValueError, match="alphas_cumprod"):
+        NoiseSchedule(torch.tensor(abar, dtype=torch.float64), torch.arange(len(abar)), len(abar))
+
+
+def test_schedule_rejects_original_timesteps_of_another_length():
+    with pytest.raises(ValueError, match="original timestep"):
+        NoiseSchedule(torch.tensor([0.9, 0.5], dtype=torch.float64), torch.arange(3), 3)
 
 
 def test_zero_terminal_signal_is_a_schedule():
     """A last beta of 1 leaves pure noise (for v or x_0 prediction): its posterior forgets x_t."""
-    schedule = NoiseSchedule(torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64), torch.arange(3), 3)
-    assert schedule.alphas_cumprod[-1] == 0
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.45, 0.0], dtype=torch.float64), torch.arange(3), 3)
+    assert schedule.betas[-1] == 1
     assert schedule.posterior_mean_coef2[-1] == 0
     assert schedule.posterior_variance[-1].item() == pytest.approx(1 - 0.9 * 0.5)
 
