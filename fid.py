@@ -64,7 +64,8 @@ def main() -> None:
     if not isinstance(fake, FeatureStatistics):
         fake = compute_statistics(fake, extractor, arguments.batch_size)[arguments.features]
     result = fid(real, fake)
-    print(f"{result.metric} {result.value:.4f}  ({result.n_real} real images, {result.n_fake} fake)")
+    n_real, n_fake = ("?" if n is None else f"{n:,}" for n in (result.n_real, result.n_fake))
+    print(f"{result.metric} {result.value:.4f}  ({n_real} real images, {n_fake} fake)")
     if arguments.json:
         with atomic_write(arguments.json) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.frechet import frechet_distance
-from improved_diffusion.metrics.sources import Source, open_source
+from improved_diffusion.metrics.sources import StoredSource, open_source
 from improved_diffusion.metrics.statistics import (
     FeatureStatistics,
     is_statistics_file,
@@ -62,7 +62,7 @@ def fid(real: FeatureStatistics, fake: FeatureStatistics) -> FID:
     )
 
 
-def open_images_or_statistics(path: Path | str) -> Source | FeatureStatistics:
+def open_images_or_statistics(path: Path | str) -> StoredSource | FeatureStatistics:
     """Whatever lies at `path`: any source of images, or saved statistics.
 
     Raises:

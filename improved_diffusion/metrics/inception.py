@@ -26,19 +26,20 @@ class Inception(nn.Sequential):
     """
 
     def __init__(self, features: Iterable[int]):
-        self.features = tuple(sorted(set(features)))
+        size_at = {FEATURE_LAYERS[size]: size for size in features}
         layers = trunk()
-        names = list(layers)
-        depth = names.index(FEATURE_LAYERS[self.features[-1]]) + 1
-        super().__init__(OrderedDict((name, layers[name]) for name in names[:depth]))
+        depth = max(list(layers).index(name) for name in size_at) + 1
+        super().__init__(OrderedDict(list(layers.items())[:depth]))
+        self.size_at = size_at
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """Images (N, 3, 299, 299), scaled by (x - 128) / 128, to {size: features (N, size)}."""
-        outputs = {}
+        """Images (N, 3, 299, 299), scaled by (x - 128) / 128, to {size: features (N, size)}, in order of size."""
+        features = {}
         for name, layer in self.named_children():
             x = layer(x)
-            outputs[name] = x.mean(dim=(2, 3)) if name in FEATURE_LAYERS.values() else None
-        return {size: outputs[FEATURE_LAYERS[size]] for size in self.features}
+            if name in self.size_at:
+                features[self.size_at[name]] = x.mean(dim=(2, 3))
+        return features
 
 
 def trunk() -> dict[str, nn.Module]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -26,6 +27,27 @@ from improved_diffusion.run_directory import is_run_directory
 ARRAY_KEYS = ("arr_0", "images")  # of an .npz: numpy's default name, and the obvious one
 MAX_BROKEN = 0.02  # of the images in a folder or zip; beyond it the set is not the one that was meant
 DECODE_AHEAD = 64  # images that wait, decoded, for the network
+
+
+class Source(Protocol):
+    """Images to measure. Anything with these three will do: a model that generates them, for one."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """uint8 (n, H, W, 3) with n about `batch_size`; H and W may change from batch to batch."""
+
+
+class StoredSource(Source, Protocol):
+    """Images that lie somewhere, so that what is measured on them can be kept."""
+
+    @property
+    def content_hash(self) -> str:
+        """Changes with the images and with nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +171,7 @@ class FileSource:
             return "unreadable"
 
 
-Source = ArraySource | FileSource
-
-
-def open_source(path: Path | str) -> Source:
+def open_source(path: Path | str) -> StoredSource:
     """The images at `path`: an image folder, a zip of images, a packed set, or an .npy or .npz of uint8 (N, H, W, 3).
 
     Raises:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from improved_diffusion.files import atomic_write
 from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.metrics.extractor import FeatureExtractor, FeatureSettings
 from improved_diffusion.metrics.moments import Moments
-from improved_diffusion.metrics.sources import ARRAY_KEYS, Source
+from improved_diffusion.metrics.sources import ARRAY_KEYS, Source, StoredSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ def compute_statistics(
 
 
 def reference_statistics(
-    source: Source, extractor: FeatureExtractor, batch_size: int | None = None
+    source: StoredSource, extractor: FeatureExtractor, batch_size: int | None = None
 ) -> dict[int, FeatureStatistics]:
     """`compute_statistics`, kept in the cache directory under the set's content and every setting of the features."""
     files = {size: _cache_file(source, extractor.settings(size)) for size in extractor.features}
@@ -113,12 +114,15 @@ def reference_statistics(
         except UserError:  # a damaged cache is no one's fault: write it anew
             pass
     statistics = compute_statistics(source, extractor, batch_size)
-    for size, file in files.items():
-        statistics[size].save(file)
+    try:
+        for size, file in files.items():
+            statistics[size].save(file)
+    except UserError as error:  # a full or read-only disk: what was measured is measured all the same
+        warnings.warn(f"the statistics of {source.name} are not cached: {error}", stacklevel=2)
     return statistics
 
 
-def _cache_file(source: Source, settings: FeatureSettings) -> Path:
+def _cache_file(source: StoredSource, settings: FeatureSettings) -> Path:
     key = json.dumps({"content": source.content_hash, **dataclasses.asdict(settings)}, sort_keys=True)
     name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     return cache_directory() / "statistics" / name

@@ -188,7 +188,7 @@ def find_weights() -> Path:
     try:
         download(DOWNLOAD_URL, cached, DOWNLOAD_SHA256)
         return cached
-    except DownloadError as error:
+    except (DownloadError, UserError) as error:
         packaged = packaged_weights()
         if packaged is None:
             raise UserError(
@@ -206,15 +206,15 @@ def packaged_weights() -> Path | None:
 
 
 class DownloadError(Exception):
-    """The file could not be fetched whole; the message is one line."""
+    """The file could not be fetched whole and unchanged; the message is one line."""
 
 
 def download(url: str, path: Path, sha256: str) -> None:
     """Fetch `url` to `path`, whole or not at all.
 
     Raises:
-        DownloadError: no connection, or a broken one.
-        UserError: what came has another SHA-256, or `path` cannot be written.
+        DownloadError: no connection, a broken one, or what came has another SHA-256.
+        UserError: `path` cannot be written.
     """
     with atomic_write(path) as temporary:
         digest = hashlib.sha256()
@@ -223,10 +223,7 @@ def download(url: str, path: Path, sha256: str) -> None:
                 file.write(chunk)
                 digest.update(chunk)
         if digest.hexdigest() != sha256:
-            raise UserError(
-                f"what {url} sent fails its hash (SHA-256 {digest.hexdigest()[:16]}..., expected {sha256[:16]}...): "
-                f"a proxy may have answered; fetch it by hand to {path}"
-            )
+            raise DownloadError(f"what {url} sent fails its hash (SHA-256 {digest.hexdigest()[:16]}...)")
 
 
 def _fetch(url: str) -> Iterator[bytes]:

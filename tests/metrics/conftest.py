@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import matplotlib.cbook
@@ -31,7 +32,9 @@ def weights() -> Path:
 @pytest.fixture(scope="session")
 def torchscript(weights: Path) -> torch.nn.Module:
     """The packaged network, an implementation that this project has no part in."""
-    return torch.jit.load(weights).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit
+        return torch.jit.load(weights).eval()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,14 @@ import torch
 from PIL import Image
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics import FeatureStatistics, compute_statistics, fid, metric_name, reference_statistics
+from improved_diffusion.metrics import (
+    FeatureExtractor,
+    FeatureStatistics,
+    compute_statistics,
+    fid,
+    metric_name,
+    reference_statistics,
+)
 from improved_diffusion.metrics.extractor import FeatureSettings
 from improved_diffusion.metrics.sources import ArraySource
 from improved_diffusion.metrics.statistics import is_statistics_file
@@ -52,8 +59,6 @@ def test_several_sizes_in_one_pass(extractor, extractor64, photos):
 
 
 def test_features_that_are_not_finite_name_the_set(weights, photos):
-    from improved_diffusion.metrics import FeatureExtractor
-
     broken = FeatureExtractor((64,), weights=weights)
     broken.network.Conv2d_1a_3x3.bias[0] = float("nan")
     with pytest.raises(UserError, match=r"photos: .* NaN"):
@@ -128,6 +133,12 @@ def test_a_damaged_cache_is_written_anew(extractor64, photos, cache):
     file.write_bytes(file.read_bytes()[:1000])
     assert torch.equal(reference_statistics(source, extractor64)[64].cov, first.cov)
     assert torch.equal(reference_statistics(source, Unusable(extractor64))[64].cov, first.cov)
+
+
+def test_a_cache_that_cannot_be_written_costs_only_a_warning(extractor64, photos, cache):
+    cache.write_text("a file where the directory should be")
+    with pytest.warns(UserWarning, match="not cached"):
+        assert reference_statistics(ArraySource("photos", photos), extractor64)[64].n == 12
 
 
 @pytest.mark.parametrize(("features", "name"), [(64, "FID64"), (192, "FID192"), (768, "FID768"), (2048, "FID")])

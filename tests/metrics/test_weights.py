@@ -66,7 +66,7 @@ def test_a_failed_download_leaves_nothing(server, tmp_path, path):
 
 
 def test_a_download_that_fails_its_hash_is_refused(server, tmp_path):
-    with pytest.raises(UserError, match="fails its hash"):
+    with pytest.raises(w.DownloadError, match="fails its hash"):
         w.download(f"{server}/file", tmp_path / "new" / "weights", "0" * 64)
     assert left_in(tmp_path / "new") == []
 
@@ -86,6 +86,18 @@ def test_then_the_download_which_fills_the_cache(cache, server, monkeypatch):
 
 
 def test_then_the_package(weights, unreachable):
+    assert w.find_weights() == weights
+
+
+def test_a_download_that_is_not_the_weights_is_passed_over(weights, cache, server, monkeypatch):
+    monkeypatch.setattr(w, "DOWNLOAD_URL", f"{server}/file")
+    assert w.find_weights() == weights
+    assert left_in(cache / "weights") == []
+
+
+def test_a_cache_that_cannot_be_written_is_passed_over(weights, cache, server, monkeypatch):
+    cache.write_text("a file where the directory should be")
+    monkeypatch.setattr(w, "DOWNLOAD_URL", f"{server}/file")
     assert w.find_weights() == weights
 
 
