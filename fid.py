@@ -7,19 +7,13 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
-from improved_diffusion.errors import UserError, user_errors_exit
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see `{self.prog} --help`)")
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
+    parser = ArgumentParser(
         description="Fréchet Inception distance between two sets of images.",
         epilog="REAL and FAKE are each an image folder, a zip of images, a packed set, an .npy or .npz of uint8 images "
         "(N, H, W, 3), or an .npz of saved statistics (mu, sigma). Statistics of REAL are cached in "
