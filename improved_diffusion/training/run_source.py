@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from improved_diffusion.data import ImageSet
+from improved_diffusion.data.image_set import is_image_set, open_image_set
 from improved_diffusion.errors import UserError
+from improved_diffusion.metrics import FeatureStatistics
+from improved_diffusion.metrics.fid import open_images_or_statistics
 from improved_diffusion.training.generate import LoadedModel, SampleKey, generate, load_model, model_denoiser
 
 
@@ -17,14 +19,14 @@ class RunSource:
     """Generated images, sampled as the run's own settings say; a source for `improved_diffusion.metrics`.
 
     Args:
-        path: the run directory; its best checkpoint, or else its latest.
+        model: from `load_model`.
         counts: images of each class, in the order of the model's classes.
         device: where to generate.
         seed: of the images.
     """
 
     def __init__(self, model: LoadedModel, counts: Sequence[int], device: torch.device, seed: int = 0):
-        self.name = f"{model.checkpoint} ({model.config.sampling.sampler})"
+        self.name = str(model.checkpoint)
         self.model = model
         self.device = device
         # Class by class within a number, so that a part of the images is balanced too.
@@ -39,35 +41,48 @@ class RunSource:
         return len(self.keys)
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """uint8 (n, H, W, 3), in the run's own batch size, which is set by the memory that sampling needs."""
+        """uint8 (n, H, W, 3) with n at most `batch_size`; drawn in the run's own batches, as big as memory allows."""
         sampling = self.model.config.sampling
         denoiser = model_denoiser(self.model, sampling, self.device)
         for _, images in generate(denoiser, self.keys, self.model.config, sampling, self.device):
-            yield images.cpu().numpy()
+            yield from (part.cpu().numpy() for part in images.split(batch_size))
 
 
 def run_source(
-    path: Path | str, reference: ImageSet | None, reference_count: int, device: torch.device, per_class: int | None
+    path: Path, reference: Path, device: torch.device | str, *, per_class: int | None, checkpoint: str | None
 ) -> RunSource:
-    """The images of a run to compare with a reference: as many of each class as the reference has, or `per_class`.
+    """The images of a run to compare with a reference.
 
     Args:
         path: the run directory.
-        reference: the packed set to compare with; None for images without classes, whose number, `reference_count`, is
-            then spread evenly over the model's classes.
+        reference: a packed set, of which each class gets as many images; or images or statistics without classes, whose
+            number is spread evenly over the model's.
+        device: where to generate.
+        per_class: generate so many of each class instead.
+        checkpoint: as for `load_model`.
 
     Raises:
         UserError: no run, or a reference of other classes than the model's.
     """
-    model = load_model(path, device)
+    device = torch.device(device)
+    model = load_model(path, device, checkpoint)
     classes = len(model.class_names) if model.config.model.class_conditional else 1
     if per_class is not None:
-        return RunSource(model, [per_class] * classes, device)
-    if reference is None or classes == 1:
-        return RunSource(model, [len(part) for part in np.array_split(np.arange(reference_count), classes)], device)
-    if reference.class_names != model.class_names:
-        raise UserError(
-            f"the classes of {reference.path} are not those of the run {path}: say how many images to generate of each "
-            "class with --per-class"
-        )
-    return RunSource(model, np.bincount(reference.labels, minlength=classes).tolist(), device)
+        if per_class < 1:
+            raise UserError(f"--per-class must be at least 1, not {per_class}")
+        counts = [per_class] * classes
+    elif is_image_set(reference) and classes > 1:
+        image_set = open_image_set(reference)
+        if image_set.class_names != model.class_names:
+            raise UserError(
+                f"the classes of {reference} are not those of the run {path}: say how many images to generate of each "
+                "class with --per-class"
+            )
+        counts = np.bincount(image_set.labels, minlength=classes).tolist()
+    else:
+        images = open_images_or_statistics(reference)
+        total = images.n if isinstance(images, FeatureStatistics) else len(images)
+        if total is None:
+            raise UserError(f"{reference} does not say of how many images it is: give a number with --per-class")
+        counts = [len(part) for part in np.array_split(np.arange(total), classes)]
+    return RunSource(model, counts, device)
