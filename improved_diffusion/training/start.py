@@ -26,6 +26,7 @@ from improved_diffusion.training.devices import Processes, arithmetic
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.trainer import Trainer
 
+FOOD101, SYNTHETIC = Path("data/food101-64"), Path("data/synthetic-64")
 SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS = 500, 100
 
 # What a resumed run may change; all else decides what the run computes.
@@ -47,26 +48,24 @@ class Defaults:
 
 def choose_defaults(loss: str | None, project: Path) -> Defaults:
     """The replication config where Food101 and a CUDA device are at hand, and the demo elsewhere."""
-    food101, synthetic = Path("data/food101-64"), Path("data/synthetic-64")
-    has_food101, has_cuda = is_image_set(food101), torch.cuda.is_available()
+    has_food101, has_cuda = is_image_set(FOOD101), torch.cuda.is_available()
     if has_food101 and has_cuda:
         name = "food101_mse.yaml" if loss == "mse" else "food101_hybrid.yaml"
-        return Defaults(project / "configs" / name, food101, f"{food101} is prepared and there is a CUDA device")
+        return Defaults(project / "configs" / name, FOOD101, f"{FOOD101} is prepared and there is a CUDA device")
     if has_food101:
-        return Defaults(project / "configs" / "demo.yaml", food101, "there is no CUDA device")
-    return Defaults(project / "configs" / "demo.yaml", synthetic, f"{food101} is not prepared")
+        return Defaults(project / "configs" / "demo.yaml", FOOD101, "there is no CUDA device")
+    return Defaults(project / "configs" / "demo.yaml", SYNTHETIC, f"{FOOD101} is not prepared")
 
 
 def with_data(config: Config, defaults: Defaults, processes: Processes) -> Config:
-    """The settings with the default data where they name none; the embedded set is drawn if it is not there yet."""
-    if config.data is not None:
-        return config
-    if not is_image_set(defaults.data):
+    """The settings with the default data where they name none. The embedded set is drawn if it is not there yet."""
+    data = Path(config.data) if config.data is not None else defaults.data
+    if data == SYNTHETIC and not data.exists():
         if processes.is_first:
-            print(f"drawing the embedded image set into {defaults.data}", flush=True)
-            pack_synthetic(defaults.data, SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS, seed=0)
+            print(f"drawing the embedded image set into {data}", flush=True)
+            pack_synthetic(data, SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS, seed=0)
         processes.wait()
-    return dataclasses.replace(config, data=str(defaults.data))
+    return dataclasses.replace(config, data=str(data))
 
 
 def new_run(out: str | None, config: Config, processes: Processes) -> RunDirectory:

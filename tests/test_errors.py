@@ -1,0 +1,234 @@
+"""Every mistake of a user's is one clear line and exit status 2; nothing is lost or half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_set) -> dict:
+    return {
+        "data": str(tiny_set),
+        "model": {
+            "image_size": 16,
+            "num_channels": 8,
+            "channel_multipliers": [1, 2],
+            "num_res_blocks": 1,
+            "attention_resolutions": [8],
+            "num_heads": 2,
+        },
+        "diffusion": {"timesteps": 10},
+        "training": {"steps": 2, "batch_size": 4, "save_every": 1},
+        "evaluation": {"every": 2, "features": None, "grid_columns": 1},
+    }
+
+
+@pytest.fixture
+def config(settings, tmp_path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished_run(settings, tmp_path_factory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "train.py", "--config", folder / "config.yaml", "--out", folder / "run"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def trained(finished_run, tmp_path) -> Path:
+    """A copy of it, to be spoilt."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def assert_refused(outcome, *words: str) -> None:
+    assert outcome.is_one_clear_line(), outcome
+    for word in words:
+        assert word in outcome.err, outcome.err
+
+
+def test_a_missing_config(run_script, tmp_path):
+    assert_refused(run_script("train.py", "--config", tmp_path / "nowhere.yaml"), "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["loss: [", "- 1\n- 2\n", "\x00\x01"])
+def test_a_config_that_is_no_yaml_mapping(run_script, tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert_refused(run_script("train.py", "--config", tmp_path / "bad.yaml"), "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lose": "mse"}, ["lose"]),
+        ({"training": {"larning_rate": 1}}, ["training", "larning_rate"]),
+        ({"training": {"lr": "fast"}}, ["training.lr", "fast"]),
+        ({"training": {"steps": 1.5}}, ["training.steps", "1.5"]),
+        ({"training": 5}, ["training"]),
+        ({"loss": "mean"}, ["loss", "mean"]),
+        ({"diffusion": {"timesteps": 0}}, ["diffusion.timesteps", "0"]),
+        ({"diffusion": {"timesteps": 10}, "sampling": {"steps": 11}}, ["sampling.steps", "11", "10"]),
+        ({"model": {"image_size": 16, "num_channels": 10, "num_heads": 4}}, ["model"]),
+        ({"model": {"image_size": 15}}, ["model"]),
+        ({"data": "nowhere"}, ["nowhere"]),
+        ({"sampling": {"guidance_scale": 2.0}}, ["guidance_scale", "class_dropout"]),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_be(run_script, settings, tmp_path, change, words):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({**settings, **change}))
+    outcome = run_script("train.py", "--config", file, "--out", tmp_path / "run")
+    assert_refused(outcome, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--training.lr=abc"], ["training.lr", "abc"]),
+        (["--training.larning=1"], ["larning"]),
+        (["--resume", "nowhere", "--out", "elsewhere"], ["--resume"]),
+        (["--diffusion.timesteps=0"], ["diffusion.timesteps"]),
+    ],
+)
+def test_flags_that_cannot_be(run_script, config, flags, words):
+    given = [] if "--resume" in flags else ["--config", config]
+    assert_refused(run_script("train.py", *given, *flags), *words)
+
+
+def test_an_image_set_whose_hash_does_not_match(run_script, config, tiny_set, tmp_path):
+    copy = tmp_path / "set"
+    shutil.copytree(tiny_set, copy)
+    images = np.load(copy / "images.npy", mmap_mode="r+")
+    images[0, 0, 0, 0] ^= 1
+    images.flush()
+    assert_refused(run_script("train.py", "--config", config, "--data", copy), "images.npy", "SHA-256")
+
+
+class TestRun:
+    def test_new_run_in_a_taken_directory(self, run_script, config, trained):
+        assert_refused(run_script("train.py", "--config", config, "--out", trained), str(trained), "--resume")
+
+    def test_resume_of_no_run(self, run_script, tmp_path):
+        assert_refused(run_script("train.py", "--resume", tmp_path / "nowhere"), "nowhere")
+        (tmp_path / "empty").mkdir()
+        assert_refused(run_script("train.py", "--resume", tmp_path / "empty"), "empty")
+
+    def test_resume_without_checkpoints(self, run_script, trained):
+        shutil.rmtree(trained / "checkpoints")
+        assert_refused(run_script("train.py", "--resume", trained), str(trained), "no checkpoints")
+
+    def test_resume_with_another_architecture(self, run_script, trained):
+        outcome = run_script("train.py", "--resume", trained, "--model.num_channels=16")
+        assert_refused(outcome, "model.num_channels", "16", "8")
+        text = (trained / "config.yaml").read_text()
+        (trained / "config.yaml").write_text(text.replace("num_channels: 8", "num_channels: 16"))
+        assert_refused(run_script("train.py", "--resume", trained), "another architecture")
+
+    def test_resume_on_other_images(self, run_script, trained, tiny_set):
+        outcome = run_script("train.py", "--resume", trained, "--data", tiny_set / "test")
+        assert_refused(outcome, "not the image set")
+
+    def test_a_checkpoint_cut_in_half(self, run_script, trained):
+        file = trained / "checkpoints" / "step_0000002.pt"
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        for script, flag in (("train.py", "--resume"), ("sample.py", "--run")):
+            assert_refused(run_script(script, flag, trained), str(file), "damaged", "step_0000001.pt")
+        outcome = run_script("train.py", "--resume", trained / "checkpoints" / "step_0000001.pt")
+        assert outcome.code == 0, outcome.err
+
+    def test_a_checkpoint_that_is_something_else(self, run_script, trained):
+        file = trained / "checkpoints" / "step_0000002.pt"
+        file.write_text("not a checkpoint")
+        assert_refused(run_script("sample.py", "--run", trained), str(file), "damaged")
+
+    def test_a_class_that_does_not_exist(self, run_script, trained):
+        outcome = run_script("sample.py", "--run", trained, "--class", "creme brule")
+        assert_refused(outcome, "creme brule", "near it: creme_brulee")
+
+    def test_more_sampling_steps_than_timesteps(self, run_script, trained):
+        assert_refused(run_script("sample.py", "--run", trained, "--sampling-steps", 11), "11", "10 timesteps")
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--n", 0],
+            ["--n", "x"],
+            ["--sampling-steps", 0],
+            ["--batch-size", 0],
+            ["--sampler", "x"],
+            ["--guidance-scale", 2],
+            ["--checkpoint", "step_0000007.pt"],
+            ["--seed", -1],
+        ],
+        ids=str,
+    )
+    def test_sampling_that_cannot_be(self, run_script, trained, flags, tmp_path):
+        assert_refused(run_script("sample.py", "--run", trained, "--out", tmp_path / "out", *flags))
+        assert not (tmp_path / "out").exists()
+
+    def test_a_disk_that_is_full(self, trained, tmp_path):
+        """A limit on the size of files is a full disk for who writes one."""
+        import resource
+
+        from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+
+        run = RunDirectory(trained)
+        before = sorted(run.checkpoints.iterdir())
+        state = read_checkpoint(run.latest_checkpoint())
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            with pytest.raises(UserError, match="could not write"):
+                run.save_checkpoint({**state, "step": 3}, keep=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert sorted(run.checkpoints.iterdir()) == before
+        assert read_checkpoint(run.latest_checkpoint())["step"] == 2
+
+
+def test_weights_that_fail_their_hash(run_script, tiny_set, config, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"not the weights")
+    outcome = run_script("fid.py", tiny_set, tiny_set / "test", "--weights", tmp_path / "weights.pth")
+    assert_refused(outcome, "weights.pth", "SHA-256")
+    flags = ["--evaluation.features=64", f"--evaluation.weights={tmp_path / 'weights.pth'}"]
+    assert_refused(run_script("train.py", "--config", config, "--out", tmp_path / "run", *flags), "weights.pth")
+
+
+def test_an_interruption_exits_130():
+    with pytest.raises(SystemExit) as stop, user_errors_exit():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+
+
+def test_a_message_of_several_lines_becomes_one(capsys):
+    with pytest.raises(SystemExit) as stop, user_errors_exit():
+        raise UserError("first\n  second")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_a_flag_that_does_not_exist():
+    with pytest.raises(UserError, match="--nonsense"):
+        ArgumentParser(prog="x").parse_args(["--nonsense"])
