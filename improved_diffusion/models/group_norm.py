@@ -70,14 +70,15 @@ class _GroupNormBF16(torch.autograd.Function):
         grouped = (-1, mean.shape[1], channels // mean.shape[1])  # (N, groups, channels of one)
         mean, rstd, gain = mean[..., None], rstd[..., None], weight.reshape(grouped)
 
+        product = grad * x
         grad_bias = grad.sum((2, 3)).float().reshape(grouped)
-        grad_weight = rstd * ((grad * x).sum((2, 3)).float().reshape(grouped) - mean * grad_bias)
+        grad_weight = rstd * (product.sum((2, 3)).float().reshape(grouped) - mean * grad_bias)
         count = grouped[2] * height * width
         a = rstd * gain
         b = -(rstd**2) * (gain * grad_weight).sum(2, keepdim=True) / count
         c = -rstd * (gain * grad_bias).sum(2, keepdim=True) / count - b * mean
         a, b, c = (_over_positions(v.expand_as(a).reshape(n, channels), x) for v in (a, b, c))
-        grad_x = torch.addcmul(c, x, b).addcmul_(grad, a)
+        grad_x = torch.addcmul(c, x, b, out=product).addcmul_(grad, a)
         grad_weight, grad_bias = (v.reshape(n, channels).sum_to_size(weight.shape) for v in (grad_weight, grad_bias))
         return grad_x, grad_weight, grad_bias, None, None
 

@@ -59,7 +59,7 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.scale_shift(embedding).chunk(2, dim=1)
         h = self.norm2(h, scale, shift)
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        return self.conv2(self.dropout(F.silu(h))).add_(self.skip(x))
 
 
 class Attention(nn.Module):
