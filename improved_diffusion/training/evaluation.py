@@ -138,13 +138,15 @@ class Evaluator:
             for class_index in range(self.rows)
         ]
         share = keys[processes.rank :: processes.world_size]
+        # All processes must ask together whether to stop, and some have one batch more than others.
+        batches_of_all = len(keys) // processes.world_size // config.sampling.batch_size
         shown: dict[SampleKey, np.ndarray] = {}
         moments = Moments(features) if features else None
         with tqdm(
             total=len(share), desc=f"evaluating step {step}", unit="image", leave=False, disable=not processes.is_first
         ) as bar:
-            for batch, images in generate(denoiser, share, config, config.sampling, device):
-                if processes.any(stop_requested()):
+            for index, (batch, images) in enumerate(generate(denoiser, share, config, config.sampling, device)):
+                if index < batches_of_all and processes.any(stop_requested()):
                     return None
                 if moments is not None:
                     measured = [key.number < counted for key in batch]

@@ -180,9 +180,7 @@ def test_attention_is_at_the_chosen_sizes_and_in_the_middle(chosen, num_res_bloc
 
 @pytest.mark.parametrize(("channels", "groups"), [(32, 32), (96, 32), (128, 32), (48, 16), (16, 16), (6, 2)])
 def test_groups_are_32_or_the_most_that_fit(channels, groups):
-    network = UNet(
-        image_size=8, num_channels=channels, channel_multipliers=(1,), attention_resolutions=(), num_heads=1
-    )
+    network = UNet(image_size=8, num_channels=channels, channel_multipliers=(1,), attention_resolutions=(), num_heads=1)
     assert network.output_norm.num_groups == groups
 
 
