@@ -17,6 +17,7 @@ from torch.nn.functional import mse_loss
 
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.unet import UNet
+from improved_diffusion.training.devices import use_huge_pages
 
 FORMATS = {"float32 NCHW": torch.contiguous_format, "bfloat16 channels_last": torch.channels_last}
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    use_huge_pages()  # as training does
 
     steps = {name: make_step(options, memory_format) for name, memory_format in FORMATS.items()}
     for step in steps.values():

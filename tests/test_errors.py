@@ -14,7 +14,6 @@ import yaml
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 
-
 PROJECT = Path(__file__).parent.parent
 
 

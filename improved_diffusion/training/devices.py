@@ -65,9 +65,15 @@ class Processes:
             dist.barrier()
 
 
+def use_huge_pages() -> None:
+    """Let PyTorch ask Linux for huge pages, before it allocates: page faults can be a quarter of a step on a CPU."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 @contextlib.contextmanager
 def start_processes() -> Iterator[Processes]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be the only one."""
+    use_huge_pages()
     rank, local_rank, world_size = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
