@@ -50,8 +50,8 @@ def main(arguments: list[str]) -> int:
         given = {name: value for name, value in overrides.items() if value is not None}
         sampling = dataclasses.replace(model.config.sampling, **given)
         classes = samples.choose_classes(options.class_name, model)
-        if options.n < 1:
-            raise UserError(f"--n must be at least 1, not {options.n}")
+        if options.n < 1 or options.seed < 0:
+            raise UserError(f"--n must be at least 1 and --seed at least 0, not {options.n} and {options.seed}")
         keys = [generate.SampleKey(options.seed, label, number) for label in classes for number in range(options.n)]
         out = Path(options.out) if options.out else Path("samples") / run.name
         if processes.is_first:

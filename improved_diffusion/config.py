@@ -71,6 +71,8 @@ class DiffusionConfig:
     """What the network's first three channels predict."""
     variance: Literal["fixed_small", "fixed_large", "learned_range"] | None = None
     """Variance of the reverse process; by default fixed_large for the mse loss and learned_range for the others."""
+    timestep_range: float = 1000
+    """The network is told t * timestep_range / T, so that one embedding serves any T."""
     vlb_weight: float | None = None
     """Weight of a step's variational term (bits/dim) in the hybrid loss; by default T / 1000."""
     timestep_sampler: Literal["uniform", "stratified", "loss_second_moment"] | None = None
@@ -78,6 +80,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         _require(self.timesteps >= 1, f"diffusion.timesteps must be at least 1, not {self.timesteps}")
+        _require(self.timestep_range > 0, f"diffusion.timestep_range must be positive, not {self.timestep_range}")
         _require(
             self.vlb_weight is None or self.vlb_weight >= 0,
             f"diffusion.vlb_weight must not be negative, not {self.vlb_weight}",
@@ -176,6 +179,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("every", "samples_per_class", "grid_columns"):
             _require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1, not {getattr(self, name)}")
+        _require(self.seed >= 0, f"evaluation.seed must not be negative, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        """Check what concerns two settings at once, and fill in the defaults that depend on the loss."""
+        """Check what concerns the run or two settings at once, and fill in the defaults that depend on the loss."""
+        _require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         timesteps, diffusion = self.diffusion.timesteps, self.diffusion
         _require(
             self.sampling.steps is None or self.sampling.steps <= timesteps,

@@ -130,9 +130,18 @@ def is_run_directory(path: Path | str) -> bool:
 
 
 def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
-    """Write `state`, of tensors and plain values only, so that a kill leaves the whole file or none."""
+    """Write `state`, of tensors and plain values only, so that a kill leaves the whole file or none.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     with atomic_write(file) as temporary, temporary.open("wb") as stream:
-        torch.save(state, stream)
+        try:
+            torch.save(state, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, which torch covers with a complaint of its own
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

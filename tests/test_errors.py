@@ -90,6 +90,7 @@ def test_a_config_that_is_no_yaml_mapping(run_script, tmp_path, text):
         ({"model": {"image_size": 16, "num_channels": 10, "num_heads": 4}}, ["model"]),
         ({"model": {"image_size": 15}}, ["model"]),
         ({"data": "nowhere"}, ["nowhere"]),
+        ({"seed": -1}, ["seed", "-1"]),
         ({"sampling": {"guidance_scale": 2.0}}, ["guidance_scale", "class_dropout"]),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",

@@ -17,8 +17,6 @@ from improved_diffusion.diffusion.schedule import NoiseSchedule
 
 Network = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
-TIMESTEP_RANGE = 1000  # networks see timesteps on the scale 0..1000 whatever T is
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -44,13 +42,16 @@ class DiscreteDenoiser:
     """A network trained on the timesteps of a discrete schedule.
 
     Args:
-        network: (x_t, t, y) -> (N, C or 2C, H, W); t is float, the original timestep on the scale 0..1000.
+        network: (x_t, t, y) -> (N, C or 2C, H, W); t is float, the original timestep on the scale 0..timestep_range.
         schedule: the process, respaced or not.
         prediction: what the network's first C channels are: `eps`, `x_start` or `v`.
         variance: `fixed_small`, `fixed_large`, or `learned_range` for a network with 2C channels.
+        timestep_range: what T is for the network, whatever it is for the schedule.
     """
 
-    def __init__(self, network: Network, schedule: NoiseSchedule, prediction: str, variance: str):
+    def __init__(
+        self, network: Network, schedule: NoiseSchedule, prediction: str, variance: str, timestep_range: float = 1000
+    ):
         if prediction not in ("eps", "x_start", "v"):
             raise ValueError(f"prediction must be eps, x_start or v, not {prediction!r}")
         if variance not in ("fixed_small", "fixed_large", "learned_range"):
@@ -59,13 +60,14 @@ class DiscreteDenoiser:
         self.schedule = schedule
         self.prediction = prediction
         self.variance = variance
+        self.timestep_range = timestep_range
 
     def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
         return self.interpret(x_t, t, *self.run_network(x_t, t, y))
 
     def run_network(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The network's own output in float32: the predicted quantity, and the variance's v where it is learned."""
-        timesteps = self.schedule.original_timesteps[t].float() * (TIMESTEP_RANGE / self.schedule.original_length)
+        timesteps = self.schedule.original_timesteps[t].float() * (self.timestep_range / self.schedule.original_length)
         output = self.network(x_t, timesteps, y)
         if self.variance == "learned_range":
             predicted, v = output.float().chunk(2, dim=1)

@@ -47,9 +47,7 @@ class _GroupNormBF16(torch.autograd.Function):
         of_all = weight.dim() == 1
         common = (weight, bias) if of_all else (torch.ones_like(weight[0]), torch.zeros_like(bias[0]))
         # For maps below 1024 pixels PyTorch's kernel takes another path, which is slower than going through float32.
-        y, mean, rstd = torch.native_group_norm(
-            x if h * w >= 1024 else x.float(), *common, n, c, h * w, groups, eps
-        )
+        y, mean, rstd = torch.native_group_norm(x if h * w >= 1024 else x.float(), *common, n, c, h * w, groups, eps)
         y = y.to(x.dtype)
         if not of_all:
             torch.addcmul(_over_positions(bias, x), y, _over_positions(weight, x), out=y)

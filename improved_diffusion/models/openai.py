@@ -7,7 +7,6 @@ Such a file is a bare state dict. `STAGES` and `LAYERS` are the whole mapping be
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 import sys
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.config import Config, DiffusionConfig, ModelConfig
-from improved_diffusion.errors import UserError, user_errors_exit
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.models.unet import UNet
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
 
@@ -168,7 +167,7 @@ def _first(names: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m improved_diffusion.models.openai",
         description="Make a run directory, for sample.py and fid.py, of a checkpoint of openai/improved-diffusion.",
     )
@@ -176,6 +175,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", required=True, help="run directory to make")
     parser.add_argument("--schedule", choices=("cosine", "linear"), default="cosine", help="default: cosine")
     parser.add_argument("--timesteps", type=int, default=4000, help="T in training (default: 4000, as published)")
+    parser.add_argument(
+        "--timestep-range",
+        type=float,
+        default=1000,
+        help="default: 1000; the number of timesteps for one trained with --rescale_timesteps False (imagenet64_cond)",
+    )
     parser.add_argument("--image-size", type=int, help="pixels; default: what the channel multipliers imply")
     parser.add_argument("--num-heads", type=int, default=4, help="attention heads (default: 4, as published)")
     options = parser.parse_args(arguments)
@@ -188,7 +193,9 @@ def main(arguments: list[str]) -> int:
     config = Config(
         loss="hybrid" if out_channels == 6 else "mse",
         model=ModelConfig(**settings, class_conditional=num_classes is not None),
-        diffusion=DiffusionConfig(timesteps=options.timesteps, schedule=options.schedule),
+        diffusion=DiffusionConfig(
+            timesteps=options.timesteps, schedule=options.schedule, timestep_range=options.timestep_range
+        ),
     )
     state = {
         "step": 0,
@@ -197,7 +204,7 @@ def main(arguments: list[str]) -> int:
         "class_names": [f"class_{index:04d}" for index in range(num_classes or 0)],
     }
     run.save_checkpoint(state, keep=1)
-    run.write_config(config, {"command_line": shlex.join(sys.argv), "imported": str(options.checkpoint)})
+    run.write_config(config, [{"command_line": shlex.join(sys.argv), "imported_from": str(options.checkpoint)}])
     parameters = sum(p.numel() for p in network.parameters())
     print(f"wrote {run.path}: {parameters / 1e6:.2f} M parameters; sample with python sample.py --run {run.path}")
     return 0

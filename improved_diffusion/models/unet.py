@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from improved_diffusion.models.group_norm import GroupNorm
 
-
 # Positions up to which the matrix of attention weights is made explicitly in bfloat16 on a CPU: half the time of
 # PyTorch's kernel there, forwards and backwards together.
 EXPLICIT_ATTENTION = 1024

@@ -44,7 +44,7 @@ def build_denoiser(config: Config, network: Network, device: str) -> DiscreteDen
     """`network` as a denoiser over all the timesteps it is trained on."""
     diffusion = config.diffusion
     schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps).to(device)
-    return DiscreteDenoiser(network, schedule, diffusion.prediction, diffusion.variance)
+    return DiscreteDenoiser(network, schedule, diffusion.prediction, diffusion.variance, diffusion.timestep_range)
 
 
 def build_sampling_denoiser(

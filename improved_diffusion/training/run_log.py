@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.run_directory import RunDirectory
 
@@ -64,5 +65,8 @@ class RunLog:
 
     @staticmethod
     def _append(file: Path, record: dict[str, Any]) -> None:
-        with file.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        try:
+            with file.open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"could not write {file}: {error.strerror}") from error

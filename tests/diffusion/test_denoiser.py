@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from improved_diffusion.diffusion import process
 from improved_diffusion.diffusion.denoiser import DiscreteDenoiser
-from improved_diffusion.diffusion.schedule import cosine_schedule
+from improved_diffusion.diffusion.schedule import cosine_schedule, respace
 
 PREDICTIONS = ["eps", "x_start", "v"]
 
@@ -82,3 +82,17 @@ def test_unknown_parameterizations_are_rejected():
         DiscreteDenoiser(no_network, cosine_schedule(10), "epsilon", "fixed_small")
     with pytest.raises(ValueError, match="variance must be .*, not 'learned'"):
         DiscreteDenoiser(no_network, cosine_schedule(10), "eps", "learned")
+
+
+@pytest.mark.parametrize("timestep_range", [1000, 4000.0, 50])
+def test_the_network_is_told_timesteps_on_its_own_scale(timestep_range):
+    told = []
+
+    def network(x_t, t, y):
+        told.append(t)
+        return torch.zeros_like(x_t)
+
+    schedule = respace(cosine_schedule(200), [0, 7, 199])
+    denoiser = DiscreteDenoiser(network, schedule, "eps", "fixed_large", timestep_range)
+    denoiser(torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 2]), None)
+    torch.testing.assert_close(told[0], torch.tensor([0.0, 7.0, 199.0]) * timestep_range / 200)

@@ -18,7 +18,7 @@ SIZE = 64
 
 
 def rgb(hexadecimal: str) -> np.ndarray:
-    """"f2c14e" -> (3, 1, 1) float32 in 0..1."""
+    """ "f2c14e" -> (3, 1, 1) float32 in 0..1."""
     return (np.frombuffer(bytes.fromhex(hexadecimal), np.uint8) / np.float32(255)).reshape(3, 1, 1)
 
 
