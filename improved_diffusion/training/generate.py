@@ -79,13 +79,15 @@ def generate(
 ) -> Iterator[tuple[Sequence[SampleKey], Tensor]]:
     """Draw the images of `keys`, `sampling.batch_size` at a time.
 
-    Yields (keys, uint8 (N, H, W, 3) on `device`) of each batch, in order. A last batch that is short is filled up with
-    repetitions, which are dropped: the arithmetic of a network may depend on the size of its batch in the last digits.
+    Yields (keys, uint8 (N, H, W, 3) on `device`) of each batch, in order. A last batch that is short, and one of a single
+    image, is filled up with repetitions, which are dropped: a network's arithmetic may depend on the size of its batch
+    in the last digits, and that of a single image does, as matrix products become products with a vector.
     """
     size = config.model.image_size
+    batch_size = max(2, min(sampling.batch_size, len(keys)))
     for first in range(0, len(keys), sampling.batch_size):
         batch = list(keys[first : first + sampling.batch_size])
-        full = batch + [batch[-1]] * (min(sampling.batch_size, len(keys)) - len(batch))
+        full = batch + [batch[-1]] * (batch_size - len(batch))
         draw_noise = PerSampleNoise(full, (3, size, size), device)
         y = torch.tensor([key.class_index for key in full], device=device) if config.model.class_conditional else None
         x = SAMPLERS[sampling.sampler](denoiser, draw_noise(), y, draw_noise)
