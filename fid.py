@@ -58,11 +58,12 @@ def main() -> None:
     from improved_diffusion.metrics.extractor import FeatureExtractor
     from improved_diffusion.metrics.fid import fid
     from improved_diffusion.metrics.statistics import FeatureStatistics, compute_statistics, reference_statistics
-    from improved_diffusion.training.run_source import RunSource
+    from improved_diffusion.training.run_source import RunSource, open_side
 
     device = choose_device(arguments.device)
-    real = open_side(arguments.real, arguments.fake, arguments, device)
-    fake = open_side(arguments.fake, arguments.real, arguments, device)
+    of_runs = {"per_class": arguments.per_class, "checkpoint": arguments.checkpoint}
+    real = open_side(arguments.real, arguments.fake, device, **of_runs)
+    fake = open_side(arguments.fake, arguments.real, device, **of_runs)
     extractor = FeatureExtractor((arguments.features,), device, arguments.weights)
     if not isinstance(real, FeatureStatistics):
         compute = compute_statistics if isinstance(real, RunSource) else reference_statistics
@@ -75,19 +76,6 @@ def main() -> None:
     if arguments.json:
         with atomic_write(arguments.json) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-
-
-def open_side(path: Path, other: Path, arguments: argparse.Namespace, device: str):
-    """What lies at `path`: images, statistics, or a run, which generates what can be compared with `other`."""
-    from improved_diffusion.metrics.fid import open_images_or_statistics
-    from improved_diffusion.run_directory import is_run_directory
-    from improved_diffusion.training.run_source import run_source
-
-    if not is_run_directory(path):
-        return open_images_or_statistics(path)
-    if is_run_directory(other) and arguments.per_class is None:
-        raise UserError("two runs have no number of images of their own: give one with --per-class")
-    return run_source(path, other, device, per_class=arguments.per_class, checkpoint=arguments.checkpoint)
 
 
 def choose_device(name: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Installation; tool settings are in pyproject.toml. The SD / SDXL dependencies stay in an extra of their own."""
+"""Installation; tool settings are in pyproject.toml. What only tests need is the extra `dev`."""
 
 from setuptools import find_packages, setup
 

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     with start_processes() as processes:
         say = print if processes.is_first else lambda *_, **__: None
         if options.resume is not None:
-            run, state = start.open_run(options.resume, processes.device)
+            run, state = start.open_run(options.resume)
             config_file = run.config_file
             say(f"going on with {run.path} at step {state['step']}", flush=True)
         else:
@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
         if state is not None:
             start.require_same_data(state, image_set)
             trainer.load_state_dict(state)
+            del state  # the copies of the weights would stay for the whole run
         evaluator = Evaluator(config, image_set, processes)
         say(start.summary(trainer, evaluator, image_set, run), flush=True)
         if processes.is_first:

@@ -222,6 +222,10 @@ class Config:
             f"diffusion.variance {diffusion.variance} does not fit the {self.loss} loss: "
             "mse trains no variance, hybrid and vlb train learned_range",
         )
+        _require(
+            learned or diffusion.timestep_sampler != "loss_second_moment",
+            "diffusion.timestep_sampler loss_second_moment learns from the bound, which the mse loss does not compute",
+        )
         object.__setattr__(self, "diffusion", diffusion)
 
 

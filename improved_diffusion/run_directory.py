@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-import zipfile
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ import yaml
 from improved_diffusion.config import Config, load_config, to_plain
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
+
+# What reading a damaged or foreign file can raise, depending on where the damage is.
+DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 
 CHECKPOINT_NAME = re.compile(r"step_(\d{7,})\.pt")
 
@@ -62,6 +65,12 @@ class RunDirectory:
         with atomic_write(self.config_file) as temporary:
             temporary.write_text(yaml.safe_dump({**to_plain(config), "provenance": provenance}, sort_keys=False))
 
+    def read_provenance(self) -> list[dict[str, Any]]:
+        """What `write_config` wrote beside the settings; empty where there is nothing."""
+        if not self.config_file.is_file():
+            return []
+        return (yaml.safe_load(self.config_file.read_text()) or {}).get("provenance") or []
+
     def read_config(self) -> Config:
         """The resolved settings of the run.
 
@@ -92,6 +101,11 @@ class RunDirectory:
             if old != best and _step(old) < state["step"]:
                 old.unlink()
         return file
+
+    def remove_leftovers(self) -> None:
+        """Remove what a kill in the middle of a save left of it."""
+        for file in self.checkpoints.glob(".step_*.tmp"):
+            file.unlink()
 
     def point(self, name: str, file: Path) -> None:
         """Let `name` (`latest` or `best`) name the checkpoint `file`."""
@@ -144,18 +158,23 @@ def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
             raise
 
 
-def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state in a checkpoint, with its tensors on `device`.
+def read_checkpoint(file: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU.
 
     Raises:
-        UserError: no such file, or a damaged one; the message names the other checkpoints beside it.
+        UserError: no such file; a damaged one, where the message names the other checkpoints beside it; or one without
+            some of `keys`.
     """
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}")
     try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (*DAMAGE, pickle.UnpicklingError) as error:
         others = sorted(f.name for f in file.parent.glob("step_*.pt") if f != file)
         advice = f"use another one: {', '.join(others)}" if others else "there is no other one beside it"
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f"the checkpoint {file} is damaged ({reason}); {advice}") from error
+    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UserError(f"the checkpoint {file} cannot be used for this: it holds no {', '.join(missing)}")
+    return state

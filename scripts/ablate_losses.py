@@ -21,7 +21,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--losses", nargs="+", choices=("mse", "hybrid", "vlb"), default=["mse", "hybrid"])
     parser.add_argument("--seeds", type=int, default=2, help="runs of each loss, with seeds 0, 1, ... (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
@@ -47,9 +47,14 @@ def train(loss: str, seed: int, out: Path, for_training: list[str]) -> dict[int,
         command = ["--resume", str(run)]
     else:
         command = ["--out", str(run), "--loss", loss, f"--seed={seed}", *for_training]
-    done = subprocess.run([sys.executable, str(PROJECT / "train.py"), *command])
-    if done.returncode:
-        raise UserError(f"{run} stopped with exit status {done.returncode}; give the command again to go on")
+    with subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *command]) as training:
+        try:
+            status = training.wait()
+        except KeyboardInterrupt:  # which the training has got too, and saves
+            training.wait()
+            raise
+    if status:
+        raise UserError(f"{run} stopped with exit status {status}; give the command again to go on")
     evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     scores = {e["step"]: e["value"] for e in evaluations if "value" in e}
     if not scores:

@@ -27,15 +27,17 @@ def main(arguments: list[str]) -> None:
 
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     from improved_diffusion.config import SamplingConfig
     from improved_diffusion.data import open_image_set
     from improved_diffusion.diffusion.bound import variational_bound
     from improved_diffusion.diffusion.noise import PerSampleNoise
+    from improved_diffusion.progress import progress
     from improved_diffusion.training.generate import load_model, model_denoiser
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {options.batch_size}")
     image_set = open_image_set(options.data)
     model = load_model(options.run, device)
     if not 1 <= options.n <= len(image_set.images):
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> None:
     rows = np.linspace(0, len(image_set.images) - 1, options.n).round().astype(int)
     bounds = []
     with torch.inference_mode():
-        for part in tqdm(np.array_split(rows, -(-len(rows) // options.batch_size)), desc="batches"):
+        for part in progress(iterable=np.array_split(rows, -(-len(rows) // options.batch_size)), desc="batches"):
             x = torch.from_numpy(image_set.images[part]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
             y = torch.from_numpy(image_set.labels[part]).to(device) if model.config.model.class_conditional else None
             noise = PerSampleNoise([(0, 0, int(row)) for row in part], tuple(x.shape[1:]), device)

@@ -28,13 +28,6 @@ def at_least(least: int, text: str) -> int:
     return value
 
 
-def not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     about = "Pack images into one memory-mapped array."
     parser = ArgumentParser(prog="python -m improved_diffusion.data", description=about)

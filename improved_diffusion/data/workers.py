@@ -7,7 +7,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from PIL import UnidentifiedImageError
-from tqdm import tqdm
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.progress import progress
 
 MAX_BROKEN = 0.02  # fraction of an array's rows; above it the source is taken to be damaged as a whole
 CHUNK_ROWS = 128  # per task: long enough to hide the messages between processes, short enough for an even end
@@ -58,11 +57,10 @@ def fill_rows(pool: ProcessPoolExecutor, array_file: Path, keys: Sequence[Any], 
         chunk = keys[first : first + CHUNK_ROWS]
         futures[pool.submit(_fill_chunk, array_file, first, chunk)] = len(chunk)
     broken: dict[int, str] = {}
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=len(keys), desc=title, unit=" images", mininterval=interval) as progress:
+    with progress(total=len(keys), desc=title, unit=" images") as bar:
         for future in as_completed(futures):
             broken |= future.result()
-            progress.update(futures[future])
+            bar.update(futures[future])
             if len(broken) > MAX_BROKEN * len(keys):
                 row = min(broken)
                 raise UserError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
@@ -22,6 +20,7 @@ from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.metrics.extractor import FeatureExtractor, FeatureSettings
 from improved_diffusion.metrics.moments import Moments
 from improved_diffusion.metrics.sources import ARRAY_KEYS, Source, StoredSource
+from improved_diffusion.progress import progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +84,14 @@ def compute_statistics(
     """
     device = extractor.device if extractor.device.type == "cuda" else "cpu"  # not every accelerator has float64
     moments = {size: Moments(size, device) for size in extractor.features}
-    every = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=len(source), desc=f"features of {source.name}", unit="image", mininterval=every) as progress:
+    with progress(total=len(source), desc=f"features of {source.name}", unit="image") as bar:
         for images in source.batches(batch_size or extractor.batch_size):
             for size, features in extractor(images).items():
                 try:
                     moments[size].update(features)
                 except FloatingPointError as error:
-                    raise UserError(f"{source.name}: {error}, after image {progress.n:,}") from error
-            progress.update(len(images))
+                    raise UserError(f"{source.name}: {error}, after image {bar.n:,}") from error
+            bar.update(len(images))
     return {
         size: FeatureStatistics(source.name, m.mean.cpu(), m.covariance().cpu(), m.n, extractor.settings(size))
         for size, m in moments.items()

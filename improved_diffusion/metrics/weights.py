@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import importlib.util
-import sys
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.metrics.cache import cache_directory
+from improved_diffusion.progress import progress
 
 DOWNLOAD_NAME = "pt_inception-2015-12-05-6726825d.pth"
 DOWNLOAD_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{DOWNLOAD_NAME}"
@@ -235,12 +234,11 @@ def _fetch(url: str) -> Iterator[bytes]:
         with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT) as response:
             length = int(response.headers.get("Content-Length") or 0)
             received = 0
-            every = 0.1 if sys.stderr.isatty() else 30.0
             name = url.rsplit("/", 1)[-1]
-            with tqdm(total=length or None, desc=name, unit="B", unit_scale=True, mininterval=every) as progress:
+            with progress(total=length or None, desc=name, unit="B", unit_scale=True) as bar:
                 while chunk := response.read(1 << 20):
                     received += len(chunk)
-                    progress.update(len(chunk))
+                    bar.update(len(chunk))
                     yield chunk
             if received < length:
                 raise DownloadError(f"{url} broke off after {received:,} of {length:,} bytes")

@@ -24,9 +24,9 @@ def draw_curves(run: RunDirectory) -> None:
     bound = any("vlb" in record for record in metrics)
     title = "Bound per step and quartile of t (bits/dim)" if bound else "Mean-square error by quartile of t"
     bound_axes.set(title=title, xlabel="step", yscale="log")
-    scored = [record for record in evaluations if "value" in record]
-    if scored:
-        fid_axes.plot([r["step"] for r in scored], [r["value"] for r in scored], "o-", label=scored[-1]["metric"])
+    for metric in sorted({record["metric"] for record in evaluations if "value" in record}):
+        scored = [record for record in evaluations if record.get("metric") == metric]
+        fid_axes.plot([r["step"] for r in scored], [r["value"] for r in scored], "o-", label=metric)
     fid_axes.set(title="FID of the moving average", xlabel="step", yscale="log")
     for axes in (loss_axes, bound_axes, fid_axes):
         axes.grid(alpha=0.3, which="both")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from improved_diffusion.diffusion.denoiser import Network
+from improved_diffusion.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def start_processes() -> Iterator[Processes]:
     rank, local_rank, world_size = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"torchrun started more processes than this machine's {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(device)
     if world_size == 1:
         yield Processes(device)

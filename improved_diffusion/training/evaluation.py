@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from improved_diffusion.config import Config
 from improved_diffusion.data.image_set import ImageSet, is_image_set, open_image_set
@@ -20,7 +19,8 @@ from improved_diffusion.metrics import (
     metric_name,
     reference_statistics,
 )
-from improved_diffusion.metrics.sources import open_source
+from improved_diffusion.metrics.sources import image_set_source
+from improved_diffusion.progress import progress
 from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
 from improved_diffusion.training.generate import SampleKey, generate
 from improved_diffusion.training.grids import make_grid
@@ -70,13 +70,17 @@ class Evaluator:
 
     def _prepare(self) -> None:
         evaluation = self.config.evaluation
+        self.metric = None
         if evaluation.features is None:
             return
+        if evaluation.samples_per_class * self.rows < 2:
+            raise UserError("evaluation.samples_per_class must be at least 2: one image has no covariance")
+        self.metric = metric_name(evaluation.features)
         try:
             self.extractor = FeatureExtractor((evaluation.features,), self.processes.device, evaluation.weights)
         except UserError as error:
             raise UserError(f"{error} (or train without FID: --evaluation.features null)") from error
-        source = open_source(self.reference.path)
+        source = image_set_source(self.reference)
         self.statistics = reference_statistics(source, self.extractor)[evaluation.features]
 
     def evaluate(
@@ -106,7 +110,7 @@ class Evaluator:
         }
         if moments is not None:
             record |= {
-                "metric": metric_name(evaluation.features),
+                "metric": self.metric,
                 "features": evaluation.features,
                 "value": frechet_distance(
                     self.statistics.mean, self.statistics.cov, moments.mean, moments.covariance()
@@ -142,7 +146,7 @@ class Evaluator:
         batches_of_all = len(keys) // processes.world_size // config.sampling.batch_size
         shown: dict[SampleKey, np.ndarray] = {}
         moments = Moments(features) if features else None
-        with tqdm(
+        with progress(
             total=len(share), desc=f"evaluating step {step}", unit="image", leave=False, disable=not processes.is_first
         ) as bar:
             for index, (batch, images) in enumerate(generate(denoiser, share, config, config.sampling, device)):

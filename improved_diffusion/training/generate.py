@@ -61,7 +61,7 @@ def load_model(run_path: Path | str, device: torch.device, checkpoint: str | Non
             raise UserError(f"{run.path} has no {checkpoint} checkpoint yet")
     else:
         file = run.checkpoints / checkpoint
-    state = read_checkpoint(file, device)
+    state = read_checkpoint(file, ("step", "model", "ema", "class_names"))
     network = build_network(config, len(state["class_names"]))
     set_weights(network, next(iter(state["ema"].values()), state["model"]))
     network.to(device, memory_format=torch.channels_last).eval()
@@ -79,9 +79,9 @@ def generate(
 ) -> Iterator[tuple[Sequence[SampleKey], Tensor]]:
     """Draw the images of `keys`, `sampling.batch_size` at a time.
 
-    Yields (keys, uint8 (N, H, W, 3) on `device`) of each batch, in order. A last batch that is short, and one of a single
-    image, is filled up with repetitions, which are dropped: a network's arithmetic may depend on the size of its batch
-    in the last digits, and that of a single image does, as matrix products become products with a vector.
+    Yields (keys, uint8 (N, H, W, 3) on `device`) of each batch, in order. A last batch that is short, and one of a
+    single image, is filled up with repetitions, which are dropped: a network's arithmetic may depend on the size of its
+    batch in the last digits, and that of a single image does, as matrix products become products with a vector.
     """
     size = config.model.image_size
     batch_size = max(2, min(sampling.batch_size, len(keys)))

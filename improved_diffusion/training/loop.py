@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
-import sys
 import time
 from types import FrameType
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.errors import UserError
+from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.curves import draw_curves
 from improved_diffusion.training.evaluation import Evaluator
@@ -60,11 +61,12 @@ class TrainingLoop:
         self.image_set = image_set
         self.config = trainer.config
         self.processes = trainer.processes
-        self.log = RunLog(run, trainer.step) if self.processes.is_first else None
-        evaluations = self.log.evaluations() if self.log else []
-        self.evaluated_steps, self.best_value = self.processes.gather(
-            ({e["step"] for e in evaluations}, min((e["value"] for e in evaluations if "value" in e), default=math.inf))
-        )[0]
+        self.log = RunLog(run, trainer.step) if self.processes.is_first else contextlib.nullcontext()
+        evaluations = self.processes.gather(self.log.evaluations() if self.processes.is_first else [])[0]
+        self.evaluated_steps = {record["step"] for record in evaluations}
+        # A resumed run may measure with other features, whose values are on another scale.
+        comparable = [record["value"] for record in evaluations if record.get("metric", "") == evaluator.metric]
+        self.best_value = min(comparable, default=math.inf)
         self.saved_step = trainer.step  # of the newest checkpoint; 0 for none
         self.logged_step, self.logged_time = trainer.step, time.monotonic()
         self.stop = StopRequest()
@@ -77,15 +79,8 @@ class TrainingLoop:
         """
         trainer, training = self.trainer, self.config.training
         batches = trainer.stream.batches(trainer.step)
-        bar = tqdm(
-            total=training.steps,
-            initial=trainer.step,
-            desc="training",
-            unit="step",
-            mininterval=1 if sys.stderr.isatty() else 30,
-            disable=not self.processes.is_first,
-        )
-        with self.stop, bar:
+        shown = {"total": training.steps, "initial": trainer.step, "desc": "training", "unit": "step"}
+        with self.stop, self.log, progress(**shown, disable=not self.processes.is_first) as bar:
             while trainer.step < training.steps or self._evaluation_is_due():
                 if self._evaluation_is_due():
                     self._save()
@@ -112,7 +107,8 @@ class TrainingLoop:
         return step > 0 and step not in self.evaluated_steps and self._is_due(self.config.evaluation.every)
 
     def _should_stop(self) -> bool:
-        if self.processes.world_size > 1 and self.trainer.step % STEPS_BETWEEN_STOP_CHECKS:
+        between_checks = self.trainer.step % STEPS_BETWEEN_STOP_CHECKS and not self._evaluation_is_due()
+        if self.processes.world_size > 1 and between_checks:
             return False
         return self.processes.any(self.stop.requested)
 
@@ -129,7 +125,7 @@ class TrainingLoop:
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "images_per_second": images / (now - self.logged_time),
         }
-        if self.log:
+        if self.processes.is_first:
             self.log.write_metrics(record)
         self.logged_step, self.logged_time = trainer.step, now
         return {name: f"{means[name]:.4g}" for name in ("loss", "mse") if name in means}
@@ -172,12 +168,13 @@ class TrainingLoop:
         value = record.get("value", math.inf)
         is_best = value < self.best_value
         self.best_value = min(value, self.best_value)
-        if not self.log:
+        if not self.processes.is_first:
             return
-        self.log.write_evaluation(record, grid)
-        save_png(grid, self.run.samples / f"step_{trainer.step:07d}.png")
-        draw_curves(self.run)
+        # The record comes after what it stands for: a kill in between only repeats the evaluation.
         if is_best:
             self.run.point("best", self.run.checkpoint_file(trainer.step))
+        save_png(grid, self.run.samples / f"step_{trainer.step:07d}.png")
+        self.log.write_evaluation(record, grid)
+        draw_curves(self.run)
         if "value" in record:
             tqdm.write(f"step {trainer.step}: {record['metric']} {value:.4g}{' (best)' if is_best else ''}")

@@ -40,7 +40,7 @@ def build_network(config: Config, num_classes: int) -> UNet:
         raise UserError(f"the settings under model do not fit together: {error}") from error
 
 
-def build_denoiser(config: Config, network: Network, device: str) -> DiscreteDenoiser:
+def build_denoiser(config: Config, network: Network, device: torch.device) -> DiscreteDenoiser:
     """`network` as a denoiser over all the timesteps it is trained on."""
     diffusion = config.diffusion
     schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps).to(device)
@@ -48,7 +48,7 @@ def build_denoiser(config: Config, network: Network, device: str) -> DiscreteDen
 
 
 def build_sampling_denoiser(
-    config: Config, sampling: SamplingConfig, network: Network, num_classes: int, device: str
+    config: Config, sampling: SamplingConfig, network: Network, num_classes: int, device: torch.device
 ) -> Denoiser:
     """`network` as a denoiser over the sampling steps, guided where the settings ask for it.
 

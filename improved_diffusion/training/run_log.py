@@ -32,6 +32,7 @@ class RunLog:
 
     def __init__(self, run: RunDirectory, first_step: int):
         self.run = run
+        run.remove_leftovers()
         for file in (run.metrics_file, run.evaluations_file):
             kept = [record for record in read_jsonl(file) if record["step"] <= first_step]
             with atomic_write(file) as temporary:
@@ -55,7 +56,10 @@ class RunLog:
         """The evaluations so far."""
         return read_jsonl(self.run.evaluations_file)
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.tensorboard.close()
 
     def _scalars(self, group: str, record: dict[str, Any]) -> None:

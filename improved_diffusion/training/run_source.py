@@ -12,6 +12,8 @@ from improved_diffusion.data.image_set import is_image_set, open_image_set
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureStatistics
 from improved_diffusion.metrics.fid import open_images_or_statistics
+from improved_diffusion.metrics.sources import Source
+from improved_diffusion.run_directory import is_run_directory
 from improved_diffusion.training.generate import LoadedModel, SampleKey, generate, load_model, model_denoiser
 
 
@@ -85,4 +87,21 @@ def run_source(
         if total is None:
             raise UserError(f"{reference} does not say of how many images it is: give a number with --per-class")
         counts = [len(part) for part in np.array_split(np.arange(total), classes)]
+    if sum(counts) < 2:
+        raise UserError("one image has no covariance: generate at least 2 with --per-class")
     return RunSource(model, counts, device)
+
+
+def open_side(
+    path: Path, other: Path, device: torch.device | str, *, per_class: int | None, checkpoint: str | None
+) -> FeatureStatistics | Source:
+    """What lies at `path`, to be compared with `other`: images, saved statistics, or a run, which generates images.
+
+    Raises:
+        UserError: nothing usable, or two runs without `per_class`.
+    """
+    if not is_run_directory(path):
+        return open_images_or_statistics(path)
+    if is_run_directory(other) and per_class is None:
+        raise UserError("two runs have no number of images of their own: give one with --per-class")
+    return run_source(path, other, device, per_class=per_class, checkpoint=checkpoint)

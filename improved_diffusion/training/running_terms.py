@@ -21,16 +21,21 @@ class RunningTerms:
 
     def __init__(self, timesteps: int, device: torch.device):
         self.timesteps = timesteps
-        # Rows: the quartiles of t, then t = T-1. Columns: sums of loss, mse, vlb; then the count.
+        # Rows: the quartiles of t, then t = T-1. Columns: sums of loss, mse, vlb; then the weight.
         self.sums = torch.zeros(5, 4, device=device, dtype=torch.float64)
         self.grad_norm = torch.zeros(2, device=device, dtype=torch.float64)
         self.has_bound = False
 
-    def add(self, terms: LossTerms, t: Tensor) -> None:
-        """Count the terms of the images at timesteps `t`."""
+    def add(self, terms: LossTerms, t: Tensor, weights: Tensor) -> None:
+        """Count the terms of the images at timesteps `t`, drawn with importance weights `weights`.
+
+        Weighted, the means are over uniform t however the timesteps are drawn.
+        """
         vlb = torch.zeros_like(terms.mse) if terms.vlb is None else terms.vlb
         self.has_bound = terms.vlb is not None
-        values = torch.stack([terms.loss, terms.mse, vlb, torch.ones_like(vlb)], dim=1).detach().double()
+        values = (
+            torch.stack([terms.loss, terms.mse, vlb, torch.ones_like(vlb)], dim=1).detach().double() * weights[:, None]
+        )
         row = t * 4 // self.timesteps
         if self.has_bound and self.timesteps > 1:
             row = torch.where(t == self.timesteps - 1, 4, row)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from improved_diffusion.config import SamplingConfig
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
+from improved_diffusion.progress import progress
 from improved_diffusion.training.devices import Processes
 from improved_diffusion.training.generate import LoadedModel, SampleKey, generate, model_denoiser
 from improved_diffusion.training.grids import make_grid, save_png
@@ -70,7 +70,7 @@ def write_samples(
     device = processes.device
     denoiser = model_denoiser(model, sampling, device)
     share = keys[processes.rank :: processes.world_size]
-    with tqdm(total=len(share), desc="sampling", unit="image", disable=not processes.is_first) as bar:
+    with progress(total=len(share), desc="sampling", unit="image", disable=not processes.is_first) as bar:
         for batch, images in generate(denoiser, share, model.config, sampling, device):
             for key, image in zip(batch, images.cpu().numpy(), strict=True):
                 save_png(image, _file(model, key, out))

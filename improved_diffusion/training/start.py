@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from improved_diffusion.config import Config
 from improved_diffusion.data.image_set import ImageSet, is_image_set
@@ -28,6 +27,8 @@ from improved_diffusion.training.trainer import Trainer
 
 FOOD101, SYNTHETIC = Path("data/food101-64"), Path("data/synthetic-64")
 SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS = 500, 100
+
+TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "class_names", "data_hash")
 
 # What a resumed run may change; all else decides what the run computes.
 CHANGEABLE = {
@@ -60,8 +61,8 @@ def choose_defaults(loss: str | None, project: Path) -> Defaults:
 def with_data(config: Config, defaults: Defaults, processes: Processes) -> Config:
     """The settings with the default data where they name none. The embedded set is drawn if it is not there yet."""
     data = Path(config.data) if config.data is not None else defaults.data
-    if data == SYNTHETIC and not data.exists():
-        if processes.is_first:
+    if data == SYNTHETIC:
+        if processes.is_first and not data.exists():
             print(f"drawing the embedded image set into {data}", flush=True)
             pack_synthetic(data, SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS, seed=0)
         processes.wait()
@@ -85,7 +86,7 @@ def new_run(out: str | None, config: Config, processes: Processes) -> RunDirecto
     return RunDirectory(processes.gather(free)[0])
 
 
-def open_run(path: str, device: torch.device) -> tuple[RunDirectory, dict[str, Any]]:
+def open_run(path: str) -> tuple[RunDirectory, dict[str, Any]]:
     """The run to resume, and the state to go on from: that of its latest checkpoint, or of the checkpoint at `path`.
 
     Raises:
@@ -96,9 +97,13 @@ def open_run(path: str, device: torch.device) -> tuple[RunDirectory, dict[str, A
         run = RunDirectory(file.parent.parent)
     else:
         run = RunDirectory(Path(path))
-        run.read_config()
+        run.read_config()  # says it if this is no run, before the checkpoints are looked for
         file = run.latest_checkpoint()
-    return run, read_checkpoint(file, device)
+    if run.read_config().data is None:
+        raise UserError(
+            f"{run.path} was imported or exported: it holds a model to sample from, and no run to go on with"
+        )
+    return run, read_checkpoint(file, TRAINING_STATE)
 
 
 def require_same_run(old: Config, new: Config) -> None:
@@ -140,6 +145,10 @@ def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: Ru
     training, classes = config.training, len(image_set.class_names)
     epochs = training.steps * training.batch_size / len(image_set.images)
     parameters = sum(p.numel() for p in trainer.network.parameters())
+    measured = "a sample grid"
+    if evaluator.metric:
+        measured = f"{evaluator.metric} of {config.evaluation.samples_per_class} images per class "
+        measured += f"against the {len(evaluator.reference.images):,} of {evaluator.reference.path}"
     dtype = str(arithmetic(training.precision, device)).removeprefix("torch.")
     return "\n".join(
         (
@@ -147,9 +156,7 @@ def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: Ru
             f"model: {parameters / 1e6:.2f} M parameters, {config.loss} loss, T = {config.diffusion.timesteps}",
             f"training: steps {trainer.step:,} to {training.steps:,} of {training.batch_size} images "
             f"({epochs:.1f} epochs), {dtype} on {device}, {trainer.processes.world_size} process(es)",
-            f"evaluation: every {config.evaluation.every:,} steps, "
-            f"{config.evaluation.samples_per_class} images per class against the "
-            f"{len(evaluator.reference.images):,} of {evaluator.reference.path}",
+            f"evaluation: every {config.evaluation.every:,} steps, {measured}",
             f"run: {run.path}",
         )
     )
@@ -157,7 +164,7 @@ def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: Ru
 
 def record_provenance(run: RunDirectory, config: Config, image_set: ImageSet, processes: Processes) -> None:
     """Write config.yaml: the settings, and under `provenance` an entry for each time the run was started or resumed."""
-    earlier = yaml.safe_load(run.config_file.read_text())["provenance"] if run.config_file.is_file() else []
+    earlier = run.read_provenance()
     device = processes.device
     entry = {
         "command_line": shlex.join(sys.argv),

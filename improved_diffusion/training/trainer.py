@@ -93,12 +93,13 @@ class Trainer:
         bounds = []
         parts = zip(*(tensor.chunk(training.accumulation) for tensor in (x_start, t, y, noise, weights)), strict=True)
         for part, (x_part, t_part, y_part, noise_part, weights_part) in enumerate(parts):
-            torch.manual_seed(self._generator_seed(part))
+            if self.config.model.dropout > 0:
+                torch.manual_seed(self._generator_seed(part))
             with self._gradients_shared_only_if(part == training.accumulation - 1):
                 classes = y_part if self.config.model.class_conditional else None
                 terms = self.loss(self.denoiser, x_part, t_part, classes, noise_part)
                 ((terms.loss * weights_part).mean() / training.accumulation).backward()
-            self.terms.add(terms, t_part)
+            self.terms.add(terms, t_part, weights_part)
             bounds.append(terms.vlb)
         self.terms.add_grad_norm(self._clip_gradients())
         self.optimizer.step()
@@ -151,10 +152,13 @@ class Trainer:
         """Go on from `state`.
 
         Raises:
-            UserError: it is that of another architecture.
+            UserError: it is that of another architecture, or of other settings.
         """
         set_weights(self.network, state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.timestep_sampler.load_state_dict(state["timestep_sampler"])
+        try:
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.timestep_sampler.load_state_dict(state["timestep_sampler"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"the checkpoint does not fit the settings of the run: {error}") from error
         self.step = state["step"]
