@@ -96,11 +96,15 @@ class RunDirectory:
         file = self.checkpoint_file(state["step"])
         write_checkpoint(file, state)
         self.point("latest", file)
-        best = self.pointed("best")
-        for old in self.checkpoint_files()[:-keep]:
-            if old != best and _step(old) < state["step"]:
-                old.unlink()
+        self.prune(keep)
         return file
+
+    def prune(self, keep: int) -> None:
+        """Drop all checkpoints before the latest one but the `keep` newest and the best."""
+        best, latest = self.pointed("best"), self.latest_checkpoint()
+        for old in self.checkpoint_files()[:-keep]:
+            if old != best and _step(old) < _step(latest):
+                old.unlink()
 
     def remove_leftovers(self) -> None:
         """Remove what a kill in the middle of a save left of it."""

@@ -18,7 +18,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """Normalise `x`, (N, C, H, W); with `scale` and `shift`, (N, C), return norm(x) * (1 + scale) + shift.
 
-        The result has the type and the memory format of `x`; statistics are float32 in any case.
+        The result has the type of `x` and, on a CPU, its memory format; statistics are float32 in any case.
         """
         # CUDA autocast would make float32 of bfloat16 activations here: twice the memory traffic, for kernels that
         # accumulate in float32 anyway.

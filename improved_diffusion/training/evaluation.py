@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -143,7 +144,7 @@ class Evaluator:
         ]
         share = keys[processes.rank :: processes.world_size]
         # All processes must ask together whether to stop, and some have one batch more than others.
-        batches_of_all = len(keys) // processes.world_size // config.sampling.batch_size
+        batches_of_all = math.ceil(len(keys) // processes.world_size / config.sampling.batch_size)
         shown: dict[SampleKey, np.ndarray] = {}
         moments = Moments(features) if features else None
         with progress(

@@ -173,6 +173,7 @@ class TrainingLoop:
         # The record comes after what it stands for: a kill in between only repeats the evaluation.
         if is_best:
             self.run.point("best", self.run.checkpoint_file(trainer.step))
+            self.run.prune(self.config.training.keep_checkpoints)
         save_png(grid, self.run.samples / f"step_{trainer.step:07d}.png")
         self.log.write_evaluation(record, grid)
         draw_curves(self.run)

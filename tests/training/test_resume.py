@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint, write_checkpoint
+from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.run_log import read_jsonl
 
 
@@ -102,6 +103,24 @@ def test_a_signal_saves_and_exits_cleanly(start_script, run_script, tiny_config_
     outcome = run_script("train.py", "--resume", out, f"--training.steps={step + 2}")
     assert outcome.code == 0, outcome.err
     assert read_checkpoint(RunDirectory(out).latest_checkpoint())["step"] == step + 2
+
+
+def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(
+    run_script, tiny_config_file, tmp_path, monkeypatch
+):
+    out, evaluate = tmp_path / "run", Evaluator.evaluate
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", interrupted)
+        assert run_script("train.py", "--config", tiny_config_file, "--out", out).code == 130
+    assert read_jsonl(RunDirectory(out).evaluations_file) == []
+    outcome = run_script("train.py", "--resume", out)
+    assert outcome.code == 0, outcome.err
+    assert [record["step"] for record in read_jsonl(RunDirectory(out).evaluations_file)] == [12]
 
 
 KILLED_WHILE_SAVING = """

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from improved_diffusion.config import Config, DiffusionConfig, config_parser, load_config, parse_arguments, to_config
+from improved_diffusion.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_that_ships_can_be_loaded(file):
+    load_config(file)
+
+
+@pytest.mark.parametrize("loss", ["mse", "hybrid"])
+def test_the_replication_configs_are_the_reference_experiment(loss):
+    config = load_config(next(file for file in CONFIGS if file.stem == f"food101_{loss}"))
+    model, diffusion, training = config.model, config.diffusion, config.training
+    assert config.loss == loss
+    assert (model.num_channels, model.channel_multipliers, model.num_res_blocks) == (128, (1, 2, 3, 4), 2)
+    assert (model.num_heads, model.attention_resolutions, model.dropout) == (4, (16, 8), 0)
+    assert (diffusion.timesteps, diffusion.schedule, diffusion.prediction) == (200, "cosine", "eps")
+    assert diffusion.variance == ("learned_range" if loss == "hybrid" else "fixed_large")
+    assert (training.batch_size, training.lr, training.steps, training.flip) == (64, 1e-4, 90_000, False)
+    assert training.grad_clip is None
+    assert (config.evaluation.every, config.evaluation.features, config.evaluation.samples_per_class) == (
+        15_000,
+        64,
+        20,
+    )
+
+
+def test_defaults_follow_the_loss():
+    mse, hybrid, vlb = (Config(loss=loss).diffusion for loss in ("mse", "hybrid", "vlb"))
+    assert (mse.variance, hybrid.variance, vlb.variance) == ("fixed_large", "learned_range", "learned_range")
+    assert vlb.timestep_sampler == "loss_second_moment"
+    assert mse.timestep_sampler == hybrid.timestep_sampler == "uniform"
+    assert hybrid.vlb_weight == 1.0  # T / 1000
+    assert Config(diffusion=DiffusionConfig(timesteps=200)).diffusion.vlb_weight == 0.2
+    assert Config(diffusion=DiffusionConfig(vlb_weight=0.0)).diffusion.vlb_weight == 0.0
+
+
+def test_flags_override_the_file_which_overrides_the_defaults():
+    parser = config_parser()
+    file = {"training": {"lr": 3e-4, "steps": 7}}
+    config = to_config(parser, parse_arguments(parser, ["--training.steps=9"], file, "file"))
+    assert (config.training.lr, config.training.steps, config.training.batch_size) == (3e-4, 9, 64)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss=mse", "--diffusion.variance=learned_range"],
+        ["--loss=hybrid", "--diffusion.variance=fixed_large"],
+        ["--loss=mse", "--diffusion.timestep_sampler=loss_second_moment"],
+        ["--training.ema_rates=[1.0]"],
+        ["--model.class_conditional=false", "--model.class_dropout=0.1"],
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other(flags):
+    parser = config_parser()
+    with pytest.raises(UserError):
+        to_config(parser, parse_arguments(parser, flags))

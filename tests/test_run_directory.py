@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from improved_diffusion.config import Config, load_config
+from improved_diffusion.errors import UserError
+from improved_diffusion.run_directory import RunDirectory, is_run_directory, read_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+def steps(run: RunDirectory) -> list[int]:
+    return [read_checkpoint(file)["step"] for file in run.checkpoint_files()]
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(run):
+    for step in (1, 2, 3, 4, 5):
+        run.save_checkpoint({"step": step}, keep=2)
+        if step == 2:
+            run.point("best", run.checkpoint_file(2))
+    assert steps(run) == [2, 4, 5]
+    assert run.latest_checkpoint() == run.checkpoint_file(5)
+    assert run.pointed("best") == run.checkpoint_file(2)
+
+
+def test_going_on_from_an_earlier_checkpoint_keeps_what_it_writes(run):
+    for step in (10, 20, 30):
+        run.save_checkpoint({"step": step}, keep=3)
+    run.save_checkpoint({"step": 15}, keep=1)
+    assert 15 in steps(run)
+    assert run.latest_checkpoint() == run.checkpoint_file(15)
+
+
+def test_a_pointer_to_a_file_that_has_gone_is_passed_over(run):
+    run.save_checkpoint({"step": 1}, keep=2)
+    run.save_checkpoint({"step": 2}, keep=2)
+    run.checkpoint_file(2).unlink()
+    assert run.latest_checkpoint() == run.checkpoint_file(1)
+
+
+def test_settings_and_provenance_come_back(run):
+    config = Config(loss="mse", data="somewhere", seed=3)
+    run.write_config(config, [{"command_line": "x"}])
+    assert run.read_config() == config
+    assert load_config(run.config_file) == config  # a run's settings are a config like any other
+    assert run.read_provenance() == [{"command_line": "x"}]
+
+
+def test_leftovers_of_a_killed_save_are_removed(run):
+    run.save_checkpoint({"step": 1}, keep=1)
+    (run.checkpoints / ".step_0000002.pt.abc.tmp").write_bytes(b"half")
+    run.remove_leftovers()
+    assert sorted(file.name for file in run.checkpoints.iterdir()) == ["latest", "step_0000001.pt"]
+
+
+def test_what_a_checkpoint_must_hold(run):
+    run.save_checkpoint({"step": 1, "weights": torch.ones(2)}, keep=1)
+    assert read_checkpoint(run.latest_checkpoint(), ("step", "weights"))["step"] == 1
+    with pytest.raises(UserError, match="no optimizer"):
+        read_checkpoint(run.latest_checkpoint(), ("step", "optimizer"))
+
+
+def test_is_run_directory(run, tmp_path):
+    assert not is_run_directory(run.path)
+    run.save_checkpoint({"step": 1}, keep=1)
+    run.write_config(Config(), [])
+    assert is_run_directory(run.path)
