@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> int:
             print(f"model: {model.checkpoint} (step {model.step:,}); {len(keys)} images", flush=True)
         samples.write_samples(model, keys, sampling, out, processes, with_npz=options.npz)
         if processes.is_first:
-            print(f"wrote {out}/CLASS/NUMBER.png and {out}/grid.png{f', {out}/samples.npz' if options.npz else ''}")
+            npz = f" and {out}/samples.npz" if options.npz else ""
+            print(f"wrote {out}/grid.png, {out}/CLASS/seed{options.seed}_NUMBER.png{npz}")
     return 0
 
 

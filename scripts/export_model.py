@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     file = out.save_checkpoint(
         {"step": model.step, "model": weights, "ema": {}, "class_names": list(model.class_names)}, keep=1
     )
-    out.write_config(model.config, [{"exported_from": str(model.checkpoint)}])
+    out.write_config(model.config, [{"exported_from": f"{options.run.name}/{model.checkpoint.name}"}])
     print(f"wrote {file}: {file.stat().st_size / 1e6:.1f} MB")
 
 

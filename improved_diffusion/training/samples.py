@@ -62,7 +62,7 @@ def write_samples(
     *,
     with_npz: bool,
 ) -> None:
-    """Draw the images of `keys` and write OUT/CLASS/NUMBER.png, OUT/grid.png and, if asked, OUT/samples.npz.
+    """Draw the images of `keys` and write OUT/CLASS/seedSEED_NUMBER.png, OUT/grid.png and, if asked, OUT/samples.npz.
 
     Raises:
         UserError: sampling settings that the model cannot follow, or a disk that cannot be written.
