@@ -64,7 +64,7 @@ def fill_rows(pool: ProcessPoolExecutor, array_file: Path, keys: Sequence[Any], 
             if len(broken) > MAX_BROKEN * len(keys):
                 row = min(broken)
                 raise UserError(
-                    f"{title}: {len(broken)} of the first {progress.n} images are broken, more than {MAX_BROKEN:.0%} "
+                    f"{title}: {len(broken)} of the first {bar.n} images are broken, more than {MAX_BROKEN:.0%} "
                     f"of all {len(keys)}, so nothing was written; check that the source is complete. "
                     f"For one, {keys[row]!r}: {broken[row]}"
                 )
