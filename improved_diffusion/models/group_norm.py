@@ -36,7 +36,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class _GroupNormBF16(torch.autograd.Function):
-    """For bfloat16 on a CPU, where PyTorch's own backward pass over channels_last takes some 10 times as long as this
+    """For bfloat16 on a CPU, where PyTorch's own backward pass over channels_last takes several times as long as this
     one (its inner loop is over the few channels of one group), and would be a third of a training step.
     """
 

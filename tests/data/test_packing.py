@@ -318,7 +318,8 @@ def test_arrays_are_read_only(packed: Path):
 def test_opening_does_not_import_torch(packed: Path):
     code = "import sys; from improved_diffusion.data import open_image_set; open_image_set(sys.argv[1]); "
     code += "assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, str(packed)], check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(packed)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_synthetic_set(tmp_path: Path):
