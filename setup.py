@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+SIMILARITY = ["transformers>=4.46,<5.6", "torchmetrics>=1.4,<2"]  # CLIP, DINO and PickScore; LPIPS and ERGAS
+
 setup(
     name="improved_diffusion",
     version="0.1.0",
@@ -23,6 +25,15 @@ setup(
         "pyyaml>=6.0",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "import-linter>=2.0"],
+        "similarity": SIMILARITY,
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "import-linter>=2.0",
+            "torch-fidelity>=0.4",  # an independent answer for KID, precision and recall, Inception Score
+            *SIMILARITY,
+        ],
     },
 )

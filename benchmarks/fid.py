@@ -21,7 +21,8 @@ from torch import Tensor
 
 from improved_diffusion.errors import UserError, user_errors_exit
 from improved_diffusion.metrics import FeatureExtractor, frechet_distance
-from improved_diffusion.metrics.extractor import full_float32, preprocess
+from improved_diffusion.metrics.extractor import full_float32
+from improved_diffusion.metrics.preprocessing import preprocess
 from improved_diffusion.metrics.weights import PACKAGE, packaged_weights
 
 

@@ -1,19 +1,29 @@
-"""Measuring sets of images: Inception features and the Fréchet distance between them."""
+"""Measuring sets of images: Inception features, the distances between them, and how certain each number is."""
 
 from improved_diffusion.metrics.extractor import FeatureExtractor
-from improved_diffusion.metrics.fid import FID, fid, metric_name
+from improved_diffusion.metrics.features import Features, features_of_batches
+from improved_diffusion.metrics.fid import frechet_inception_distance, metric_name
 from improved_diffusion.metrics.frechet import frechet_distance
+from improved_diffusion.metrics.measure import METRICS, ImageSets, Measurement, measure
 from improved_diffusion.metrics.moments import Moments
-from improved_diffusion.metrics.statistics import FeatureStatistics, compute_statistics, reference_statistics
+from improved_diffusion.metrics.opening import open_source
+from improved_diffusion.metrics.statistics import FeatureStatistics, reference_statistics
+from improved_diffusion.metrics.store import extract_features
 
 __all__ = [
-    "FID",
+    "METRICS",
     "FeatureExtractor",
     "FeatureStatistics",
+    "Features",
+    "ImageSets",
+    "Measurement",
     "Moments",
-    "compute_statistics",
-    "fid",
+    "extract_features",
+    "features_of_batches",
     "frechet_distance",
+    "frechet_inception_distance",
+    "measure",
     "metric_name",
+    "open_source",
     "reference_statistics",
 ]

@@ -1,77 +1,149 @@
-"""The Fréchet Inception distance of two sets of images (Heusel et al. 2017, arXiv:1706.08500)."""
+"""The Fréchet Inception distance of two sets of images (Heusel et al. 2017, arXiv:1706.08500), and what it would be
+with endlessly many images."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
+
+import numpy as np
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.frechet import frechet_distance
-from improved_diffusion.metrics.sources import StoredSource, open_source
-from improved_diffusion.metrics.statistics import (
-    FeatureStatistics,
-    is_statistics_file,
-)
+from improved_diffusion.metrics.estimate import Estimate, Influence
+from improved_diffusion.metrics.features import Features
+from improved_diffusion.metrics.frechet import FrechetInfluence, distance_by_factor
+from improved_diffusion.metrics.inception import SPATIAL
+from improved_diffusion.metrics.statistics import FeatureStatistics, cached_statistics, statistics_of
 
+# FID-infinity: a set needs so many images for each feature, or its bias is not yet one over n, which misleads.
+IMAGES_PER_FEATURE = 2.5
+MOST_PARTS = 4
 
-@dataclass(frozen=True)
-class FID:
-    """One measured distance and what it was measured with."""
-
-    metric: str  # FID, or FID64 and the like: another feature size gives another scale
-    features: int
-    value: float
-    n_real: int | None  # None where saved statistics do not say
-    n_fake: int | None
-    preprocessing: str | None
-    weights_hash: str | None
+Side = Features | FeatureStatistics
 
 
 def metric_name(features: int) -> str:
-    """`FID` means 2048 features; any other size is named, so that no one takes it for the standard metric."""
-    return "FID" if features == 2048 else f"FID{features}"
+    """`FID` means 2048 features and `sFID` the spatial ones; any other size is named, so that no one takes it for the
+    standard metric."""
+    return {2048: "FID", SPATIAL: "sFID"}.get(features, f"FID{features}")
 
 
-def fid(real: FeatureStatistics, fake: FeatureStatistics) -> FID:
-    """The distance between two sets by their statistics.
-
-    Warns where a set has fewer images than features, or statistics do not say what they were made with.
+def frechet_inception_distance(real: Side, fake: Side) -> Estimate:
+    """The distance between two sets, each by its features or by saved statistics, whose images count as fixed.
 
     Raises:
-        UserError: statistics of different sizes, or made with different settings; the message names the difference.
+        UserError: features of different sizes, or made with different settings; the message names the difference.
     """
-    _check_comparable(real, fake)
-    for statistics in (real, fake):
-        if statistics.n is not None and statistics.n < statistics.features:
-            warnings.warn(
-                f"{statistics.name} has {statistics.n:,} images for {statistics.features} features: its covariance is "
-                f"singular and {metric_name(real.features)} is biased upwards; compare only values of equal n",
-                stacklevel=2,
-            )
-    settings = real.settings or fake.settings
-    return FID(
-        metric=metric_name(real.features),
-        features=real.features,
-        value=frechet_distance(real.mean, real.cov, fake.mean, fake.cov),
-        n_real=real.n,
-        n_fake=fake.n,
-        preprocessing=settings.preprocessing if settings else None,
-        weights_hash=settings.weights_hash if settings else None,
+    real_statistics, fake_statistics = statistics(real), statistics(fake)
+    check_comparable(real_statistics, fake_statistics)
+    influences = [
+        _influence(side, own, other)
+        for side, own, other in [(real, real_statistics, fake_statistics), (fake, fake_statistics, real_statistics)]
+        if isinstance(side, Features)
+    ]
+    return Estimate(_distance(real_statistics, fake_statistics), tuple(influences), least=0.0)
+
+
+def statistics(side: Side) -> FeatureStatistics:
+    """A side's mean and covariance."""
+    return cached_statistics(side) if isinstance(side, Features) else side
+
+
+def _distance(real: FeatureStatistics, fake: FeatureStatistics) -> float:
+    if fake.centred is None and real.centred is not None:  # few samples are a factor that costs nothing
+        real, fake = fake, real
+    fake_factor = fake.factor if fake.centred is not None else None
+    return distance_by_factor(real.mean, real.factor, fake.mean, fake.cov, fake_factor)
+
+
+def _influence(features: Features, own: FeatureStatistics, other: FeatureStatistics) -> Influence:
+    influence = FrechetInfluence(own.mean, own.factor, other.mean, other.cov)
+    values = np.concatenate([influence(block).numpy() for block in features.blocks()])
+    return Influence(values, features.labels)
+
+
+def fid_infinity(real: Features, fake: Features, seed: int = 0) -> Estimate:
+    """The distance with its bias removed, by extrapolation to endlessly many images (Chong & Forsyth 2020,
+    arXiv:1911.07023).
+
+    The bias falls as 1/n. Both sets are divided, class by class, into k parts, and the distances between the parts
+    averaged, for k = 1, 2, ...; a line through these averages, against k, is taken at k = 0. As each average uses every
+    image once, resampling the images moves them all alike: the influences are those of the distance itself.
+
+    `details`: `points`, a list of (images of the smaller set in a part, average distance).
+
+    Raises:
+        UserError: a set has fewer than 2.5 images for each feature.
+    """
+    whole = frechet_inception_distance(real, fake)
+    smaller, d = min(real.n, fake.n), real.d
+    if smaller < IMAGES_PER_FEATURE * d:
+        raise UserError(
+            f"FID-infinity of {d} features needs at least {int(np.ceil(IMAGES_PER_FEATURE * d)):,} images of each set, "
+            f"and the smaller has {smaller:,}: below that its bias is not one over n"
+        )
+    most = min(MOST_PARTS, int(smaller / (IMAGES_PER_FEATURE * d / 2)))
+    rng = np.random.default_rng(seed)
+    averages = [whole.value]
+    for parts in range(2, most + 1):
+        pairs = zip(_divide(real, parts, rng), _divide(fake, parts, rng), strict=True)
+        averages.append(np.mean([_distance(statistics_of(x), statistics_of(y)) for x, y in pairs]))
+    counts = np.arange(1, most + 1)
+    slope, intercept = np.polyfit(counts, averages, 1)
+    return Estimate(
+        value=float(intercept),
+        influences=whole.influences,
+        details={
+            "points": [(smaller // int(count), float(value)) for count, value in zip(counts, averages, strict=True)],
+            "bias": float(whole.value - intercept),
+        },
     )
 
 
-def open_images_or_statistics(path: Path | str) -> StoredSource | FeatureStatistics:
-    """Whatever lies at `path`: any source of images, or saved statistics.
+def _divide(features: Features, parts: int, rng: np.random.Generator) -> list[Features]:
+    """Disjoint parts, each with its share of every class."""
+    order = rng.permutation(features.n)
+    if features.labels is not None:
+        order = order[np.argsort(features.labels[order], kind="stable")]
+    return [features.take(np.sort(order[part::parts])) for part in range(parts)]
+
+
+def per_class(real: Features, fake: Features) -> dict[str, tuple[Estimate, int, int]]:
+    """The distance of each class from itself, {class name: (estimate, n_real, n_fake)}, the worst first.
 
     Raises:
-        UserError: see `open_source` and `FeatureStatistics.load`.
+        UserError: a side has no classes, or the sides' differ.
     """
-    return FeatureStatistics.load(path) if is_statistics_file(path) else open_source(path)
+    real_labels, fake_labels, names = _common_classes(real, fake)
+    estimates: dict[str, tuple[Estimate, int, int]] = {}
+    for label, name in enumerate(names):
+        rows = [np.flatnonzero(labels == label) for labels in (real_labels, fake_labels)]
+        if min(map(len, rows)) < 2:
+            raise UserError(f"class {name!r} has fewer than 2 images: its distance cannot be measured")
+        estimate = frechet_inception_distance(real.take(rows[0]), fake.take(rows[1]))
+        estimates[name] = (estimate, len(rows[0]), len(rows[1]))
+    return dict(sorted(estimates.items(), key=lambda item: -item[1][0].value))
 
 
-def _check_comparable(real: FeatureStatistics, fake: FeatureStatistics) -> None:
+def _common_classes(real: Features, fake: Features) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    for side in (real, fake):
+        if side.labels is None:
+            raise UserError(
+                f"{side.name} has no classes; a packed set, a folder of class folders, a run, an .npz with labels have"
+            )
+    names = real.class_names or fake.class_names or tuple(map(str, np.unique(real.labels)))
+    for side in (real, fake):
+        if side.class_names is not None and side.class_names != names:
+            difference = sorted(set(names) ^ set(side.class_names))
+            raise UserError(f"{real.name} and {fake.name} have different classes ({', '.join(difference[:5])}, ...)")
+    return real.labels, fake.labels, names
+
+
+def check_comparable(real: FeatureStatistics, fake: FeatureStatistics) -> None:
+    """Warn where statistics do not say what they were made with, or n < d.
+
+    Raises:
+        UserError: they were made with other settings; the message names the difference.
+    """
     if real.features != fake.features:
         raise UserError(
             f"{real.name} has statistics of {real.features} features and {fake.name} of {fake.features}: "
@@ -85,6 +157,5 @@ def _check_comparable(real: FeatureStatistics, fake: FeatureStatistics) -> None:
                 stacklevel=3,
             )
     if real.settings is not None and fake.settings is not None and real.settings != fake.settings:
-        left, right = dataclasses.asdict(real.settings), dataclasses.asdict(fake.settings)
-        differences = "; ".join(f"{key}: {left[key]!r} and {right[key]!r}" for key in left if left[key] != right[key])
-        raise UserError(f"{real.name} and {fake.name} were made with different settings: {differences}")
+        difference = real.settings.difference(fake.settings)
+        raise UserError(f"{real.name} and {fake.name} were made with different settings: {difference}")

@@ -14,32 +14,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Feature size -> the layer whose output, averaged over space, is that feature. Increasing in size and in depth.
-FEATURE_LAYERS = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", 2048: "Mixed_7c"}
+# Feature size -> the layer whose output, averaged over space, is that feature.
+POOLED_LAYERS = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", 2048: "Mixed_7c"}
+# Of sFID (Nash et al. 2021, arXiv:2103.03841): the first 7 channels of this layer, that is of its 1x1 branch, at each
+# of the 17x17 positions.
+SPATIAL, SPATIAL_LAYER, SPATIAL_CHANNELS = 2023, "Mixed_6d", 7
+# Of the Inception Score: the logits, without their bias, of the 1008 outputs.
+LOGITS, CLASSIFIER = 1008, "classifier"
 
 
 class Inception(nn.Sequential):
     """The network as far as the deepest of `features`: Inception((64,)) costs a ninth of Inception((2048,)).
 
     Args:
-        features: sizes to return, each one of 64, 192, 768 and 2048.
+        features: sizes to return: 64, 192, 768 and 2048 are averages over space of ever deeper layers, 2023 keeps space
+            (SPATIAL) and 1008 are the logits (LOGITS).
     """
 
     def __init__(self, features: Iterable[int]):
-        size_at = {FEATURE_LAYERS[size]: size for size in features}
         layers = trunk()
+        size_at = {name: size for size, name in feature_layers().items() if size in set(features)}
         depth = max(list(layers).index(name) for name in size_at) + 1
         super().__init__(OrderedDict(list(layers.items())[:depth]))
         self.size_at = size_at
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """Images (N, 3, 299, 299), scaled by (x - 128) / 128, to {size: features (N, size)}, in order of size."""
+        """Images (N, 3, 299, 299), scaled by (x - 128) / 128, to {size: features (N, size)}, in order of depth."""
         features = {}
         for name, layer in self.named_children():
             x = layer(x)
-            if name in self.size_at:
-                features[self.size_at[name]] = x.mean(dim=(2, 3))
+            size = self.size_at.get(name)
+            if size == SPATIAL:
+                features[size] = x[:, :SPATIAL_CHANNELS].flatten(1)
+            elif size == LOGITS:
+                features[size] = x
+            elif size is not None:
+                features[size] = x.mean(dim=(2, 3))
         return features
+
+
+def feature_layers() -> dict[int, str]:
+    """Feature size -> the layer after which it is taken."""
+    return POOLED_LAYERS | {SPATIAL: SPATIAL_LAYER, LOGITS: CLASSIFIER}
+
+
+class Classifier(nn.Linear):
+    """From the last feature maps to the logits."""
+
+    def __init__(self) -> None:
+        super().__init__(2048, LOGITS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean(dim=(2, 3)))
 
 
 def trunk() -> dict[str, nn.Module]:
@@ -63,6 +89,7 @@ def trunk() -> dict[str, nn.Module]:
         "Mixed_7a": BlockD(768),
         "Mixed_7b": BlockE(1280, pool=average_pool),
         "Mixed_7c": BlockE(2048, pool=max_pool),  # (N, 2048, 8, 8)
+        CLASSIFIER: Classifier(),
     }
 
 

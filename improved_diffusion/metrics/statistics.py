@@ -1,8 +1,9 @@
-"""The mean and covariance of a set's features: computed, saved, and cached for sets that are measured against often."""
+"""Mean and covariance of the features of a set of images, with what they were made with."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import warnings
@@ -18,14 +19,17 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.metrics.extractor import FeatureExtractor, FeatureSettings
+from improved_diffusion.metrics.features import Features
+from improved_diffusion.metrics.frechet import factor
 from improved_diffusion.metrics.moments import Moments
-from improved_diffusion.metrics.sources import ARRAY_KEYS, Source, StoredSource
-from improved_diffusion.progress import progress
+from improved_diffusion.metrics.opening import ARRAY_KEYS
+from improved_diffusion.metrics.sources import Source
+from improved_diffusion.metrics.store import extract_features
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """First and second moments of the features of `n` images.
+    """What the Fréchet distance needs to know of a set of images.
 
     `n` and `settings` are None where the statistics come from a program that did not save them.
     """
@@ -35,11 +39,19 @@ class FeatureStatistics:
     cov: Tensor  # float64 (d, d), unbiased
     n: int | None
     settings: FeatureSettings | None
+    centred: Tensor | None = None  # float64 (n, d), features less their mean, where n <= d: an exact factor
 
     @property
     def features(self) -> int:
         """d, the feature size."""
         return len(self.mean)
+
+    @functools.cached_property
+    def factor(self) -> Tensor:
+        """(d, rank) A with A A^T = cov."""
+        if self.centred is not None:
+            return self.centred.T / (len(self.centred) - 1) ** 0.5
+        return factor(self.cov)
 
     def save(self, path: Path | str) -> None:
         """Write an .npz with `mu` and `sigma`, the names that FID programs share, and with `n` and `settings`."""
@@ -72,58 +84,58 @@ class FeatureStatistics:
         return cls(str(path), mean, cov, n, settings)
 
 
-def compute_statistics(
-    source: Source, extractor: FeatureExtractor, batch_size: int | None = None
-) -> dict[int, FeatureStatistics]:
-    """Extract the features of all the images, in one pass, and return {feature size: statistics}.
-
-    Memory does not grow with the number of images.
+def statistics_of(features: Features) -> FeatureStatistics:
+    """The statistics of features at hand.
 
     Raises:
-        UserError: features that are not finite, or images that cannot be decoded.
+        UserError: fewer than two images.
     """
-    device = extractor.device if extractor.device.type == "cuda" else "cpu"  # not every accelerator has float64
-    moments = {size: Moments(size, device) for size in extractor.features}
-    with progress(total=len(source), desc=f"features of {source.name}", unit="image") as bar:
-        for images in source.batches(batch_size or extractor.batch_size):
-            for size, features in extractor(images).items():
-                try:
-                    moments[size].update(features)
-                except FloatingPointError as error:
-                    raise UserError(f"{source.name}: {error}, after image {bar.n:,}") from error
-            bar.update(len(images))
-    return {
-        size: FeatureStatistics(source.name, m.mean.cpu(), m.covariance().cpu(), m.n, extractor.settings(size))
-        for size, m in moments.items()
-    }
+    if features.n < 2:
+        raise UserError(f"{features.name} has {features.n} image: at least 2 are needed to measure their statistics")
+    moments = Moments(features.d)
+    for block in features.blocks():
+        moments.update(block)
+    small = features.n <= features.d
+    centred = torch.from_numpy(np.array(features.array, dtype=np.float64)) - moments.mean if small else None
+    return FeatureStatistics(features.name, moments.mean, moments.covariance(), moments.n, features.settings, centred)
 
 
-def reference_statistics(
-    source: StoredSource, extractor: FeatureExtractor, batch_size: int | None = None
-) -> dict[int, FeatureStatistics]:
-    """`compute_statistics`, kept in the cache directory under the set's content and every setting of the features."""
-    files = {size: _cache_file(source, extractor.settings(size)) for size in extractor.features}
-    if all(file.is_file() for file in files.values()):
+def cached_statistics(features: Features) -> FeatureStatistics:
+    """`statistics_of`, kept in the cache directory under the content of the images and every setting."""
+    if features.content_hash is None or features.n <= features.d:  # a few samples are faster than their covariance
+        return statistics_of(features)
+    file = _cache_file(features.content_hash, features.settings)
+    if file.is_file():
         try:
-            return {
-                size: dataclasses.replace(FeatureStatistics.load(file), name=source.name)
-                for size, file in files.items()
-            }
+            return dataclasses.replace(FeatureStatistics.load(file), name=features.name)
         except UserError:  # a damaged cache is no one's fault: write it anew
             pass
-    statistics = compute_statistics(source, extractor, batch_size)
+    statistics = statistics_of(features)
     try:
-        for size, file in files.items():
-            statistics[size].save(file)
+        statistics.save(file)
     except UserError as error:  # a full or read-only disk: what was measured is measured all the same
-        warnings.warn(f"the statistics of {source.name} are not cached: {error}", stacklevel=2)
+        warnings.warn(f"the statistics of {features.name} are not cached: {error}", stacklevel=2)
     return statistics
 
 
-def _cache_file(source: StoredSource, settings: FeatureSettings) -> Path:
-    key = json.dumps({"content": source.content_hash, **dataclasses.asdict(settings)}, sort_keys=True)
-    name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    return cache_directory() / "statistics" / name
+def reference_statistics(source: Source, extractor: FeatureExtractor) -> dict[int, FeatureStatistics]:
+    """{feature size: statistics} of all images of `source`, from the cache as far as they are there.
+
+    Raises:
+        UserError: see `extract_features`.
+    """
+    files = {size: _cache_file(source.content_hash, extractor.settings(size)) for size in extractor.features}
+    try:
+        return {
+            size: dataclasses.replace(FeatureStatistics.load(file), name=source.name) for size, file in files.items()
+        }
+    except UserError:
+        return {size: cached_statistics(features) for size, features in extract_features(source, extractor).items()}
+
+
+def _cache_file(content_hash: str, settings: FeatureSettings) -> Path:
+    key = json.dumps({"content": content_hash, **dataclasses.asdict(settings)}, sort_keys=True)
+    return cache_directory() / "statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 
 def is_statistics_file(path: Path | str) -> bool:

@@ -162,6 +162,31 @@ def load_layers(path: Path | str | None = None) -> dict[str, Layer]:
     Raises:
         UserError: no such file, no weights anywhere, or a file whose SHA-256 is not that of a known one.
     """
+    path, read = verified(path)
+    return read(path)
+
+
+def load_classifier(path: Path | str | None = None) -> Tensor:
+    """The weight of the last layer, float32 (1008, 2048), which only the published .pth file has.
+
+    Raises:
+        UserError: as `load_layers`; or the weights are those of the package, which lacks that layer.
+    """
+    path, read = verified(path)
+    if read is not read_published:
+        raise UserError(
+            f"the Inception Score needs the network's last layer, which {path} does not have: get {DOWNLOAD_NAME} "
+            f"({DOWNLOAD_URL}) and give it with --weights"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)["fc.weight"].float()
+
+
+def verified(path: Path | str | None) -> tuple[Path, Callable[[Path], dict[str, Layer]]]:
+    """The file of weights, its hash checked, and what reads it.
+
+    Raises:
+        UserError: see `load_layers`.
+    """
     path = Path(path) if path is not None else find_weights()
     if not path.is_file():
         raise UserError(f"no Inception weights at {path}")
@@ -172,7 +197,7 @@ def load_layers(path: Path | str | None = None) -> dict[str, Layer]:
             f"{DOWNLOAD_NAME} ({DOWNLOAD_SHA256[:16]}...) nor default_1.pt of {PACKAGE} "
             f"({PACKAGED_SHA256[:16]}...); delete the file or get it again"
         )
-    return READERS[digest](path)
+    return path, READERS[digest]
 
 
 def find_weights() -> Path:

@@ -20,7 +20,7 @@ from improved_diffusion.metrics import (
     metric_name,
     reference_statistics,
 )
-from improved_diffusion.metrics.sources import image_set_source
+from improved_diffusion.metrics.opening import image_set_source
 from improved_diffusion.progress import progress
 from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
 from improved_diffusion.training.generate import SampleKey, generate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import torch
 
 from improved_diffusion.data.image_set import is_image_set, open_image_set
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics import FeatureStatistics
-from improved_diffusion.metrics.fid import open_images_or_statistics
-from improved_diffusion.metrics.sources import Source
+from improved_diffusion.metrics.opening import open_source
+from improved_diffusion.metrics.sources import Batch, Source
+from improved_diffusion.metrics.statistics import FeatureStatistics, is_statistics_file
+from improved_diffusion.metrics.weights import file_sha256
 from improved_diffusion.run_directory import is_run_directory
 from improved_diffusion.training.generate import LoadedModel, SampleKey, generate, load_model, model_denoiser
 
@@ -39,15 +42,29 @@ class RunSource:
             if number < count
         ]
 
+        self.labels = np.array([key.class_index for key in self.keys])
+        self.class_names = model.class_names if model.config.model.class_conditional else None
+        self.broken: dict[int, str] = {}
+
     def __len__(self) -> int:
         return len(self.keys)
 
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """uint8 (n, H, W, 3) with n at most `batch_size`; drawn in the run's own batches, as big as memory allows."""
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over all that decides the images: the checkpoint, the settings, which images, the kind of device."""
+        settings = [repr(self.model.config.sampling), self.model.config.training.precision, self.device.type]
+        digest = hashlib.sha256("\n".join(["run", file_sha256(self.model.checkpoint), *settings]).encode())
+        digest.update(np.array(self.keys, dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """See `Source`; drawn in the run's own batches, as big as memory allows."""
         sampling = self.model.config.sampling
         denoiser = model_denoiser(self.model, sampling, self.device)
-        for _, images in generate(denoiser, self.keys, self.model.config, sampling, self.device):
-            yield from (part.cpu().numpy() for part in images.split(batch_size))
+        for _, images in generate(denoiser, self.keys[start:stop], self.model.config, sampling, self.device):
+            for part in images.split(batch_size):
+                yield Batch(np.arange(start, start + len(part)), part.cpu().numpy())
+                start += len(part)
 
 
 def run_source(
@@ -82,7 +99,7 @@ def run_source(
             )
         counts = np.bincount(image_set.labels, minlength=classes).tolist()
     else:
-        images = open_images_or_statistics(reference)
+        images = _images_or_statistics(reference)
         total = images.n if isinstance(images, FeatureStatistics) else len(images)
         if total is None:
             raise UserError(f"{reference} does not say of how many images it is: give a number with --per-class")
@@ -101,7 +118,11 @@ def open_side(
         UserError: nothing usable, or two runs without `per_class`.
     """
     if not is_run_directory(path):
-        return open_images_or_statistics(path)
+        return _images_or_statistics(path)
     if is_run_directory(other) and per_class is None:
         raise UserError("two runs have no number of images of their own: give one with --per-class")
     return run_source(path, other, device, per_class=per_class, checkpoint=checkpoint)
+
+
+def _images_or_statistics(path: Path) -> FeatureStatistics | Source:
+    return FeatureStatistics.load(path) if is_statistics_file(path) else open_source(path)

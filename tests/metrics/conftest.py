@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from improved_diffusion.metrics import FeatureExtractor
+from improved_diffusion.metrics import FeatureExtractor, Features
+from improved_diffusion.metrics.extractor import FeatureSettings
 from improved_diffusion.metrics.weights import PACKAGE, packaged_weights
 
 
@@ -59,3 +61,49 @@ def photos() -> np.ndarray:
         left, top = int(rng.integers(0, photo.width - side)), int(rng.integers(0, photo.height - side))
         pieces.append(np.asarray(photo.crop((left, top, left + side, top + side)).resize((64, 64))))
     return np.stack(pieces)
+
+
+@pytest.fixture(scope="session")
+def make_features():
+    """Features out of an array, (n, d)."""
+
+    def make(array: np.ndarray, labels=None, class_names=None, name: str = "made up", **settings: str) -> Features:
+        chosen = {"preprocessing": "tf1", "precision": "float32", "weights_hash": "abc", **settings}
+        return Features(
+            name=name,
+            array=np.asarray(array, dtype=np.float32),
+            settings=FeatureSettings(features=array.shape[1], **chosen),
+            labels=None if labels is None else np.asarray(labels),
+            class_names=class_names,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def two_sets(make_features) -> tuple[Features, Features]:
+    """300 and 240 vectors of 32 features, from distributions that overlap."""
+    rng = np.random.default_rng(0)
+    spectrum = np.arange(1, 33) ** -0.5
+    real, fake = rng.normal(size=(300, 32)) * spectrum, 1.2 * rng.normal(size=(240, 32)) * spectrum + 0.2
+    return make_features(real + 3, name="real"), make_features(fake + 3, name="fake")
+
+
+class Unusable:
+    """An extractor that has settings but may not be called: what it does not compute must come from the cache."""
+
+    def __init__(self, extractor: FeatureExtractor, weights_hash: str | None = None):
+        self.features, self.batch_size, self.device = extractor.features, extractor.batch_size, extractor.device
+        self._settings = extractor.settings
+        self._changes = {"weights_hash": weights_hash} if weights_hash else {}
+
+    def settings(self, size: int) -> FeatureSettings:
+        return dataclasses.replace(self._settings(size), **self._changes)
+
+    def __call__(self, images: np.ndarray) -> None:
+        raise AssertionError("the network ran")
+
+
+@pytest.fixture(scope="session")
+def unusable() -> type[Unusable]:
+    return Unusable

@@ -1,14 +1,8 @@
-"""Statistics, their cache, the distance between them, and the command line."""
+"""Statistics, their cache, and the distances made of them."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,24 +10,16 @@ import torch
 from PIL import Image
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics import (
-    FeatureExtractor,
-    FeatureStatistics,
-    compute_statistics,
-    fid,
-    metric_name,
-    reference_statistics,
-)
+from improved_diffusion.metrics import FeatureStatistics, extract_features, metric_name, reference_statistics
+from improved_diffusion.metrics.estimate import bootstrap_interval
 from improved_diffusion.metrics.extractor import FeatureSettings
+from improved_diffusion.metrics.fid import fid_infinity, frechet_inception_distance, per_class
 from improved_diffusion.metrics.sources import ArraySource
-from improved_diffusion.metrics.statistics import is_statistics_file
-
-ROOT = Path(__file__).parents[2]
-NOT_ENOUGH = "ignore:.*biased upwards"
+from improved_diffusion.metrics.statistics import is_statistics_file, statistics_of
 
 
 def statistics(d: int = 4, n: int | None = 100, **settings: str) -> FeatureStatistics:
-    chosen = {"preprocessing": "as usual", "weights_hash": "abc", **settings}
+    chosen = {"preprocessing": "tf1", "precision": "float32", "weights_hash": "abc", **settings}
     return FeatureStatistics(
         name="some set",
         mean=torch.arange(d, dtype=torch.float64),
@@ -43,26 +29,16 @@ def statistics(d: int = 4, n: int | None = 100, **settings: str) -> FeatureStati
     )
 
 
-def test_statistics_equal_numpys_over_all_features(extractor64, photos):
-    computed = compute_statistics(ArraySource("photos", photos), extractor64, batch_size=5)[64]
-    features = extractor64(photos)[64].double().numpy()
-    assert computed.n == 12
-    np.testing.assert_allclose(computed.mean, features.mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(computed.cov, np.cov(features.T), rtol=1e-4, atol=1e-7)
-
-
-def test_several_sizes_in_one_pass(extractor, extractor64, photos):
-    source = ArraySource("photos", photos[:3])
-    together = compute_statistics(source, extractor)
-    assert {size: s.features for size, s in together.items()} == {64: 64, 192: 192, 768: 768, 2048: 2048}
-    torch.testing.assert_close(together[64].cov, compute_statistics(source, extractor64)[64].cov, rtol=1e-4, atol=1e-8)
-
-
-def test_features_that_are_not_finite_name_the_set(weights, photos):
-    broken = FeatureExtractor((64,), weights=weights)
-    broken.network.Conv2d_1a_3x3.bias[0] = float("nan")
-    with pytest.raises(UserError, match=r"photos: .* NaN"):
-        compute_statistics(ArraySource("photos", photos), broken)
+def test_statistics_equal_numpys(make_features, two_sets, monkeypatch):
+    for features in (two_sets[0], two_sets[0].take(np.arange(20))):  # more than d, and fewer
+        computed = statistics_of(features)
+        array = features.array.astype(np.float64)
+        assert computed.n == len(array)
+        np.testing.assert_allclose(computed.mean, array.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(computed.cov, np.cov(array.T), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(computed.factor @ computed.factor.T, np.cov(array.T), rtol=1e-9, atol=1e-12)
+    with pytest.raises(UserError, match="at least 2"):
+        statistics_of(two_sets[0].take(np.arange(1)))
 
 
 def test_saved_statistics_come_back_the_same(tmp_path):
@@ -99,133 +75,143 @@ def test_what_is_no_statistics_is_an_error(tmp_path, arrays):
         FeatureStatistics.load(tmp_path / "wrong.npz")
 
 
-class Unusable:
-    """An extractor that has settings but may not be called: what it does not compute must come from the cache."""
-
-    def __init__(self, extractor, weights_hash: str | None = None):
-        self.features, self.batch_size, self.device = extractor.features, extractor.batch_size, extractor.device
-        self._settings = extractor.settings
-        self._changes = {"weights_hash": weights_hash} if weights_hash else {}
-
-    def settings(self, size: int) -> FeatureSettings:
-        return dataclasses.replace(self._settings(size), **self._changes)
-
-    def __call__(self, images: np.ndarray) -> None:
-        raise AssertionError("the network ran")
-
-
-def test_reference_statistics_are_cached_by_content_and_settings(extractor64, photos, cache):
-    first = reference_statistics(ArraySource("photos", photos), extractor64)[64]
-    assert len(list((cache / "statistics").iterdir())) == 1
-    again = reference_statistics(ArraySource("the same elsewhere", photos.copy()), Unusable(extractor64))[64]
+def test_reference_statistics_are_cached_by_content_and_settings(extractor64, photos, unusable):
+    many = np.concatenate([photos] * 6)  # more images than features
+    first = reference_statistics(ArraySource("photos", many), extractor64)[64]
+    again = reference_statistics(ArraySource("the same elsewhere", many.copy()), unusable(extractor64))[64]
     assert torch.equal(again.cov, first.cov)
     assert (again.name, again.n, again.settings) == ("the same elsewhere", first.n, first.settings)
     with pytest.raises(AssertionError, match="the network ran"):
-        reference_statistics(ArraySource("photos", photos[1:]), Unusable(extractor64))
+        reference_statistics(ArraySource("photos", many[1:]), unusable(extractor64))
     with pytest.raises(AssertionError, match="the network ran"):
-        reference_statistics(ArraySource("photos", photos), Unusable(extractor64, weights_hash="others"))
+        reference_statistics(ArraySource("photos", many), unusable(extractor64, weights_hash="others"))
 
 
-def test_a_damaged_cache_is_written_anew(extractor64, photos, cache):
-    source = ArraySource("photos", photos)
+def test_damaged_cached_statistics_are_written_anew(extractor64, photos, cache, unusable):
+    source = ArraySource("photos", np.concatenate([photos] * 6))
     first = reference_statistics(source, extractor64)[64]
     (file,) = (cache / "statistics").iterdir()
     file.write_bytes(file.read_bytes()[:1000])
     assert torch.equal(reference_statistics(source, extractor64)[64].cov, first.cov)
-    assert torch.equal(reference_statistics(source, Unusable(extractor64))[64].cov, first.cov)
+    assert torch.equal(reference_statistics(source, unusable(extractor64))[64].cov, first.cov)
 
 
-def test_a_cache_that_cannot_be_written_costs_only_a_warning(extractor64, photos, cache):
-    cache.write_text("a file where the directory should be")
-    with pytest.warns(UserWarning, match="not cached"):
-        assert reference_statistics(ArraySource("photos", photos), extractor64)[64].n == 12
-
-
-@pytest.mark.parametrize(("features", "name"), [(64, "FID64"), (192, "FID192"), (768, "FID768"), (2048, "FID")])
+@pytest.mark.parametrize(
+    ("features", "name"), [(64, "FID64"), (192, "FID192"), (768, "FID768"), (2048, "FID"), (2023, "sFID")]
+)
 def test_only_2048_features_are_called_fid(features, name):
     assert metric_name(features) == name
 
 
 def test_fid_of_known_statistics():
     moved = dataclasses.replace(statistics(), mean=statistics().mean + 2, cov=9 * statistics().cov, n=50)
-    result = fid(statistics(), moved)
-    assert result.value == pytest.approx(4 * 4 + 4 * (3 - 1) ** 2)
-    assert (result.metric, result.features, result.n_real, result.n_fake) == ("FID4", 4, 100, 50)
-    assert result.weights_hash == "abc"
+    estimate = frechet_inception_distance(statistics(), moved)
+    assert estimate.value == pytest.approx(4 * 4 + 4 * (3 - 1) ** 2)
+    assert bootstrap_interval(estimate) is None
 
 
 def test_statistics_that_cannot_be_compared_name_the_difference():
     with pytest.raises(UserError, match="4 features .* of 5"):
-        fid(statistics(4), statistics(5))
+        frechet_inception_distance(statistics(4), statistics(5))
     with pytest.raises(UserError, match="weights_hash: 'abc' and 'other'"):
-        fid(statistics(), statistics(weights_hash="other"))
+        frechet_inception_distance(statistics(), statistics(weights_hash="other"))
+    with pytest.raises(UserError, match="preprocessing: 'tf1' and 'clean'; precision: 'float32' and 'bf16'"):
+        frechet_inception_distance(statistics(), statistics(preprocessing="clean", precision="bf16"))
     with pytest.warns(UserWarning, match="does not say"):
-        fid(statistics(), dataclasses.replace(statistics(), settings=None))
+        frechet_inception_distance(statistics(), dataclasses.replace(statistics(), settings=None))
 
 
-def test_fewer_images_than_features_is_a_warning():
-    with pytest.warns(UserWarning, match="3 images for 4 features"):
-        fid(statistics(), statistics(n=3))
+@pytest.mark.parametrize(("n", "m"), [(300, 240), (20, 240), (300, 20), (20, 25)])
+def test_few_images_are_measured_as_exactly_as_many(two_sets, n, m):
+    """Against the singular values of the centred features, which need no covariance."""
+    real, fake = two_sets[0].take(np.arange(n)), two_sets[1].take(np.arange(m))
+    x, y = (side.array.astype(np.float64) for side in (real, fake))
+    a, b = ((z - z.mean(0)).T / np.sqrt(len(z) - 1) for z in (x, y))
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum()
+    expected -= 2 * np.linalg.svd(a.T @ b, compute_uv=False).sum()
+    assert frechet_inception_distance(real, fake).value == pytest.approx(expected, rel=1e-10)
+    assert frechet_inception_distance(real, real).value < 1e-9
 
 
-@pytest.mark.filterwarnings(NOT_ENOUGH)
+@pytest.mark.parametrize("n", [300, 80])
+def test_influences_are_the_derivative_by_the_weight_of_an_image(two_sets, n):
+    """Against a jackknife: leaving image i out moves the distance by about -influence / (n - 1)."""
+    real, fake = two_sets[0].take(np.arange(n)), two_sets[1]
+    estimate = frechet_inception_distance(real, fake)
+    influence = estimate.influences[0].values - estimate.influences[0].values.mean()
+    without = [
+        frechet_inception_distance(real.take(np.delete(np.arange(n), i)), fake).value for i in range(min(n, 100))
+    ]
+    moves = -(n - 1) * (np.array(without) - np.mean(without))
+    assert np.corrcoef(moves, influence[: len(moves)])[0, 1] > 0.97
+    assert moves.std() == pytest.approx(influence[: len(moves)].std(), rel=0.15)
+
+
+def test_saved_statistics_count_as_fixed(two_sets):
+    both = frechet_inception_distance(*two_sets)
+    one = frechet_inception_distance(statistics_of(two_sets[0]), two_sets[1])
+    assert one.value == both.value
+    assert len(one.influences) == 1
+    np.testing.assert_allclose(one.influences[0].values, both.influences[1].values)
+
+
+def gaussians(make_features, n: int, seed: int = 0, labels: np.ndarray | None = None):
+    """Two sets of 16 features, 0.4 apart in the mean and a factor 1.1 in the deviations; and their true distance."""
+    rng = np.random.default_rng(seed)
+    spectrum = np.arange(1, 17) ** -0.5
+    sets = [
+        make_features(scale * rng.normal(size=(n, 16)) * spectrum + shift, labels)
+        for scale, shift in ((1.0, 0.0), (1.1, 0.1))
+    ]
+    return sets, 16 * 0.01 + 0.01 * (spectrum**2).sum()
+
+
+def test_fid_infinity_removes_the_bias(make_features):
+    found = [(gaussians(make_features, 100, seed)) for seed in range(100)]
+    truth = found[0][1]
+    biased = np.array([frechet_inception_distance(*sets).value for sets, _ in found])
+    corrected = np.array([fid_infinity(*sets).value for sets, _ in found])
+    error = corrected.std() / 10
+    assert biased.mean() - truth > 10 * error
+    assert corrected.mean() == pytest.approx(truth, abs=4 * error)
+
+
+def test_fid_infinity_needs_images_and_says_what_it_saw(make_features):
+    (real, fake), _ = gaussians(make_features, 80)
+    details = fid_infinity(real, fake).details
+    assert [n for n, _ in details["points"]] == [80, 40, 26, 20]
+    assert details["points"][0][1] == frechet_inception_distance(real, fake).value
+    with pytest.raises(UserError, match="at least 40 images .* has 39"):
+        fid_infinity(real, fake.take(np.arange(39)))
+
+
+def test_classes_are_measured_apart_and_the_worst_comes_first(make_features):
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    real, fake = rng.normal(size=(2, 90, 4))
+    fake[labels == 2] += 3
+    names = ("apple", "bread", "cake")
+    sides = [make_features(x, labels, names) for x in (real, fake)]
+    found = per_class(*sides)
+    assert next(iter(found)) == "cake"
+    for label, name in enumerate(names):
+        alone = [make_features(x[labels == label]) for x in (real, fake)]
+        estimate, n_real, n_fake = found[name]
+        assert (n_real, n_fake) == (30, 30)
+        assert estimate.value == pytest.approx(frechet_inception_distance(*alone).value)
+    with pytest.raises(UserError, match="no classes"):
+        per_class(sides[0], make_features(fake))
+    with pytest.raises(UserError, match="different classes .*cake, dip"):
+        per_class(sides[0], make_features(fake, labels, ("apple", "bread", "dip")))
+    with pytest.raises(UserError, match="'apple' has fewer than 2"):
+        per_class(sides[0], make_features(fake[:2], [0, 1], names))
+
+
 def test_fid_orders_degradations(extractor64, photos):
-    sharp = compute_statistics(ArraySource("sharp", photos), extractor64)[64]
+    sharp = extract_features(ArraySource("sharp", photos), extractor64)[64]
     values = []
     for radius in (1, 2, 4):
-        coarse = [np.asarray(Image.fromarray(p).reduce(2 * radius).resize((64, 64))) for p in photos]
-        values.append(fid(sharp, compute_statistics(ArraySource("coarse", np.stack(coarse)), extractor64)[64]).value)
+        images = np.stack([np.asarray(Image.fromarray(p).reduce(2 * radius).resize((64, 64))) for p in photos])
+        coarse = extract_features(ArraySource("coarse", images), extractor64)[64]
+        values.append(frechet_inception_distance(sharp, coarse).value)
     assert 0 < values[0] < values[1] < values[2]
-    assert fid(sharp, sharp).value < 1e-9
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def run_fid(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "fid.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command_line_measures_a_zip_against_an_array(tmp_path, weights, photos, cache):
-    with zipfile.ZipFile(tmp_path / "real.zip", "w") as archive:
-        for i, photo in enumerate(photos):
-            with archive.open(f"class/{i}.png", "w") as file:
-                Image.fromarray(photo).save(file, "png")
-    np.savez(tmp_path / "fake.npz", photos[:, ::-1])
-    report = tmp_path / "report.json"
-    arguments = ("--features", 64, "--weights", weights, "--json", report)
-    done = run_fid(tmp_path / "real.zip", tmp_path / "fake.npz", *arguments)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(report.read_text())
-    assert {k: result[k] for k in ("metric", "features", "n_real", "n_fake")} == {
-        "metric": "FID64",
-        "features": 64,
-        "n_real": 12,
-        "n_fake": 12,
-    }
-    assert done.stdout.startswith(f"FID64 {result['value']:.4f} ")
-    assert "warning: " in done.stderr
-    assert "12 images for 64 features" in done.stderr
-    (cached,) = (cache / "statistics").iterdir()  # is itself a REAL that can be given
-    again = run_fid(cached, tmp_path / "fake.npz", *arguments)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(report.read_text())["value"] == result["value"]
-
-
-def test_wrong_command_lines_are_one_line_and_exit_2(tmp_path, photos):
-    np.save(tmp_path / "images.npy", photos)
-    (tmp_path / "weights.pth").write_bytes(b"no weights")
-    images = tmp_path / "images.npy"
-    cases = [
-        ((tmp_path / "missing", images), "nothing at"),
-        ((images, images, "--weights", tmp_path / "weights.pth"), "fail their hash"),
-        ((images, images, "--features", 65), "2048"),
-    ]
-    for arguments, message in cases:
-        done = run_fid(*arguments)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
-        assert message in done.stderr

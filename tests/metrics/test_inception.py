@@ -12,7 +12,8 @@ import torchvision
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureExtractor, inception
-from improved_diffusion.metrics.extractor import build_network, preprocess
+from improved_diffusion.metrics.extractor import build_network
+from improved_diffusion.metrics.preprocessing import preprocess
 from improved_diffusion.metrics.weights import load_layers, read_packaged, read_published, weights_hash
 
 TORCHSCRIPT_LAYERS = {"pool0": 64, "pool1": 192, "mixed_7": 768, "pool2": 2048}
@@ -64,6 +65,49 @@ def test_features_of_every_size_equal_those_of_the_packaged_network(extractor, p
         assert relative_error(tensor, expected[size]) < 1e-4
 
 
+def test_spatial_features_are_seven_channels_of_a_branch_of_the_packaged_network(weights, torchscript, photos):
+    x = (resize_by_hand(photos[:2]) - 128) / 128
+    with torch.inference_mode():
+        for name, layer in torchscript.net.layers.named_children():
+            if name == "mixed_6":
+                expected = layer.conv(x)[:, :7].flatten(1)
+                break
+            x = layer(x)
+    features = FeatureExtractor((2023,), weights=weights)(photos[:2])[2023]
+    assert features.shape == (2, 2023)
+    assert relative_error(features, expected) < 1e-4
+
+
+def test_compiled_features_are_the_same_in_batches_of_any_size(weights, extractor64, photos):
+    compiled = FeatureExtractor((64,), weights=weights)
+    compiled.compile()
+    assert compiled._compiled is not None
+    for n in (1, 5, 12):
+        assert relative_error(compiled(photos[:n])[64], extractor64(photos[:n])[64]) < 1e-5
+
+
+def test_without_a_compiler_there_is_a_warning_and_the_same_features(weights, extractor64, photos, monkeypatch):
+    def broken(*_, **__):
+        def fail(_):
+            raise RuntimeError("no compiler\nand more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    uncompiled = FeatureExtractor((64,), weights=weights)
+    with pytest.warns(UserWarning, match="cannot be compiled here and runs uncompiled: no compiler$"):
+        uncompiled.compile()
+    assert torch.equal(uncompiled(photos)[64], extractor64(photos)[64])
+
+
+def test_bfloat16_is_another_measurement(weights, extractor64, photos):
+    fast = FeatureExtractor((64,), weights=weights, precision="bf16")
+    assert fast.settings(64) != extractor64.settings(64)
+    features = fast(photos)[64]
+    assert features.dtype == torch.float32
+    assert 1e-4 < relative_error(features, extractor64(photos)[64]) < 3e-2
+
+
 def padding_counted(x):
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=True)
 
@@ -111,7 +155,11 @@ def test_features_ignore_autocast_and_reduced_matmul_precision(extractor64, phot
 def test_images_of_any_size(extractor64, photos):
     wide = np.concatenate([photos, photos], axis=2)
     assert extractor64(wide[:2])[64].shape == (2, 64)
-    assert extractor64(torch.from_numpy(photos[:1, :1, :1]))[64].shape == (1, 64)
+    assert extractor64(torch.from_numpy(photos[:1, :8, :9]))[64].shape == (1, 64)
+    with pytest.raises(UserError, match="1x7 pixels"):
+        extractor64(photos[:2, :7, :1])
+    with pytest.raises(UserError, match="64x64 pixels: preprocessing none takes 299x299"):
+        FeatureExtractor((64,), preprocessing="none")(photos)
 
 
 @pytest.mark.parametrize(

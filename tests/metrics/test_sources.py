@@ -10,15 +10,19 @@ from PIL import Image
 
 from improved_diffusion.data.image_set import array_sha256, content_sha256
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.sources import ArraySource, Source, open_source
+from improved_diffusion.metrics.opening import open_image, open_source
+from improved_diffusion.metrics.sources import ArraySource, Source
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 10, 12, 3), dtype=np.uint8)
 
 
 def all_images(source: Source, batch_size: int = 3) -> np.ndarray:
     batches = list(source.batches(batch_size))
-    assert all(batch.dtype == np.uint8 and len(batch) <= batch_size for batch in batches)
-    return np.concatenate(batches)
+    assert all(batch.images.dtype == np.uint8 and len(batch.images) <= batch_size for batch in batches)
+    indices = np.concatenate([batch.indices for batch in batches])
+    assert sorted({*indices, *source.broken}) == list(range(len(source)))
+    assert (np.diff(indices) > 0).all()
+    return np.concatenate([batch.images for batch in batches])
 
 
 def write_folder(path: Path, images: np.ndarray = IMAGES) -> Path:
@@ -83,12 +87,15 @@ def test_a_packed_set(tmp_path):
     np.testing.assert_array_equal(all_images(source), IMAGES[:, :, :10])
 
 
-def test_the_content_hash_is_of_pixels_and_not_of_names(tmp_path):
+def test_the_content_hash_is_of_pixels_and_their_order_and_not_of_names(tmp_path):
     folder = write_folder(tmp_path / "images")
     before = open_source(folder).content_hash
-    (folder / "class0" / "0.png").rename(folder / "class1" / "renamed.png")
+    (folder / "class0" / "0.png").rename(folder / "class0" / "00.png")
     assert open_source(folder).content_hash == before
-    Image.fromarray(IMAGES[0] ^ 1).save(folder / "class1" / "renamed.png")
+    (folder / "class0" / "00.png").rename(folder / "class1" / "9.png")
+    assert open_source(folder).content_hash != before
+    (folder / "class1" / "9.png").rename(folder / "class0" / "0.png")
+    Image.fromarray(IMAGES[0] ^ 1).save(folder / "class0" / "0.png")
     assert open_source(folder).content_hash != before
     changed = IMAGES.copy()
     changed[3, 2, 1, 0] ^= 1
@@ -101,7 +108,7 @@ def test_images_of_several_kinds_and_sizes(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "b-clear.webp", lossless=True)
     Image.new("P", (8, 2)).save(tmp_path / "c-palette.bmp")
     Image.new("RGB", (8, 2), (10, 20, 30)).save(tmp_path / "d-photo.JPEG", quality=100)
-    batches = list(open_source(tmp_path).batches(64))
+    batches = [batch.images for batch in open_source(tmp_path).batches(64)]
     assert [batch.shape for batch in batches] == [(2, 4, 4, 3), (2, 2, 8, 3)]
     assert (batches[0][0] == 100).all()
     assert (batches[0][1] == 255).all()  # a clear image lies on white
@@ -115,27 +122,41 @@ def test_many_images_stay_in_order(tmp_path):
     np.testing.assert_array_equal(all_images(open_source(tmp_path), 33), grey)
 
 
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-40])
-
-
-def test_a_few_broken_images_are_skipped_and_reported(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
-    folder = write_folder(tmp_path / "images", images)
-    truncate(folder / "class0" / "4.png")
-    (folder / "class1" / "7.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"skipped 2 of 100 .*class0/4\.png"):
-        assert len(all_images(open_source(folder))) == 98
-
-
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
-def test_more_broken_images_are_an_error_that_names_one(tmp_path, packed):
+def test_broken_images_are_left_out_and_noted(tmp_path, packed):
     folder = write_folder(tmp_path / "images")
-    truncate(folder / "class1" / "3.png")
+    damaged = folder / "class1" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    (folder / "class1" / "1.png").write_bytes(b"")
     source = open_source(zip_of(folder, tmp_path / "images.zip") if packed else folder)
     assert len(source.content_hash) == 64
-    with pytest.raises(UserError, match=r"2%.*class1/3\.png"):
-        all_images(source)
+    np.testing.assert_array_equal(all_images(source), in_name_order()[[0, 1, 2, 3, 6]])
+    assert set(source.broken) == {4, 5}
+    assert "class1/3.png" in source.broken[5]
+
+
+def test_a_part_of_a_source_and_one_image(tmp_path):
+    for source in (ArraySource("x", in_name_order()), open_source(write_folder(tmp_path / "images"))):
+        batches = list(source.batches(2, 1, 6))
+        assert np.concatenate([batch.indices for batch in batches]).tolist() == [1, 2, 3, 4, 5]
+        np.testing.assert_array_equal(np.concatenate([batch.images for batch in batches]), in_name_order()[1:6])
+        np.testing.assert_array_equal(open_image(source, 4), in_name_order()[4])
+
+
+def test_classes_are_those_of_the_folders_the_set_or_the_file(tmp_path):
+    folder = write_folder(tmp_path / "images")
+    for source in (open_source(folder), open_source(zip_of(folder, tmp_path / "images.zip"))):
+        assert source.class_names == ("class0", "class1")
+        assert source.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    Image.fromarray(IMAGES[0]).save(folder / "no-class.png")
+    assert open_source(folder).labels is None
+    assert open_source(folder / "class0").labels is None
+    np.savez(tmp_path / "labelled.npz", arr_0=IMAGES, labels=np.arange(7))
+    assert open_source(tmp_path / "labelled.npz").labels.tolist() == list(range(7))
+    np.savez(tmp_path / "wrong.npz", arr_0=IMAGES, labels=np.arange(6))
+    with pytest.raises(UserError, match="labels of shape"):
+        open_source(tmp_path / "wrong.npz")
+    assert open_source(write_packed_set(tmp_path / "packed", IMAGES[:, :, :10])).class_names == ("only",)
 
 
 def test_a_damaged_member_of_a_zip_is_a_broken_image(tmp_path):
@@ -143,8 +164,9 @@ def test_a_damaged_member_of_a_zip_is_a_broken_image(tmp_path):
     content = bytearray(file.read_bytes())
     content[content.index(b"IDAT") + 20] ^= 255
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"2%.*class0/0\.png"):
-        all_images(open_source(file))
+    source = open_source(file)
+    all_images(source)
+    assert "class0/0.png" in source.broken[0]
 
 
 def test_what_is_no_set_of_images_is_said_in_one_line(tmp_path):

@@ -1,0 +1,198 @@
+"""Measurements as records, and the command line `fid.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fid as command
+from improved_diffusion.errors import UserError
+from improved_diffusion.metrics import METRICS, ImageSets, measure
+from improved_diffusion.metrics.measure import balanced_subset, feature_sizes
+from improved_diffusion.metrics.report import table
+from improved_diffusion.metrics.statistics import statistics_of
+
+ROOT = Path(__file__).parents[2]
+LABELLED = [name for name in METRICS if name not in ("sfid", "inception-score", "per-class")]
+
+
+@pytest.fixture
+def sets(two_sets) -> ImageSets:
+    real, fake = two_sets
+    return ImageSets({32: real}, {32: fake}, {32: real})
+
+
+def test_every_number_says_what_it_was_measured_with(sets):
+    results = {result.metric: result for result in measure(sets, LABELLED, 32)}
+    assert set(results) == {
+        *("FID32", "FID32-infinity", "KID32", "precision", "recall", "density", "coverage", "FID32 floor"),
+        "memorisation",
+    }
+    for result in results.values():
+        assert result.low <= result.value <= result.high
+        assert (result.features, result.n_real, result.n_fake) == (32, 300, 240)
+        assert (result.preprocessing, result.precision, result.weights_hash) == ("tf1", "float32", "abc")
+    assert results["FID32 floor"].value < results["FID32"].value
+    assert json.loads(json.dumps(results["FID32-infinity"].as_dict()))["details"]["bias"] > 0
+
+
+def test_too_few_images_are_noted(sets):
+    few = ImageSets({32: sets.real[32].take(np.arange(20))}, sets.fake)
+    (result,) = measure(few, ["fid"], 32)
+    assert "20 images for 32 features" in result.notes[0]
+    assert "biased upwards" in table([result])
+    with pytest.raises(UserError, match="at least 80 images"):
+        measure(few, ["fid-infinity"], 32)
+
+
+def test_saved_statistics_serve_fid_alone(sets):
+    saved = ImageSets({32: statistics_of(sets.real[32])}, sets.fake)
+    (result,) = measure(saved, ["fid"], 32)
+    assert "as fixed" in result.notes[0]
+    for metric in ("kid", "precision-recall", "per-class", "fid-infinity"):
+        with pytest.raises(UserError, match="needs the images themselves"):
+            measure(
+                ImageSets({32: saved.real[32], 64: saved.real[32]}, {32: sets.fake[32], 64: sets.fake[32]}),
+                [metric],
+                32,
+            )
+
+
+def test_what_is_missing_is_said(sets):
+    with pytest.raises(UserError, match="no metric 'fdi'"):
+        measure(sets, ["fdi"], 32)
+    with pytest.raises(UserError, match="--train"):
+        measure(ImageSets(sets.real, sets.fake), ["memorisation"], 32)
+
+
+def test_sizes_of_features():
+    assert feature_sizes(["fid", "kid"], 2048) == {2048}
+    assert feature_sizes(["fid", "per-class", "sfid", "inception-score"], 192) == {192, 64, 2023, 1008}
+
+
+def test_a_subset_is_even_over_the_classes(make_features):
+    labels = np.repeat([0, 1, 2], [50, 20, 30])
+    features = make_features(np.arange(100)[:, None], labels)
+    subset = balanced_subset(features, 31, seed=0)
+    assert np.bincount(subset.labels).tolist() in ([11, 10, 10], [10, 11, 10], [10, 10, 11])
+    assert len(set(subset.array[:, 0])) == 31
+    assert np.bincount(balanced_subset(features, 90, seed=0).labels).tolist() == [40, 20, 30]
+    with pytest.raises(UserError, match="has 100 images, and 101 are wanted"):
+        balanced_subset(features, 101, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def run_fid(*arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 200}
+    return subprocess.run([sys.executable, "fid.py", *map(str, arguments)], **options)
+
+
+def test_the_command_line_knows_every_metric():
+    assert list(METRICS) == command.METRICS
+
+
+@pytest.fixture
+def folders(tmp_path, photos) -> tuple[Path, Path, Path]:
+    """REAL and FAKE, a zip and a folder of 3 classes and 60 images, and an array of training images, those of FAKE."""
+    images = np.concatenate([np.roll(photos, shift, axis=2) for shift in range(0, 50, 5)])
+    with zipfile.ZipFile(tmp_path / "real.zip", "w") as archive:
+        for i, image in enumerate(images[:60]):
+            with archive.open(f"class{i % 3}/{i:03}.png", "w") as file:
+                Image.fromarray(image).save(file, "png")
+    for i, image in enumerate(images[60:]):
+        file = tmp_path / "fake" / f"class{i % 3}" / f"{i:03}.webp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[::-1]).save(file, lossless=True)
+    np.save(tmp_path / "train.npy", images[60:, ::-1])
+    return tmp_path / "real.zip", tmp_path / "fake", tmp_path / "train.npy"
+
+
+def test_the_command_line_measures_draws_and_writes(tmp_path, weights, folders):
+    real, fake, train = folders
+    report, plot, pairs = tmp_path / "report.json", tmp_path / "plot.png", tmp_path / "pairs.png"
+    statistics = tmp_path / "statistics.npz"
+    arguments = ("--features", 64, "--weights", weights, "--json", report)
+    done = run_fid(
+        *(real, fake, *arguments, "--train", train, "--plot", plot, "--pairs", pairs, "--save-statistics", statistics),
+        *("--metrics", "fid", "kid", "precision-recall", "per-class", "floor", "memorisation"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    assert {k: result[k] for k in ("metric", "features", "n_real", "n_fake")} == {
+        "metric": "FID64",
+        "features": 64,
+        "n_real": 60,
+        "n_fake": 60,
+    }
+    names = [part["metric"] for part in result["measurements"]]
+    assert names[:5] == ["FID64", "KID64", "precision", "recall", "FID64 of " + names[4].split()[-1]]
+    memory = result["measurements"][-1]
+    assert (memory["metric"], memory["value"], memory["details"]["near_copies"]) == ("memorisation", 1.0, 1.0)
+    assert f"{result['value']:.4f}" in done.stdout.splitlines()[1]
+    assert "60 images for 64 features" in done.stdout
+    assert "Traceback" not in done.stderr
+    for picture in (plot, pairs):
+        with Image.open(picture) as image:
+            assert min(image.size) > 300
+    again = run_fid(statistics, fake, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(report.read_text())["value"] == pytest.approx(result["value"], rel=1e-6)
+    subset = run_fid(real, fake, *arguments, "--n", 30)
+    assert subset.returncode == 0, subset.stderr
+    assert json.loads(report.read_text())["n_fake"] == 30
+
+
+def test_wrong_command_lines_are_one_line_and_exit_2(tmp_path, photos, weights):
+    images = tmp_path / "images.npy"
+    np.save(images, photos)
+    np.save(tmp_path / "dots.npy", np.zeros((5, 1, 1, 3), np.uint8))
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    Image.fromarray(photos[0]).save(tmp_path / "one" / "a.png")
+    (tmp_path / "films").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "films" / name).write_bytes(b"\x00\x00\x00\x18ftypmp42")
+    with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
+        archive.writestr("a.txt", "text")
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(192), sigma=np.eye(192))
+    np.savez(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
+    cases = [
+        ((tmp_path / "missing", images), "nothing at"),
+        ((images, images, "--weights", tmp_path / "weights.pth"), "fail their hash"),
+        ((images, images, "--features", 65), "2048"),
+        ((images, images, "--metrics", "fdi"), "precision-recall"),
+        ((images, images, "--confidence", 95), "between 0 and 1"),
+        ((images, images, "--n", 13, "--features", 64), "12 images"),
+        ((images, images, "--metrics", "memorisation", "--features", 64), "--train"),
+        ((images, images, "--metrics", "inception-score", "--weights", weights), "last layer"),
+        ((images, images, "--features", 64, "--plot", tmp_path / "x.png"), "--plot draws"),
+        ((tmp_path / "empty", images), "no images"),
+        ((tmp_path / "one", images), "1 image"),
+        ((tmp_path / "texts.zip", images), "no images"),
+        ((tmp_path / "films", images, "--features", 64), "a.png"),
+        ((tmp_path / "dots.npy", images, "--features", 64), "1x1 pixels"),
+        ((tmp_path / "statistics.npz", images, "--features", 64), "192 features"),
+        ((tmp_path / "nan.npz", images, "--features", 64), "NaN"),
+    ]
+    for arguments, message in cases:
+        done = run_fid(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        lines = [
+            line for line in done.stderr.splitlines() if line and not line.startswith(("features of", "warning: "))
+        ]
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("error: ")
+        assert message in lines[0]

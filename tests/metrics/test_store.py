@@ -1,0 +1,224 @@
+"""Extraction: whatever is interrupted, divided or reordered, the features are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.metrics import FeatureExtractor, extract_features, features_of_batches, open_source, store
+from improved_diffusion.metrics.sources import ArraySource
+from improved_diffusion.metrics.store import SingleProcess, open_store
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(store, "CHUNK", 5)
+
+
+@pytest.fixture
+def source(photos) -> ArraySource:
+    return ArraySource("photos", photos, np.arange(12) % 3, ("a", "b", "c"))
+
+
+@pytest.fixture
+def expected(extractor64, photos) -> np.ndarray:
+    return extractor64(photos)[64].numpy()
+
+
+def test_rows_are_the_images_in_order(source, extractor64, expected, cache):
+    features = extract_features(source, extractor64)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+    assert (features.n, features.d, features.skipped) == (12, 64, 0)
+    assert features.labels.tolist() == source.labels.tolist()
+    assert features.settings == extractor64.settings(64)
+    files = sorted(file.name for file in (cache / "features").rglob("*") if file.is_file())
+    assert files == ["features.npy", "rows.json"]  # no chunk stays, and no temporary file
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_neither_the_batch_nor_the_chunk_matters(source, extractor64, expected, batch_size):
+    features = extract_features(source, extractor64, batch_size)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+
+
+def test_what_is_there_is_not_computed_again(source, photos, extractor64, unusable):
+    first = extract_features(source, extractor64)[64]
+    again = extract_features(ArraySource("elsewhere", photos.copy()), unusable(extractor64))[64]
+    np.testing.assert_array_equal(again.array, first.array)
+    with pytest.raises(AssertionError, match="the network ran"):
+        extract_features(ArraySource("reversed", photos[::-1]), unusable(extractor64))
+    with pytest.raises(AssertionError, match="the network ran"):
+        extract_features(source, unusable(extractor64, weights_hash="others"))
+
+
+def test_several_sizes_in_one_pass(photos, extractor, extractor64, unusable):
+    source = ArraySource("photos", photos[:3])
+    together = extract_features(source, extractor)
+    assert {size: features.d for size, features in together.items()} == {64: 64, 192: 192, 768: 768, 2048: 2048}
+    np.testing.assert_array_equal(extract_features(source, unusable(extractor64))[64].array, together[64].array)
+
+
+class Interrupted(ArraySource):
+    """Fails when image 7 is read."""
+
+    def batches(self, batch_size, start=0, stop=None):
+        for batch in super().batches(batch_size, start, stop):
+            if 7 in batch.indices:
+                raise KeyboardInterrupt
+            yield batch
+
+
+class OnlyFrom(ArraySource):
+    """May not be read below image 5."""
+
+    def batches(self, batch_size, start=0, stop=None):
+        assert start >= 5
+        return super().batches(batch_size, start, stop)
+
+
+def test_an_interrupted_extraction_goes_on_where_it_stopped(photos, extractor64, expected):
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(Interrupted("photos", photos), extractor64)
+    features = extract_features(OnlyFrom("photos", photos), extractor64)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+
+
+def test_a_damaged_chunk_is_computed_anew(photos, extractor64, expected):
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(Interrupted("photos", photos), extractor64)
+    file = open_store(ArraySource("photos", photos), extractor64.settings(64)).chunk_file(0)
+    file.write_bytes(file.read_bytes()[:100])
+    features = extract_features(ArraySource("photos", photos), extractor64)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+
+
+def test_a_damaged_store_says_what_to_remove(source, extractor64, cache):
+    extract_features(source, extractor64)
+    (file,) = (cache / "features").rglob("features.npy")
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"damaged .* remove that folder"):
+        extract_features(source, extractor64)
+
+
+def test_processes_divide_the_chunks(source, extractor64, expected):
+    """Two, one after the other: the second finds what the first left to it."""
+
+    class Stopped(Exception):
+        pass
+
+    class First(SingleProcess):
+        def wait(self) -> None:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        extract_features(source, extractor64, processes=First(rank=0, world_size=2))
+    chunks = open_store(source, extractor64.settings(64))
+    assert [chunks.has_chunk(chunk) for chunk in range(3)] == [True, False, True]
+    features = extract_features(source, extractor64)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+
+
+def test_features_that_are_not_finite_name_the_set(weights, source):
+    broken = FeatureExtractor((64,), weights=weights)
+    broken.network.Conv2d_1a_3x3.bias[0] = float("nan")
+    with pytest.raises(UserError, match=r"photos: .* NaN"):
+        extract_features(source, broken)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(source, extractor64, cache):
+    cache.write_text("a file where the directory should be")
+    with pytest.raises(UserError, match="could not write .*cache"):
+        extract_features(source, extractor64)
+
+
+def write_images(folder: Path, photos: np.ndarray, count: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray(photos[i % 12]).save(folder / f"{i:03}.png")
+    return folder
+
+
+def test_broken_images_are_left_out_counted_and_named(tmp_path, photos, extractor64, expected):
+    folder = write_images(tmp_path / "images", photos, 60)
+    (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:-40])
+    for _ in range(2):  # extracted, and from the store
+        with pytest.warns(UserWarning, match=r"skipped 1 of 60 .*003\.png"):
+            features = extract_features(open_source(folder), extractor64)[64]
+        assert (features.n, features.skipped) == (59, 1)
+        assert features.image_index(3) == 4
+        np.testing.assert_allclose(features.array[:3], expected[:3], **TOLERANCE)
+        np.testing.assert_allclose(features.array[3], expected[4], **TOLERANCE)
+
+
+def test_more_than_two_percent_broken_is_an_error(tmp_path, photos, extractor64):
+    folder = write_images(tmp_path / "images", photos, 60)
+    for name in ("003.png", "040.png"):
+        (folder / name).write_bytes(b"\x00\x00\x00\x18ftypmp42 a film")
+    with pytest.raises(UserError, match=r"2 of its 60 images cannot be decoded .* 2%; the first is 003\.png"):
+        extract_features(open_source(folder), extractor64)
+
+
+def test_images_that_are_too_small(extractor64):
+    with pytest.raises(UserError, match="1x1 pixels"):
+        extract_features(ArraySource("dots", np.zeros((9, 1, 1, 3), np.uint8)), extractor64)
+
+
+def test_batches_from_anywhere_are_kept_in_memory(photos, extractor64, expected, cache):
+    batches = (torch.from_numpy(photos[start : start + 5]) for start in range(0, 12, 5))
+    features = features_of_batches("mine", batches, extractor64)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+    assert not cache.exists()
+    with pytest.raises(UserError, match="fewer than 2"):
+        features_of_batches("none", [photos[:1]], extractor64)
+
+
+def test_killed_and_run_again_as_a_command(tmp_path, photos, weights, cache):
+    """kill -9 in the middle, then the same command by two processes; against one that nothing disturbed."""
+    images = np.concatenate([np.roll(photos, shift, axis=1) for shift in range(50)])
+    np.save(tmp_path / "real.npy", images)
+    np.save(tmp_path / "fake.npy", images[::-1, ::-1][:60])
+    sets = [str(tmp_path / "real.npy"), str(tmp_path / "fake.npy")]
+    options = ["--features", "64", "--weights", str(weights), "--metrics", "fid", "kid", "--json"]
+
+    def environment(directory: Path) -> dict[str, str]:
+        return {**os.environ, "IMPROVED_DIFFUSION_CACHE": str(directory), "OMP_NUM_THREADS": "1"}
+
+    killed = subprocess.Popen(
+        [sys.executable, "fid.py", *sets, *options, str(tmp_path / "x.json")],
+        cwd=ROOT,
+        env=environment(cache),
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(cache.rglob("chunk_*.npz")) and killed.poll() is None:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--"]
+    results = []
+    for name, prefix, directory in [("two", torchrun, cache), ("one", [sys.executable], tmp_path / "other")]:
+        output = tmp_path / f"{name}.json"
+        done = subprocess.run(
+            [*prefix, "fid.py", *sets, *options, str(output)],
+            cwd=ROOT,
+            env=environment(directory),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        results.append([part["value"] for part in json.loads(output.read_text())["measurements"]])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
