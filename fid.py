@@ -39,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--metrics", nargs="+", default=["fid"], choices=METRICS, metavar="METRIC", help=" ".join(METRICS))
     add("--features", type=int, default=2048, choices=(64, 192, 768, 2048), help="size (default: %(default)s)")
     add("--train", type=Path, metavar="PATH", help="what the model was trained on, for floor and memorisation")
-    add("--n", type=int, help="measure with so many images of each side, drawn evenly over the classes")
+    add("--n", type=int, help="measure with at most so many images of each side, drawn evenly over the classes")
     add("--preprocessing", default="tf1", choices=("tf1", "clean", "none"), help="resize (default: %(default)s)")
     add("--fast", action="store_true", help="features in bfloat16: another measurement, not to be mixed with others")
     add("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")

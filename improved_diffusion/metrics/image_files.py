@@ -36,6 +36,7 @@ class FileSource:
 
     name: str
     files: Folder | Archive
+    rows: np.ndarray | None = None  # which of the images, by their number in order of names; None: all
     broken: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,7 +52,8 @@ class FileSource:
             names = [name for name in self.files.names() if not is_hidden(name)]
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"cannot read {self.name}: {error}") from error
-        return sorted(name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS)
+        names = sorted(name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS)
+        return names if self.rows is None else [names[row] for row in self.rows]
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...] | None:
@@ -89,6 +91,10 @@ class FileSource:
             images.append(image)
         if images:
             yield Batch(np.array(indices), np.stack(images))
+
+    def subset(self, rows: np.ndarray) -> FileSource:
+        """See `Source`."""
+        return FileSource(self.name, self.files, rows if self.rows is None else self.rows[rows])
 
     def _decoded(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray | str]]:
         """Each number with its image, or with the reason that there is none; threads decode a few images ahead."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from improved_diffusion.errors import UserError
@@ -18,6 +17,7 @@ from improved_diffusion.metrics.inception import LOGITS, SPATIAL
 from improved_diffusion.metrics.inception_score import inception_score
 from improved_diffusion.metrics.kernel import kernel_inception_distance
 from improved_diffusion.metrics.neighbours import density_coverage, memorisation, precision_recall
+from improved_diffusion.metrics.sources import balanced_rows
 
 METRICS = {
     "fid": "Fréchet distance of the features",
@@ -137,7 +137,8 @@ def _estimates(metric: str, sets: ImageSets, size: int, device: torch.device | s
         return [(name, frechet_inception_distance(real, fake), *counts)]
     real = _images(real, metric)
     if metric == "floor":
-        train = _balanced(sets.train[size], fake.n, seed)
+        train = sets.train[size]
+        train = train.take(balanced_rows(train.n, train.labels, fake.n or train.n, seed))
         return [(f"{name} floor", frechet_inception_distance(real, train), real.n, train.n)]
     fake = _images(fake, metric)
     if metric == "fid-infinity":
@@ -150,29 +151,6 @@ def _estimates(metric: str, sets: ImageSets, size: int, device: torch.device | s
         return [("memorisation", memorisation(sets.train[size], real, fake, device), *counts)]
     of_both = {"precision-recall": precision_recall, "density-coverage": density_coverage}[metric]
     return [(label, estimate, *counts) for label, estimate in of_both(real, fake, device=device).items()]
-
-
-def balanced_subset(features: Features, n: int, seed: int) -> Features:
-    """`n` of the images at random, as evenly over the classes as they come.
-
-    Raises:
-        UserError: there are not so many.
-    """
-    if n > features.n:
-        raise UserError(f"{features.name} has {features.n:,} images, and {n:,} are wanted of it")
-    order = np.random.default_rng(seed).permutation(features.n)
-    if features.labels is not None:
-        labels = features.labels[order]
-        number = np.empty(features.n, dtype=np.int64)  # of each image within its class
-        for label in np.unique(labels):
-            of_class = labels == label
-            number[of_class] = np.arange(of_class.sum())
-        order = order[np.argsort(number, kind="stable")]
-    return features.take(np.sort(order[:n]))
-
-
-def _balanced(features: Features, n: int | None, seed: int) -> Features:
-    return features if n is None or n >= features.n else balanced_subset(features, n, seed)
 
 
 def _images(side: Side, metric: str) -> Features:

@@ -45,6 +45,9 @@ class Source(Protocol):
         """The images from number `start` to before `stop`, in order, about `batch_size` at a time; H and W may change
         from batch to batch."""
 
+    def subset(self, rows: np.ndarray) -> Source:
+        """A source of the images of these numbers."""
+
 
 @dataclass(eq=False)
 class ArraySource:
@@ -82,6 +85,25 @@ class ArraySource:
         for first in range(start, stop, batch_size):
             last = min(first + batch_size, stop)
             yield Batch(np.arange(first, last), np.array(self.images[first:last]))
+
+    def subset(self, rows: np.ndarray) -> ArraySource:
+        """See `Source`; the images are copied into memory."""
+        labels = None if self.labels is None else self.labels[rows]
+        return ArraySource(self.name, self.images[rows], labels, self.class_names)
+
+
+def balanced_rows(count: int, labels: np.ndarray | None, n: int, seed: int) -> np.ndarray:
+    """The numbers of at most `n` of `count` images, at random and as evenly over the classes as they come; increasing.
+
+    Those of a smaller n are among those of a larger one.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.zeros(count, dtype=np.int64) if labels is None else labels
+    place = np.empty(count, dtype=np.int64)  # of each image within its class
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        place[rng.permutation(of_class)] = np.arange(len(of_class))
+    return np.sort(np.lexsort((labels, place))[:n])
 
 
 def check_count(name: str, count: int) -> None:

@@ -9,11 +9,9 @@ import torch
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.extractor import FeatureExtractor
-from improved_diffusion.metrics.features import Features
-from improved_diffusion.metrics.fid import Side
-from improved_diffusion.metrics.measure import ImageSets, balanced_subset, feature_sizes
+from improved_diffusion.metrics.measure import ImageSets, feature_sizes
 from improved_diffusion.metrics.opening import open_source
-from improved_diffusion.metrics.sources import Source
+from improved_diffusion.metrics.sources import Source, balanced_rows
 from improved_diffusion.metrics.statistics import FeatureStatistics
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.training.devices import Processes
@@ -28,7 +26,7 @@ class MeasuredSets:
     features: int
     device: torch.device
     fake_source: Source | FeatureStatistics
-    train_source: Source | None
+    train_source: Source | None = None
 
 
 def open_sets(options: argparse.Namespace, processes: Processes) -> MeasuredSets:
@@ -39,28 +37,32 @@ def open_sets(options: argparse.Namespace, processes: Processes) -> MeasuredSets
     """
     device = processes.device if options.device is None else usable_device(options.device)
     of_runs = {"per_class": options.per_class, "checkpoint": options.checkpoint}
-    real = open_side(options.real, options.fake, device, **of_runs)
-    fake = open_side(options.fake, options.real, device, **of_runs)
-    train = open_source(options.train) if options.train else None
+    sides = [open_side(options.real, options.fake, device, **of_runs)]
+    sides.append(open_side(options.fake, options.real, device, **of_runs))
+    if options.train:
+        sides.append(open_source(options.train))
+    if options.n is not None:
+        sides = [_subset(side, options.n, options.seed) for side in sides]
     sizes = feature_sizes(options.metrics, options.features) | (
         {options.features} if options.save_statistics else set()
     )
     extractor = FeatureExtractor(
         sizes, device, options.weights, options.preprocessing, "bf16" if options.fast else "float32"
     )
+    features = [
+        # Statistics of a size that does not fit are refused when they are compared.
+        dict.fromkeys(sizes, side)
+        if isinstance(side, FeatureStatistics)
+        else extract_features(side, extractor, options.batch_size, processes)
+        for side in sides
+    ]
+    return MeasuredSets(ImageSets(*features), options.features, device, *sides[1:])
 
-    def features_of(side: Source | FeatureStatistics) -> dict[int, Side]:
-        if isinstance(side, FeatureStatistics):
-            return dict.fromkeys(sizes, side)  # what does not fit is refused when it is compared
-        features = extract_features(side, extractor, options.batch_size, processes)
-        return features if options.n is None else _subsets(features, options.n, options.seed)
 
-    sets = ImageSets(features_of(real), features_of(fake), None if train is None else features_of(train))
-    return MeasuredSets(sets, options.features, device, fake, train)
-
-
-def _subsets(features: dict[int, Features], n: int, seed: int) -> dict[int, Features]:
-    return {size: balanced_subset(of_size, n, seed) for size, of_size in features.items()}
+def _subset(side: Source | FeatureStatistics, n: int, seed: int) -> Source:
+    if isinstance(side, FeatureStatistics):
+        raise UserError(f"--n draws images, and {side.name} holds only their mean and covariance")
+    return side.subset(balanced_rows(len(side), side.labels, n, seed))
 
 
 def usable_device(name: str) -> torch.device:

@@ -25,22 +25,15 @@ class RunSource:
 
     Args:
         model: from `load_model`.
-        counts: images of each class, in the order of the model's classes.
+        keys: which images.
         device: where to generate.
-        seed: of the images.
     """
 
-    def __init__(self, model: LoadedModel, counts: Sequence[int], device: torch.device, seed: int = 0):
+    def __init__(self, model: LoadedModel, keys: Sequence[SampleKey], device: torch.device):
         self.name = str(model.checkpoint)
         self.model = model
         self.device = device
-        # Class by class within a number, so that a part of the images is balanced too.
-        self.keys = [
-            SampleKey(seed, class_index, number)
-            for number in range(max(counts, default=0))
-            for class_index, count in enumerate(counts)
-            if number < count
-        ]
+        self.keys = list(keys)
 
         self.labels = np.array([key.class_index for key in self.keys])
         self.class_names = model.class_names if model.config.model.class_conditional else None
@@ -65,6 +58,10 @@ class RunSource:
             for part in images.split(batch_size):
                 yield Batch(np.arange(start, start + len(part)), part.cpu().numpy())
                 start += len(part)
+
+    def subset(self, rows: np.ndarray) -> RunSource:
+        """See `Source`."""
+        return RunSource(self.model, [self.keys[row] for row in rows], self.device)
 
 
 def run_source(
@@ -106,7 +103,14 @@ def run_source(
         counts = [len(part) for part in np.array_split(np.arange(total), classes)]
     if sum(counts) < 2:
         raise UserError("one image has no covariance: generate at least 2 with --per-class")
-    return RunSource(model, counts, device)
+    # Class by class within a number, so that a part of the images is balanced too.
+    keys = [
+        SampleKey(0, class_index, number)
+        for number in range(max(counts))
+        for class_index, count in enumerate(counts)
+        if number < count
+    ]
+    return RunSource(model, keys, device)
 
 
 def open_side(

@@ -16,8 +16,9 @@ from PIL import Image
 import fid as command
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import METRICS, ImageSets, measure
-from improved_diffusion.metrics.measure import balanced_subset, feature_sizes
+from improved_diffusion.metrics.measure import feature_sizes
 from improved_diffusion.metrics.report import table
+from improved_diffusion.metrics.sources import balanced_rows
 from improved_diffusion.metrics.statistics import statistics_of
 
 ROOT = Path(__file__).parents[2]
@@ -78,15 +79,16 @@ def test_sizes_of_features():
     assert feature_sizes(["fid", "per-class", "sfid", "inception-score"], 192) == {192, 64, 2023, 1008}
 
 
-def test_a_subset_is_even_over_the_classes(make_features):
+def test_a_subset_is_even_over_the_classes():
     labels = np.repeat([0, 1, 2], [50, 20, 30])
-    features = make_features(np.arange(100)[:, None], labels)
-    subset = balanced_subset(features, 31, seed=0)
-    assert np.bincount(subset.labels).tolist() in ([11, 10, 10], [10, 11, 10], [10, 10, 11])
-    assert len(set(subset.array[:, 0])) == 31
-    assert np.bincount(balanced_subset(features, 90, seed=0).labels).tolist() == [40, 20, 30]
-    with pytest.raises(UserError, match="has 100 images, and 101 are wanted"):
-        balanced_subset(features, 101, seed=0)
+    rows = balanced_rows(100, labels, 30, seed=0)
+    assert np.bincount(labels[rows]).tolist() == [10, 10, 10]
+    assert (np.diff(rows) > 0).all()
+    larger = balanced_rows(100, labels, 90, seed=0)
+    assert np.bincount(labels[larger]).tolist() == [40, 20, 30]
+    assert set(rows) < set(larger)
+    assert balanced_rows(100, labels, 1000, seed=0).tolist() == list(range(100))
+    assert len(balanced_rows(100, None, 7, seed=1)) == 7
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def test_wrong_command_lines_are_one_line_and_exit_2(tmp_path, photos, weights):
         ((images, images, "--features", 65), "2048"),
         ((images, images, "--metrics", "fdi"), "precision-recall"),
         ((images, images, "--confidence", 95), "between 0 and 1"),
-        ((images, images, "--n", 13, "--features", 64), "12 images"),
+        ((images, images, "--n", 1, "--features", 64), "--n"),
         ((images, images, "--metrics", "memorisation", "--features", 64), "--train"),
         ((images, images, "--metrics", "inception-score", "--weights", weights), "last layer"),
         ((images, images, "--features", 64, "--plot", tmp_path / "x.png"), "--plot draws"),

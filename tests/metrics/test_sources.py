@@ -143,6 +143,18 @@ def test_a_part_of_a_source_and_one_image(tmp_path):
         np.testing.assert_array_equal(open_image(source, 4), in_name_order()[4])
 
 
+def test_a_subset(tmp_path):
+    folder = write_folder(tmp_path / "images")
+    whole = ArraySource("x", in_name_order(), np.array([0, 0, 0, 0, 1, 1, 1]), ("class0", "class1"))
+    for source in (whole, open_source(folder), open_source(zip_of(folder, tmp_path / "images.zip"))):
+        subset = source.subset(np.array([1, 3, 4]))
+        np.testing.assert_array_equal(all_images(subset), in_name_order()[[1, 3, 4]])
+        assert subset.labels.tolist() == [0, 0, 1]
+        assert subset.class_names == ("class0", "class1")
+        assert subset.content_hash != source.content_hash
+        np.testing.assert_array_equal(all_images(subset.subset(np.array([0, 2]))), in_name_order()[[1, 4]])
+
+
 def test_classes_are_those_of_the_folders_the_set_or_the_file(tmp_path):
     folder = write_folder(tmp_path / "images")
     for source in (open_source(folder), open_source(zip_of(folder, tmp_path / "images.zip"))):
