@@ -78,7 +78,7 @@ class FeatureExtractor:
         self.preprocessing = preprocessing
         self.precision = precision
         # On a CPU, larger activations than those of a few images cost more in page faults than they save.
-        self.batch_size = 16 if self.device.type == "cpu" else 128
+        self.batch_size = 8 if self.device.type == "cpu" else 128
         self.weights_hash = weights_hash(layers)
         network = build_network(self.features, layers, classifier)
         self.network = network.to(self.device, memory_format=torch.channels_last)

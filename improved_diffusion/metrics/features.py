@@ -36,7 +36,7 @@ class Features:
         """Features of each."""
         return self.array.shape[1]
 
-    def blocks(self, rows: int = 4096, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    def blocks(self, rows: int = 1024, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """float32 (at most `rows`, d), one after the other."""
         for start in range(0, self.n, rows):
             yield torch.from_numpy(np.array(self.array[start : start + rows])).to(device)

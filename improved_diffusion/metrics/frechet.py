@@ -14,7 +14,7 @@ Array = Tensor | np.ndarray
 
 # Eigenvalues of A^T cov A are squares of the singular values that are wanted. Rounding leaves the smallest of these
 # fewer digits; below this part of the largest it would be too few, and the singular values are computed themselves.
-WELL_CONDITIONED = 1e-10
+WELL_CONDITIONED = 1e-12
 
 
 def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:

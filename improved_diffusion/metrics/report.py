@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,10 @@ from improved_diffusion.files import atomic_write
 from improved_diffusion.metrics.measure import Measurement
 from improved_diffusion.metrics.opening import open_image
 from improved_diffusion.metrics.sources import Source
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WORST_CLASSES = 10  # rows of the table; the plot and the JSON have all
 SHOWN_PAIRS = 32
@@ -78,25 +83,21 @@ def _settings(m: Measurement) -> str:
 
 def plot(measurements: Sequence[Measurement], path: Path) -> None:
     """Draw what there is to draw: FID against n with its band, shares with their intervals, bars of the classes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     extrapolated = [m for m in measurements if "points" in m.details]
     shares = [m for m in measurements if m.metric in ("precision", "recall", "density", "coverage")]
     classes = [m for m in measurements if is_of_class(m)]
     drawings = [(draw, of) for draw, of in [(_against_n, extrapolated), (_bars, shares), (_classes, classes)] if of]
     heights = [max(3.0, 0.16 * len(of)) if draw is _classes else 3.0 for draw, of in drawings]
-    figure, axes = pyplot.subplots(
-        len(drawings), figsize=(7, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
-    )
+    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(drawings), squeeze=False, height_ratios=heights)
     for (draw, of), ax in zip(drawings, axes[:, 0], strict=True):
         draw(ax, of)
     _save(figure, path)
 
 
-def _against_n(ax, measurements: Sequence[Measurement]) -> None:
+def _against_n(ax: Axes, measurements: Sequence[Measurement]) -> None:
     for m in measurements:
         n, values = map(np.array, zip(*m.details["points"], strict=True))
         x = 1 / n
@@ -113,14 +114,14 @@ def _against_n(ax, measurements: Sequence[Measurement]) -> None:
     ax.legend()
 
 
-def _bars(ax, measurements: Sequence[Measurement]) -> None:
+def _bars(ax: Axes, measurements: Sequence[Measurement]) -> None:
     values = np.array([m.value for m in measurements])
     errors = [[m.value - m.low for m in measurements], [m.high - m.value for m in measurements]]
     ax.bar([m.metric for m in measurements], values, yerr=errors, capsize=4)
     ax.set_ylim(0, max(1.0, 1.1 * (values + errors[1]).max()))
 
 
-def _classes(ax, measurements: Sequence[Measurement]) -> None:
+def _classes(ax: Axes, measurements: Sequence[Measurement]) -> None:
     worst_last = measurements[::-1]
     names = [m.metric.split(" of ", 1)[1] for m in worst_last]
     errors = [[m.value - m.low for m in worst_last], [m.high - m.value for m in worst_last]]
@@ -132,17 +133,13 @@ def _classes(ax, measurements: Sequence[Measurement]) -> None:
 
 def plot_pairs(measurement: Measurement, fake: Source, train: Source, path: Path) -> None:
     """The generated images that lie closest to training images, each above its neighbour, the most suspicious first."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     pairs = measurement.details["closest"][:SHOWN_PAIRS]
     columns = 8
     rows = -(-len(pairs) // columns)
-    figure, axes = pyplot.subplots(
-        2 * rows, columns, figsize=(1.2 * columns, 2.75 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.2 * columns, 2.75 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for position, (generated, trained, ratio) in enumerate(pairs):
@@ -156,9 +153,6 @@ def plot_pairs(measurement: Measurement, fake: Source, train: Source, path: Path
     _save(figure, path)
 
 
-def _save(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
+def _save(figure: Figure, path: Path) -> None:
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, format=path.suffix.lstrip(".").lower() or "png")
-    pyplot.close(figure)

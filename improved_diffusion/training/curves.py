@@ -26,7 +26,10 @@ def draw_curves(run: RunDirectory) -> None:
     bound_axes.set(title=title, xlabel="step", yscale="log")
     for metric in sorted({record["metric"] for record in evaluations if "value" in record}):
         scored = [record for record in evaluations if record.get("metric") == metric]
-        fid_axes.plot([r["step"] for r in scored], [r["value"] for r in scored], "o-", label=metric)
+        steps = [r["step"] for r in scored]
+        fid_axes.plot(steps, [r["value"] for r in scored], "o-", label=metric)
+        bounds = [[r.get(bound) or r["value"] for r in scored] for bound in ("low", "high")]
+        fid_axes.fill_between(steps, *bounds, alpha=0.2)
     fid_axes.set(title="FID of the moving average", xlabel="step", yscale="log")
     for axes in (loss_axes, bound_axes, fid_axes):
         axes.grid(alpha=0.3, which="both")

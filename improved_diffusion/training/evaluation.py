@@ -15,11 +15,13 @@ from improved_diffusion.data.image_set import ImageSet, is_image_set, open_image
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import (
     FeatureExtractor,
-    Moments,
-    frechet_distance,
+    Features,
+    frechet_inception_distance,
     metric_name,
     reference_statistics,
 )
+from improved_diffusion.metrics.estimate import bootstrap_interval
+from improved_diffusion.metrics.features import finite
 from improved_diffusion.metrics.opening import image_set_source
 from improved_diffusion.progress import progress
 from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
@@ -101,7 +103,7 @@ class Evaluator:
         generated = self._generate(network, step, stop_requested)
         if generated is None:
             return None
-        shown, moments = generated
+        shown, features = generated
         record = {
             "step": step,
             "sampler": config.sampling.sampler,
@@ -109,15 +111,18 @@ class Evaluator:
             "guidance_scale": config.sampling.guidance_scale,
             "ema_rate": config.training.ema_rates[0],
         }
-        if moments is not None:
+        if features is not None:
+            estimate = frechet_inception_distance(self.statistics, features)
+            low, high = bootstrap_interval(estimate)
             record |= {
                 "metric": self.metric,
                 "features": evaluation.features,
-                "value": frechet_distance(
-                    self.statistics.mean, self.statistics.cov, moments.mean, moments.covariance()
-                ),
+                "value": estimate.value,
+                "low": low,  # of the 95 % interval, with the reference as fixed
+                "high": high,
                 "n_real": self.statistics.n,
-                "n_fake": moments.n,
+                "n_fake": features.n,
+                "preprocessing": self.extractor.preprocessing,
                 "weights_hash": self.extractor.weights_hash,
             }
         record["seconds"] = round(time.monotonic() - started, 1)
@@ -130,13 +135,13 @@ class Evaluator:
 
     def _generate(
         self, network: nn.Module, step: int, stop_requested: Callable[[], bool]
-    ) -> tuple[dict[SampleKey, np.ndarray], Moments | None] | None:
-        """The images of the grid, and the moments of the features of all; each process makes its share of them."""
+    ) -> tuple[dict[SampleKey, np.ndarray], Features | None] | None:
+        """The images of the grid, and the features of all; each process makes its share of them."""
         config, processes, evaluation = self.config, self.processes, self.config.evaluation
-        device, features = processes.device, evaluation.features
+        device, size = processes.device, evaluation.features
         run = with_autocast(network.eval(), device, arithmetic(config.training.precision, device))
         denoiser = build_sampling_denoiser(config, config.sampling, run, len(self.class_names), device)
-        counted = evaluation.samples_per_class if features else 0
+        counted = evaluation.samples_per_class if size else 0
         keys = [
             SampleKey(evaluation.seed, class_index, number)
             for number in range(max(counted, evaluation.grid_columns))
@@ -146,22 +151,26 @@ class Evaluator:
         # All processes must ask together whether to stop, and some have one batch more than others.
         batches_of_all = math.ceil(len(keys) // processes.world_size / config.sampling.batch_size)
         shown: dict[SampleKey, np.ndarray] = {}
-        moments = Moments(features) if features else None
+        measured: dict[SampleKey, np.ndarray] = {}
         with progress(
             total=len(share), desc=f"evaluating step {step}", unit="image", leave=False, disable=not processes.is_first
         ) as bar:
             for index, (batch, images) in enumerate(generate(denoiser, share, config, config.sampling, device)):
                 if index < batches_of_all and processes.any(stop_requested()):
                     return None
-                if moments is not None:
-                    measured = [key.number < counted for key in batch]
-                    moments.update(self.extractor(images[measured])[features].cpu())
+                counting = [key for key in batch if key.number < counted]
+                if counting:
+                    rows = self.extractor(images[[key.number < counted for key in batch]])[size]
+                    measured |= zip(counting, finite(rows, f"the samples of step {step}"), strict=True)
                 pictures = zip(batch, images.cpu().numpy(), strict=True)
                 shown |= {key: picture for key, picture in pictures if key.number < evaluation.grid_columns}
                 bar.update(len(batch))
-        (shown, moments), *others = processes.gather((shown, moments))
-        for other_shown, other_moments in others:
+        (shown, measured), *others = processes.gather((shown, measured))
+        for other_shown, other_measured in others:
             shown |= other_shown
-            if moments is not None:
-                moments.merge(other_moments)
-        return shown, moments
+            measured |= other_measured
+        if not measured:
+            return shown, None
+        array = np.stack([measured[key] for key in sorted(measured)])
+        labels = np.array([key.class_index for key in sorted(measured)])
+        return shown, Features(f"the samples of step {step}", array, self.extractor.settings(size), labels)
