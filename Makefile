@@ -24,7 +24,7 @@ demo: install
 	fi
 	$(BIN)/python sample.py --run runs/demo --class all --n 8 --out runs/demo/demo-samples
 	$(BIN)/python fid.py data/synthetic-64/test runs/demo --features 64 --per-class 10
-	@echo "The pictures: runs/demo/demo-samples/grid.png (samples), runs/demo/samples/ (while training),"
+	@echo "The pictures: runs/demo/demo-samples.png (samples), runs/demo/samples/ (while training),"
 	@echo "runs/demo/curves.png (loss and FID). TensorBoard: $(BIN)/tensorboard --logdir runs/demo"
 
 test: install

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         samples.write_samples(model, keys, sampling, out, processes, with_npz=options.npz)
         if processes.is_first:
             npz = f" and {out}/samples.npz" if options.npz else ""
-            print(f"wrote {out}/grid.png, {out}/CLASS/seed{options.seed}_NUMBER.png{npz}")
+            print(f"wrote {samples.grid_file(out)}, {out}/CLASS/seed{options.seed}_NUMBER.png{npz}")
     return 0
 
 

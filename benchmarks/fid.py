@@ -124,6 +124,7 @@ class StandIn:
     """An extractor whose features, of 2048, are random."""
 
     features = (2048,)
+    device = torch.device("cpu")
     batch_size = 128
 
     def settings(self, size: int) -> FeatureSettings:

@@ -62,7 +62,8 @@ def write_samples(
     *,
     with_npz: bool,
 ) -> None:
-    """Draw the images of `keys` and write OUT/CLASS/seedSEED_NUMBER.png, OUT/grid.png and, if asked, OUT/samples.npz.
+    """Draw the images of `keys` and write OUT/CLASS/seedSEED_NUMBER.png, OUT.png (all of them; beside the folder, so
+    that who measures the folder does not measure it too) and, if asked, OUT/samples.npz.
 
     Raises:
         UserError: sampling settings that the model cannot follow, or a disk that cannot be written.
@@ -82,10 +83,15 @@ def write_samples(
     labels = np.array([key.class_index for key in keys])
     classes = sorted(set(labels.tolist()))
     rows = np.stack([images[labels == label] for label in classes])
-    save_png(make_grid(rows, tuple(_class_name(model, label) for label in classes)), out / "grid.png")
+    save_png(make_grid(rows, tuple(_class_name(model, label) for label in classes)), grid_file(out))
     if with_npz:
         with atomic_write(out / "samples.npz") as temporary, temporary.open("wb") as stream:
             np.savez(stream, arr_0=images, labels=labels)
+
+
+def grid_file(out: Path) -> Path:
+    """Where the picture of all samples goes."""
+    return out.with_name(f"{out.name}.png")
 
 
 def _class_name(model: LoadedModel, label: int) -> str:

@@ -99,11 +99,11 @@ def test_two_processes_write_the_images_of_one(tiny_run, finish_script, tmp_path
 
 
 def test_files(tiny_run, run_script, tmp_path):
-    outcome = run_script("sample.py", "--run", tiny_run, "--class", "waffles", "--n", 2, "--seed", 5, "--out", tmp_path)
+    outcome = run_script("sample.py", "--run", tiny_run, "--class", "waffles", "--n", 2, "--seed", 5, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
-    assert files == ["grid.png", "waffles/seed5_000000.png", "waffles/seed5_000001.png"]
+    assert files == ["out.png", "out/waffles/seed5_000000.png", "out/waffles/seed5_000001.png"]
     expected = draw(tiny_run, [SampleKey(5, 2, 0), SampleKey(5, 2, 1)])
     for number in range(2):
-        image = np.asarray(Image.open(tmp_path / "waffles" / f"seed5_{number:06d}.png"))
+        image = np.asarray(Image.open(tmp_path / "out" / "waffles" / f"seed5_{number:06d}.png"))
         assert np.abs(image.astype(int) - expected[number].astype(int)).max() <= 1
