@@ -99,7 +99,8 @@ def test_two_processes_write_the_images_of_one(tiny_run, finish_script, tmp_path
 
 
 def test_files(tiny_run, run_script, tmp_path):
-    outcome = run_script("sample.py", "--run", tiny_run, "--class", "waffles", "--n", 2, "--seed", 5, "--out", tmp_path / "out")
+    arguments = ("--run", tiny_run, "--class", "waffles", "--n", 2, "--seed", 5, "--out", tmp_path / "out")
+    outcome = run_script("sample.py", *arguments)
     assert outcome.code == 0, outcome.err
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert files == ["out.png", "out/waffles/seed5_000000.png", "out/waffles/seed5_000001.png"]
