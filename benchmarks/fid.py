@@ -31,12 +31,12 @@ from torch import Tensor
 
 from improved_diffusion.errors import UserError, user_errors_exit
 from improved_diffusion.metrics import FeatureExtractor, extract_features, frechet_distance
-from improved_diffusion.metrics.extractor import FeatureSettings, full_float32
 from improved_diffusion.metrics.frechet import distance_by_factor, factor
-from improved_diffusion.metrics.preprocessing import preprocess
-from improved_diffusion.metrics.sources import ArraySource
+from improved_diffusion.metrics.images.sources import ArraySource
+from improved_diffusion.metrics.inception.extractor import FeatureSettings, full_float32
+from improved_diffusion.metrics.inception.preprocessing import preprocess
+from improved_diffusion.metrics.inception.weights import PACKAGE, packaged_weights
 from improved_diffusion.metrics.statistics import statistics_of
-from improved_diffusion.metrics.weights import PACKAGE, packaged_weights
 
 
 def torchscript_features(device: str) -> Callable[[Tensor], Tensor]:

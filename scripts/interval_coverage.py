@@ -18,9 +18,9 @@ import torch
 
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
 from improved_diffusion.metrics.estimate import bootstrap_interval
-from improved_diffusion.metrics.extractor import FeatureSettings
 from improved_diffusion.metrics.features import Features
 from improved_diffusion.metrics.fid import IMAGES_PER_FEATURE, fid_infinity, frechet_inception_distance
+from improved_diffusion.metrics.inception.extractor import FeatureSettings
 from improved_diffusion.progress import progress
 
 SHIFTS = (0.0, 0.1, 0.5)  # of the mean, and of the logarithm of the deviations, between the two Gaussians

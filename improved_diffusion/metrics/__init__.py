@@ -1,12 +1,12 @@
 """Measuring sets of images: Inception features, the distances between them, and how certain each number is."""
 
-from improved_diffusion.metrics.extractor import FeatureExtractor
 from improved_diffusion.metrics.features import Features, features_of_batches
 from improved_diffusion.metrics.fid import frechet_inception_distance, metric_name
 from improved_diffusion.metrics.frechet import frechet_distance
+from improved_diffusion.metrics.images.opening import open_source
+from improved_diffusion.metrics.inception.extractor import FeatureExtractor
 from improved_diffusion.metrics.measure import METRICS, ImageSets, Measurement, measure
 from improved_diffusion.metrics.moments import Moments
-from improved_diffusion.metrics.opening import open_source
 from improved_diffusion.metrics.statistics import FeatureStatistics, reference_statistics
 from improved_diffusion.metrics.store import extract_features
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.extractor import FeatureExtractor, FeatureSettings
+from improved_diffusion.metrics.inception.extractor import FeatureExtractor, FeatureSettings
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.estimate import Estimate, Influence
 from improved_diffusion.metrics.features import Features
 from improved_diffusion.metrics.frechet import FrechetInfluence, distance_by_factor
-from improved_diffusion.metrics.inception import SPATIAL
+from improved_diffusion.metrics.inception.network import SPATIAL
 from improved_diffusion.metrics.statistics import FeatureStatistics, cached_statistics, statistics_of
 
 # FID-infinity: a set needs so many images for each feature, or its bias is not yet one over n, which misleads.

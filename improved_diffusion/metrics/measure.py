@@ -10,14 +10,14 @@ import torch
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.estimate import Estimate, bootstrap_interval
-from improved_diffusion.metrics.extractor import FeatureSettings
 from improved_diffusion.metrics.features import Features
 from improved_diffusion.metrics.fid import Side, fid_infinity, frechet_inception_distance, metric_name, per_class
-from improved_diffusion.metrics.inception import LOGITS, SPATIAL
+from improved_diffusion.metrics.images.sources import balanced_rows
+from improved_diffusion.metrics.inception.extractor import FeatureSettings
+from improved_diffusion.metrics.inception.network import LOGITS, SPATIAL
 from improved_diffusion.metrics.inception_score import inception_score
 from improved_diffusion.metrics.kernel import kernel_inception_distance
 from improved_diffusion.metrics.neighbours import density_coverage, memorisation, precision_recall
-from improved_diffusion.metrics.sources import balanced_rows
 
 METRICS = {
     "fid": "Fréchet distance of the features",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.extractor import full_float32
+from improved_diffusion.metrics.inception.extractor import full_float32
 from improved_diffusion.metrics.similarity import Images, check_images, rgb_arrays
 
 LPIPS_BACKBONES = {"alex": "AlexNet", "vgg": "VGG16", "squeeze": "SqueezeNet 1.1"}

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from improved_diffusion.files import atomic_write
+from improved_diffusion.metrics.images.opening import open_image
+from improved_diffusion.metrics.images.sources import Source
 from improved_diffusion.metrics.measure import Measurement
-from improved_diffusion.metrics.opening import open_image
-from improved_diffusion.metrics.sources import Source
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

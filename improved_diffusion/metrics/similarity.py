@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from improved_diffusion.data.decode import to_rgb
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.extractor import full_float32
+from improved_diffusion.metrics.inception.extractor import full_float32
 
 Images = np.ndarray | Tensor | Sequence[Image.Image]  # uint8 (N, H, W, 3), or Pillow images of any sizes and modes
 Processor = Callable[..., Any]

@@ -18,12 +18,12 @@ from torch import Tensor
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.metrics.cache import cache_directory
-from improved_diffusion.metrics.extractor import FeatureExtractor, FeatureSettings
 from improved_diffusion.metrics.features import Features
 from improved_diffusion.metrics.frechet import factor
+from improved_diffusion.metrics.images.opening import ARRAY_KEYS
+from improved_diffusion.metrics.images.sources import Source
+from improved_diffusion.metrics.inception.extractor import FeatureExtractor, FeatureSettings
 from improved_diffusion.metrics.moments import Moments
-from improved_diffusion.metrics.opening import ARRAY_KEYS
-from improved_diffusion.metrics.sources import Source
 from improved_diffusion.metrics.store import extract_features
 
 

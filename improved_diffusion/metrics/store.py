@@ -24,9 +24,9 @@ import numpy as np
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.metrics.cache import cache_directory
-from improved_diffusion.metrics.extractor import FeatureExtractor, FeatureSettings
 from improved_diffusion.metrics.features import Features, finite
-from improved_diffusion.metrics.sources import Source
+from improved_diffusion.metrics.images.sources import Source
+from improved_diffusion.metrics.inception.extractor import FeatureExtractor, FeatureSettings
 from improved_diffusion.progress import progress
 
 CHUNK = 512  # images

@@ -22,7 +22,7 @@ from improved_diffusion.metrics import (
 )
 from improved_diffusion.metrics.estimate import bootstrap_interval
 from improved_diffusion.metrics.features import finite
-from improved_diffusion.metrics.opening import image_set_source
+from improved_diffusion.metrics.images.opening import image_set_source
 from improved_diffusion.progress import progress
 from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
 from improved_diffusion.training.generate import SampleKey, generate

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.extractor import FeatureExtractor
+from improved_diffusion.metrics.images.opening import open_source
+from improved_diffusion.metrics.images.sources import Source, balanced_rows
+from improved_diffusion.metrics.inception.extractor import FeatureExtractor
 from improved_diffusion.metrics.measure import ImageSets, feature_sizes
-from improved_diffusion.metrics.opening import open_source
-from improved_diffusion.metrics.sources import Source, balanced_rows
 from improved_diffusion.metrics.statistics import FeatureStatistics
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.training.devices import Processes

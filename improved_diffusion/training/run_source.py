@@ -12,10 +12,10 @@ import torch
 
 from improved_diffusion.data.image_set import is_image_set, open_image_set
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.opening import open_source
-from improved_diffusion.metrics.sources import Batch, Source
+from improved_diffusion.metrics.images.opening import open_source
+from improved_diffusion.metrics.images.sources import Batch, Source
+from improved_diffusion.metrics.inception.weights import file_sha256
 from improved_diffusion.metrics.statistics import FeatureStatistics, is_statistics_file
-from improved_diffusion.metrics.weights import file_sha256
 from improved_diffusion.run_directory import is_run_directory
 from improved_diffusion.training.generate import LoadedModel, SampleKey, generate, load_model, model_denoiser
 

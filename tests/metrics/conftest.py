@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from improved_diffusion.metrics import FeatureExtractor, Features
-from improved_diffusion.metrics.extractor import FeatureSettings
-from improved_diffusion.metrics.weights import PACKAGE, packaged_weights
+from improved_diffusion.metrics.inception.extractor import FeatureSettings
+from improved_diffusion.metrics.inception.weights import PACKAGE, packaged_weights
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureStatistics, extract_features, metric_name, reference_statistics
 from improved_diffusion.metrics.estimate import bootstrap_interval
-from improved_diffusion.metrics.extractor import FeatureSettings
 from improved_diffusion.metrics.fid import fid_infinity, frechet_inception_distance, per_class
-from improved_diffusion.metrics.sources import ArraySource
+from improved_diffusion.metrics.images.sources import ArraySource
+from improved_diffusion.metrics.inception.extractor import FeatureSettings
 from improved_diffusion.metrics.statistics import is_statistics_file, statistics_of
 
 

@@ -8,9 +8,9 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureExtractor
 from improved_diffusion.metrics.estimate import bootstrap_interval
-from improved_diffusion.metrics.extractor import build_network
+from improved_diffusion.metrics.inception.extractor import build_network
+from improved_diffusion.metrics.inception.weights import load_layers
 from improved_diffusion.metrics.inception_score import inception_score
-from improved_diffusion.metrics.weights import load_layers
 
 
 @pytest.fixture(scope="module")

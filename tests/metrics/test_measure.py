@@ -16,9 +16,9 @@ from PIL import Image
 import fid as command
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import METRICS, ImageSets, measure
+from improved_diffusion.metrics.images.sources import balanced_rows
 from improved_diffusion.metrics.measure import feature_sizes
 from improved_diffusion.metrics.report import table
-from improved_diffusion.metrics.sources import balanced_rows
 from improved_diffusion.metrics.statistics import statistics_of
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureExtractor, extract_features, features_of_batches, open_source, store
-from improved_diffusion.metrics.sources import ArraySource
+from improved_diffusion.metrics.images.sources import ArraySource
 from improved_diffusion.metrics.store import SingleProcess, open_store
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from improved_diffusion.metrics.weights import packaged_weights
+from improved_diffusion.metrics.inception.weights import packaged_weights
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.run_log import read_jsonl
 

@@ -10,8 +10,8 @@ import numpy as np
 from improved_diffusion.data.image_set import ImageSet, open_image_set
 from improved_diffusion.data.sources import Archive, Folder
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.image_files import FileSource
-from improved_diffusion.metrics.sources import ArraySource, Source
+from improved_diffusion.metrics.images.files import FileSource
+from improved_diffusion.metrics.images.sources import ArraySource, Source
 from improved_diffusion.run_directory import is_run_directory
 
 ARRAY_KEYS = ("arr_0", "images")  # of an .npz: numpy's default name, and the obvious one

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics import weights as w
+from improved_diffusion.metrics.inception import weights as w
 
 CONTENT = bytes(range(256)) * 9000  # more than one chunk
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

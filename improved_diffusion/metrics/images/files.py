@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from improved_diffusion.data.decode import EXTENSIONS, FORMATS, to_rgb
 from improved_diffusion.data.sources import Archive, Folder, is_hidden
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.sources import Batch, check_count
+from improved_diffusion.metrics.images.sources import Batch, check_count
 
 DECODE_AHEAD = 64  # images that wait, decoded, for the network
 

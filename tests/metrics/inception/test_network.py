@@ -11,10 +11,11 @@ import torch.nn.functional as F
 import torchvision
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics import FeatureExtractor, inception
-from improved_diffusion.metrics.extractor import build_network
-from improved_diffusion.metrics.preprocessing import preprocess
-from improved_diffusion.metrics.weights import load_layers, read_packaged, read_published, weights_hash
+from improved_diffusion.metrics import FeatureExtractor
+from improved_diffusion.metrics.inception import network as inception
+from improved_diffusion.metrics.inception.extractor import build_network
+from improved_diffusion.metrics.inception.preprocessing import preprocess
+from improved_diffusion.metrics.inception.weights import load_layers, read_packaged, read_published, weights_hash
 
 TORCHSCRIPT_LAYERS = {"pool0": 64, "pool1": 192, "mixed_7": 768, "pool2": 2048}
 
@@ -191,9 +192,9 @@ def torchvision_network() -> torchvision.models.Inception3:
 
 def test_published_weights_are_read_and_folded_layer_by_layer(torchvision_network, tmp_path):
     torch.save(torchvision_network.state_dict(), tmp_path / "published.pth")
-    network = build_network((2048,), read_published(tmp_path / "published.pth"))
+    built = build_network((2048,), read_published(tmp_path / "published.pth"))
     generator = torch.Generator().manual_seed(0)
-    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, inception.Conv)]
+    layers = [(name, layer) for name, layer in built.named_modules() if isinstance(layer, inception.Conv)]
     assert len(layers) == 94
     with torch.inference_mode():
         for name, layer in layers:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.inception import CLASSIFIER, LOGITS, Conv, Inception, feature_layers
-from improved_diffusion.metrics.preprocessing import INPUT_SIZE, PREPROCESSINGS, SMALLEST_SIDE, preprocess
-from improved_diffusion.metrics.weights import Layer, load_classifier, load_layers, weights_hash
+from improved_diffusion.metrics.inception.network import CLASSIFIER, LOGITS, Conv, Inception, feature_layers
+from improved_diffusion.metrics.inception.preprocessing import INPUT_SIZE, PREPROCESSINGS, SMALLEST_SIDE, preprocess
+from improved_diffusion.metrics.inception.weights import Layer, load_classifier, load_layers, weights_hash
 
 
 @dataclass(frozen=True)

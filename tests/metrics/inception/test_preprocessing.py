@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from improved_diffusion.metrics.preprocessing import PREPROCESSINGS, preprocess, resize
+from improved_diffusion.metrics.inception.preprocessing import PREPROCESSINGS, preprocess, resize
 
 
 def tf1_pixel(image: np.ndarray, i: int, j: int, size: int) -> float:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from improved_diffusion.data.image_set import array_sha256, content_sha256
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.opening import open_image, open_source
-from improved_diffusion.metrics.sources import ArraySource, Source
+from improved_diffusion.metrics.images.opening import open_image, open_source
+from improved_diffusion.metrics.images.sources import ArraySource, Source
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 10, 12, 3), dtype=np.uint8)
 

@@ -1,0 +1,1 @@
+"""The network whose features are measured: its layers, its weights, and what its input was."""
