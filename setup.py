@@ -3,6 +3,16 @@
 from setuptools import find_packages, setup
 
 SIMILARITY = ["transformers>=4.46,<5.6", "torchmetrics>=1.4,<2"]  # CLIP, DINO and PickScore; LPIPS and ERGAS
+# Fine-tuning of SD and SDXL. transformers 5.6 renamed the modules of CLIP's text model: LoRA files saved under it have keys
+# that other programs drop.
+PERSONALIZE = [
+    "diffusers>=0.39,<0.43",
+    "transformers>=4.57,<5.6",
+    "peft>=0.21,<0.22",
+    "accelerate>=1.15",
+    "pyarrow>=15",
+    "ftfy>=6",
+]
 
 setup(
     name="improved_diffusion",
@@ -26,6 +36,7 @@ setup(
     ],
     extras_require={
         "similarity": SIMILARITY,
+        "personalize": PERSONALIZE,
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -34,6 +45,7 @@ setup(
             "import-linter>=2.0",
             "torch-fidelity>=0.4",  # an independent answer for KID, precision and recall, Inception Score
             *SIMILARITY,
+            *PERSONALIZE,
         ],
     },
 )

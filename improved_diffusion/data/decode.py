@@ -42,15 +42,18 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB; raises ValueError where the sample range is not defined."""
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Any Pillow mode -> RGB, transparent images composited on `background`, a colour that Pillow knows.
+
+    Raises ValueError where the sample range is not defined.
+    """
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion to RGB clips instead of scaling
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point samples have no defined white level")
     if image.has_transparency_data:  # an alpha channel, or a transparent palette entry or colour
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
 
 
