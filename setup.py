@@ -3,8 +3,8 @@
 from setuptools import find_packages, setup
 
 SIMILARITY = ["transformers>=4.46,<5.6", "torchmetrics>=1.4,<2"]  # CLIP, DINO and PickScore; LPIPS and ERGAS
-# Fine-tuning of SD and SDXL. transformers 5.6 renamed the modules of CLIP's text model: LoRA files saved under it have keys
-# that other programs drop.
+# Fine-tuning of SD and SDXL. transformers 5.6 renamed the modules of CLIP's text model: LoRA files saved under it have
+# keys that other programs drop.
 PERSONALIZE = [
     "diffusers>=0.39,<0.43",
     "transformers>=4.57,<5.6",

@@ -1,0 +1,129 @@
+"""Opening a Stable Diffusion or SDXL pipeline, and what differs between the two."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from improved_diffusion.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base model: its pipeline, and its parts in the order in which the pipeline uses them."""
+
+    name: str  # hub name or path, as it was given
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+
+    @property
+    def is_sdxl(self) -> bool:
+        return isinstance(self.pipeline, StableDiffusionXLPipeline)
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.pipeline.unet
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """{component name: encoder}: one of SD, two of SDXL."""
+        names = ("text_encoder", "text_encoder_2") if self.is_sdxl else ("text_encoder",)
+        return {name: getattr(self.pipeline, name) for name in names}
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """In the order of the text encoders."""
+        return [self.pipeline.tokenizer, self.pipeline.tokenizer_2] if self.is_sdxl else [self.pipeline.tokenizer]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side that the model was made for."""
+        return self.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts: `epsilon` or `v_prediction`."""
+        return self.pipeline.scheduler.config.prediction_type
+
+    def to(self, device: torch.device | str, dtype: str = "float32", vae_dtype: str = "float32") -> Base:
+        """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32."""
+        for part in (self.unet, *self.text_encoders.values()):
+            part.to(device, DTYPES[dtype])
+        self.pipeline.vae.to(device, DTYPES[vae_dtype])
+        return self
+
+
+def load_base(name: str) -> Base:
+    """The pipeline in a folder, or of that name on the Hugging Face hub, in float32 on the CPU.
+
+    Raises:
+        UserError: no such folder, a folder that is none, another kind of pipeline, or a hub that cannot be reached; the
+            message says what to download and where to put it.
+    """
+    folder = Path(name)
+    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    if local and not (folder / "model_index.json").is_file():
+        what = "is no folder of a pipeline: it has no model_index.json" if folder.exists() else "does not exist"
+        raise UserError(f"the base model {name} {what}; give a folder that save_pretrained wrote, or a name on the hub")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars of a second's work
+            pipeline = DiffusionPipeline.from_pretrained(name)
+    except Exception as error:  # diffusers and the hub's library raise almost anything
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        if local:
+            raise UserError(f"the base model {name} cannot be read: {reason}") from error
+        raise UserError(
+            f"the base model {name} is neither in the cache nor to be had from the hub ({reason}); where there is a "
+            f"network run `hf download {name} --local-dir DIR`, bring the folder here, and give --base DIR"
+        ) from error
+    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise UserError(f"{name} is a {type(pipeline).__name__}: only Stable Diffusion 1 and 2 and SDXL are supported")
+    pipeline.set_progress_bar_config(disable=True)
+    return Base(name, pipeline)
+
+
+def encode_texts(base: Base, texts: list[str]) -> dict[str, Tensor]:
+    """What the UNet is told of N texts.
+
+    Returns:
+        `states`, (N, 77, width): the last layer's states of SD's encoder; of SDXL's two, those of the layer before the
+        last, side by side. `pooled`, (N, width), of SDXL's second encoder; not for SD.
+    """
+    states, conditions = [], {}
+    for tokenizer, encoder in zip(base.tokenizers, base.text_encoders.values(), strict=True):
+        tokens = tokenizer(
+            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=base.is_sdxl)
+        if base.is_sdxl:
+            states.append(output.hidden_states[-2])
+            conditions["pooled"] = output[0]  # of the last encoder: the projected state of the end token
+        else:
+            states.append(output[0])
+    return {"states": torch.cat(states, dim=-1), **conditions}
+
+
+def encode_images(base: Base, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Images (N, 3, H, W) on [-1, 1] to latents (N, 4, H / 8, W / 8), scaled as the UNet knows them.
+
+    `generator` draws from the autoencoder's distribution, on the CPU, so that a seed means the same on every device;
+    without it the mean is taken.
+    """
+    vae = base.pipeline.vae
+    output = vae.encode(pixels.to(vae.device, vae.dtype))
+    if hasattr(output, "latent_dist"):
+        latents = output.latent_dist.mean
+        if generator is not None:
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            latents = latents + output.latent_dist.std * noise
+    else:  # an AutoencoderTiny has no distribution
+        latents = output.latents
+    return latents * vae.config.scaling_factor

@@ -1,0 +1,173 @@
+"""A random Stable Diffusion or SDXL pipeline of a few hundred thousand parameters, to try the tools without weights.
+
+    python scripts/tiny_pipeline.py sd --out data/tiny-sd
+    python scripts/tiny_pipeline.py sdxl --out data/tiny-sdxl [--taesd DIR]
+
+Everything is as in the real pipelines but smaller: the classes, the names of the modules, CLIP's own vocabulary (from
+the package open_clip_torch, installed with `pip install --no-deps open_clip_torch`). What it draws is noise. With
+`--taesd` the autoencoder is TAESD of that folder, real and small, so that real images pass through real latents.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+TEXT_WIDTH = 32
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """CLIP's tokens with their numbers, and its merges in order.
+
+    Raises:
+        UserError: the package that carries them is not installed.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    file = Path(spec.origin).with_name(VOCABULARY) if spec and spec.origin else None
+    if file is None or not file.is_file():
+        raise UserError("CLIP's vocabulary is not installed: pip install --no-deps open_clip_torch")
+    lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def make_tokenizer(pad_token: str):
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = clip_vocabulary()
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
+        files[1].write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+        (Path(folder) / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad_token})
+        )
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def make_text_encoder(projected: bool):
+    """CLIP's text model; `projected`: with the projection that SDXL's second encoder has."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=64,
+        projection_dim=TEXT_WIDTH,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        vocab_size=49408,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=1,
+        hidden_act="gelu" if projected else "quick_gelu",
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def make_vae(taesd: Path | None, sdxl: bool):
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if taesd is None:
+        return AutoencoderKL(
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            sample_size=64,
+            scaling_factor=0.13025 if sdxl else 0.18215,
+        )
+    from safetensors.torch import load_file
+
+    name = "taesdxl" if sdxl else "taesd"
+    vae = AutoencoderTiny()
+    try:
+        for part, module in (("encoder", vae.encoder), ("decoder", vae.decoder)):
+            state = load_file(taesd / f"{name}_{part}.safetensors")
+            # The original decoder starts with a clamp, which has no parameters and shifts the numbers of the layers.
+            shift = 1 if part == "decoder" else 0
+            names = {key: key.split(".", 1) for key in state}
+            renamed = {f"layers.{int(first) - shift}.{rest}": state[key] for key, (first, rest) in names.items()}
+            module.load_state_dict(renamed)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{taesd} has no weights of {name}: {' '.join(str(error).split())[:200]}") from error
+    return vae
+
+
+def make_pipeline(kind: str, taesd: Path | None = None, seed: int = 0):
+    """A StableDiffusionPipeline or StableDiffusionXLPipeline, random but for what `taesd` names."""
+    import torch
+    from diffusers import (
+        EulerDiscreteScheduler,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+
+    torch.manual_seed(seed)
+    sdxl = kind == "sdxl"
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    unet = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 16,
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 2 * TEXT_WIDTH if sdxl else TEXT_WIDTH,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    parts = {
+        "vae": make_vae(taesd, sdxl),
+        "text_encoder": make_text_encoder(projected=False),
+        "tokenizer": make_tokenizer("<|endoftext|>"),
+    }
+    if not sdxl:
+        return StableDiffusionPipeline(
+            **parts,
+            unet=UNet2DConditionModel(**unet),
+            scheduler=PNDMScheduler(skip_prk_steps=True, **settings),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return StableDiffusionXLPipeline(
+        **parts,
+        text_encoder_2=make_text_encoder(projected=True),
+        tokenizer_2=make_tokenizer("!"),
+        unet=UNet2DConditionModel(
+            **unet,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+        ),
+        scheduler=EulerDiscreteScheduler(**settings),
+    )
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=("sd", "sdxl"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
+    parser.add_argument("--taesd", type=Path, help="folder with taesd_encoder.safetensors and the like")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    make_pipeline(options.kind, options.taesd, options.seed).save_pretrained(options.out)
+    print(f"a tiny {options.kind} in {options.out}")
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        main()

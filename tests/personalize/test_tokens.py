@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.tokens import inspect_token, require_single_token, suggest_tokens, token_table
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bases):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(tiny_bases["sd"] / "tokenizer")
+
+
+@pytest.mark.parametrize(("token", "rank"), [("sks", 48136), ("hta", 49384), ("oue", 48838), ("ohwx", 47993)])
+def test_the_published_rare_tokens_are_single_and_rare(tokenizer, token, rank):
+    report = inspect_token(token, tokenizer)
+    assert (report.is_single, report.rank, report.warnings) == (True, rank, ())
+
+
+def test_what_speaks_against_a_token(tokenizer):
+    common = inspect_token("http", tokenizer)
+    assert (common.is_single, common.rank) == (True, 15066)
+    assert "common" in common.warnings[0]
+    split = inspect_token("zwx", tokenizer)
+    assert split.pieces == ("z", "wx</w>")
+    assert "splits into 2 tokens: z wx</w>" in split.warnings[0]
+    assert "lower-cases it: the same as 'tok'" in inspect_token("TOK", tokenizer).warnings[-1]
+    with pytest.raises(UserError, match="empty token"):
+        inspect_token("  ", tokenizer)
+
+
+def test_suggestions_are_single_rare_and_sorted(tokenizer):
+    reports = suggest_tokens(tokenizer, 20)
+    assert len(reports) == 20
+    assert all(report.is_single and not report.warnings for report in reports)
+    ranks = [report.rank for report in reports]
+    assert ranks == sorted(ranks, reverse=True)
+    assert all(
+        tokenizer.decode([rank]).strip() == report.candidate for rank, report in zip(ranks, reports, strict=True)
+    )
+
+
+def test_a_token_that_splits_is_refused_with_others(tokenizer):
+    require_single_token("sks", [tokenizer, tokenizer])
+    with pytest.raises(UserError, match=r"'zwx' splits into z wx</w>.*use a single rare one, \w+, \w+"):
+        require_single_token("zwx", [tokenizer])
+
+
+def test_the_table_has_a_line_for_each(tokenizer):
+    table = token_table([inspect_token(token, tokenizer) for token in ("sks", "http")])
+    assert [line.split()[:3] for line in table.splitlines()] == [
+        ["token", "pieces", "rank"],
+        ["sks", "1", "48136"],
+        ["http", "1", "15066"],
+    ]
