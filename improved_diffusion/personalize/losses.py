@@ -1,0 +1,72 @@
+"""The training loss: mean-square error against noise or velocity, weighted by min-SNR, with a prior to preserve."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def target(latents: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor, prediction: str) -> Tensor:
+    """What the network should predict: the noise, or the velocity sqrt(abar) noise - sqrt(1 - abar) latents (Salimans &
+    Ho 2022, arXiv:2202.00512, appendix D).
+
+    Args:
+        latents, noise: (N, C, H, W). t: (N,) timesteps. alphas_cumprod: (T,).
+        prediction: `epsilon` or `v_prediction`, the scheduler's `prediction_type`.
+
+    Raises:
+        ValueError: another prediction.
+    """
+    if prediction == "epsilon":
+        return noise
+    if prediction == "v_prediction":
+        abar = alphas_cumprod[t].view(-1, 1, 1, 1)
+        return abar.sqrt() * noise - (1 - abar).sqrt() * latents
+    raise ValueError(f"no prediction {prediction!r}: epsilon or v_prediction")
+
+
+def add_noise(latents: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """x_t = sqrt(abar) latents + sqrt(1 - abar) noise."""
+    abar = alphas_cumprod[t].view(-1, 1, 1, 1)
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+
+
+def min_snr_weights(t: Tensor, alphas_cumprod: Tensor, gamma: float, prediction: str) -> Tensor:
+    """(N,): min(SNR, gamma) over SNR for noise, over SNR + 1 for velocity, with SNR = abar / (1 - abar) (Hang et al.
+    2023, arXiv:2303.09556, section 3.4)."""
+    abar = alphas_cumprod[t]
+    snr = abar / (1 - abar)
+    # The SNR of the last step of a schedule rescaled to end in pure noise is 0, and so is the weight of its velocity.
+    return snr.clamp(max=gamma) / (snr + 1 if prediction == "v_prediction" else snr.clamp(min=1e-8))
+
+
+def per_sample_loss(predicted: Tensor, expected: Tensor) -> Tensor:
+    """(N,): the mean-square error of each sample, in float32 whatever the network computed in."""
+    return (predicted.float() - expected.float()).square().flatten(1).mean(dim=1)
+
+
+def combine(losses: Tensor, weights: Tensor | None, is_prior: Tensor, prior_weight: float) -> Tensor:
+    """The loss of a batch of instances and prior images (Ruiz et al. 2022, DreamBooth, arXiv:2208.12242, equation 2):
+
+        mean over the instances + prior_weight * mean over the prior images
+
+    Each sample is weighted before the two are told apart, so that a weight is that of its own timestep.
+
+    Args:
+        losses: (N,). weights: (N,), or None for ones. is_prior: bool (N,). prior_weight: of the second mean.
+    """
+    if weights is not None:
+        losses = losses * weights
+    total = losses.new_zeros(())
+    if not is_prior.all():
+        total = total + losses[~is_prior].mean()
+    if is_prior.any():
+        total = total + prior_weight * losses[is_prior].mean()
+    return total
+
+
+def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Noise with a constant added to each channel of each sample, so that the network learns to move an image's mean
+    (N. Guttenberg 2023, "Diffusion with Offset Noise"). (N, C, H, W) to the same; drawn on the CPU."""
+    shift = torch.randn(*noise.shape[:2], 1, 1, generator=generator).to(noise)
+    return noise + strength * shift
