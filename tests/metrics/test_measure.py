@@ -45,6 +45,17 @@ def test_every_number_says_what_it_was_measured_with(sets):
     assert json.loads(json.dumps(results["FID32-infinity"].as_dict()))["details"]["bias"] > 0
 
 
+def test_the_order_of_the_images_does_not_matter(sets):
+    rng = np.random.default_rng(0)
+    shuffled = ImageSets(
+        *({32: side[32].take(rng.permutation(side[32].n))} for side in (sets.real, sets.fake, sets.train))
+    )
+    # Not of those that draw a part of the images, by their place.
+    names = [name for name in LABELLED if name not in ("fid-infinity", "floor")]
+    for one, other in zip(measure(sets, names, 32), measure(shuffled, names, 32), strict=True):
+        assert other.value == pytest.approx(one.value, rel=1e-6), one.metric
+
+
 def test_too_few_images_are_noted(sets):
     few = ImageSets({32: sets.real[32].take(np.arange(20))}, sets.fake)
     (result,) = measure(few, ["fid"], 32)
