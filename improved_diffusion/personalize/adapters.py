@@ -1,0 +1,120 @@
+"""Low-rank adapters of a base: LoRA (Hu et al. 2021, arXiv:2106.09685), DoRA (Liu et al. 2024, arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.base import Base
+
+ADAPTER = "personalized"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+UNET_TARGETS = {
+    "attention": ATTENTION,
+    "attention+feedforward": (*ATTENTION, "ff.net.0.proj", "ff.net.2"),
+}
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What the adapters look like."""
+
+    rank: int = 8
+    """Rank of the update of each matrix."""
+    alpha: float = 8.0
+    """The update is multiplied by alpha / rank."""
+    targets: str = "attention"
+    """Layers of the UNet: attention, or attention+feedforward."""
+    dropout: float = 0.0
+    """Probability of dropping an input of the update, in training."""
+    dora: bool = False
+    """Learn the magnitude of each output apart from its direction."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"adapter.rank must be at least 1, not {self.rank}")
+        if not self.alpha > 0:
+            raise UserError(f"adapter.alpha must be positive, not {self.alpha}")
+        if self.targets not in UNET_TARGETS:
+            raise UserError(f"adapter.targets must be one of {', '.join(UNET_TARGETS)}, not {self.targets!r}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter.dropout must be in [0, 1), not {self.dropout}")
+
+
+def attach_adapters(base: Base, settings: AdapterSettings, text_encoders: bool, seed: int = 0) -> None:
+    """Give the UNet, and the text encoders if wanted, a new adapter each, in place.
+
+    All that was there is frozen; what is new is float32 and trainable, and changes nothing yet."""
+    for part in (base.unet, *base.text_encoders.values(), base.pipeline.vae):
+        part.requires_grad_(False)
+    chosen = {"unet": (base.unet, UNET_TARGETS[settings.targets])}
+    if text_encoders:
+        chosen |= {name: (encoder, TEXT_TARGETS) for name, encoder in base.text_encoders.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part, targets in chosen.values():
+            config = LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,
+                target_modules=list(targets),
+                lora_dropout=settings.dropout,
+                use_dora=settings.dora,
+                init_lora_weights="gaussian",
+            )
+            part.add_adapter(config, adapter_name=ADAPTER)
+            for parameter in trainable(part):
+                parameter.data = parameter.data.float()
+
+
+def trainable(part: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `part` that are trained."""
+    return [parameter for parameter in part.parameters() if parameter.requires_grad]
+
+
+def adapted_parts(base: Base) -> dict[str, nn.Module]:
+    """{component name: part} of those that have an adapter."""
+    parts = {"unet": base.unet, **base.text_encoders}
+    return {name: part for name, part in parts.items() if any(isinstance(m, BaseTunerLayer) for m in part.modules())}
+
+
+def adapter_state(part: nn.Module) -> dict[str, Tensor]:
+    """{name: weight} of its adapter, float32 on the CPU, names as PEFT has them: MODULE.lora_A.weight and so on."""
+    state = get_peft_model_state_dict(part, adapter_name=ADAPTER)
+    return {name: weight.detach().float().cpu().contiguous() for name, weight in state.items()}
+
+
+def load_adapter_state(part: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `adapter_state` gave.
+
+    Raises:
+        UserError: it is that of another architecture or rank.
+    """
+    own = adapter_state(part)
+    if {name: weight.shape for name, weight in own.items()} != {name: weight.shape for name, weight in state.items()}:
+        strange = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
+        raise UserError(f"the adapter is of another model or rank: {strange[0]} does not fit")
+    set_peft_model_state_dict(part, state, adapter_name=ADAPTER)
+
+
+def adapter_config(part: nn.Module) -> LoraConfig:
+    """PEFT's settings of its adapter."""
+    return part.peft_config[ADAPTER]
+
+
+def set_scales(base: Base, unet: float, text_encoder: float, text_encoder_2: float | None = None) -> None:
+    """Weigh the adapters; 0 is the base as it was. Without a third number, both text encoders have the second."""
+    scales = {
+        "unet": unet,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder if text_encoder_2 is None else text_encoder_2,
+    }
+    for name, part in adapted_parts(base).items():
+        for module in part.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_scale(ADAPTER, scales[name])

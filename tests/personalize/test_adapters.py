@@ -1,0 +1,166 @@
+"""Adapters on tiny pipelines, and their files read back by diffusers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from improved_diffusion.errors import UserError
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+from improved_diffusion.personalize.adapters import (  # noqa: E402
+    AdapterSettings,
+    adapted_parts,
+    adapter_state,
+    attach_adapters,
+    load_adapter_state,
+    set_scales,
+    trainable,
+)
+from improved_diffusion.personalize.base import Base, load_base  # noqa: E402
+from improved_diffusion.personalize.export import export_diffusers, export_kohya, original_name  # noqa: E402
+
+
+def picture(base: Base) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    output = base.pipeline(
+        "a photo of a sks dog", num_inference_steps=2, height=64, width=64, generator=generator, output_type="pt"
+    )
+    return output.images
+
+
+@torch.no_grad()
+def disturb(base: Base) -> None:
+    """Adapters as training would leave them: not zero."""
+    generator = torch.Generator().manual_seed(1)
+    for part in adapted_parts(base).values():
+        for parameter in trainable(part):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture
+def adapted(base) -> Base:
+    attach_adapters(base, AdapterSettings(rank=3, alpha=5.0, targets="attention+feedforward"), text_encoders=True)
+    disturb(base)
+    return base
+
+
+def test_a_new_adapter_changes_nothing_and_freezes_the_rest(base):
+    before = picture(base)
+    attach_adapters(base, AdapterSettings(rank=3), text_encoders=True)
+    assert torch.equal(picture(base), before)
+    assert set(adapted_parts(base)) == {"unet", *base.text_encoders}
+    for part in adapted_parts(base).values():
+        names = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
+        assert names
+        assert all("lora_" in name for name in names)
+        assert all(parameter.dtype == torch.float32 for parameter in trainable(part))
+    assert not trainable(base.pipeline.vae)
+
+
+def test_without_text_encoders_the_unet_alone_has_one(base):
+    attach_adapters(base, AdapterSettings(), text_encoders=False)
+    assert set(adapted_parts(base)) == {"unet"}
+    assert not any(trainable(encoder) for encoder in base.text_encoders.values())
+
+
+def test_scales_weigh_each_part_and_zero_is_the_base(adapted, tiny_bases):
+    plain = picture(load_base(adapted.name))
+    full = picture(adapted)
+    assert (full - plain).abs().max() > 0.01
+    set_scales(adapted, 0.0, 0.0)
+    assert torch.equal(picture(adapted), plain)
+    set_scales(adapted, 1.0, 1.0)
+    assert torch.equal(picture(adapted), full)
+    set_scales(adapted, 1.0, 0.0)
+    unet_only = picture(adapted)
+    set_scales(adapted, 0.0, 1.0)
+    text_only = picture(adapted)
+    assert len({image.numpy().tobytes() for image in (plain, full, unet_only, text_only)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("export", "dora"),
+    [(export_diffusers, False), (export_diffusers, True), (export_kohya, False)],
+    ids=["diffusers", "diffusers, dora", "kohya"],
+)
+def test_a_file_read_by_diffusers_gives_the_same_picture(base, tmp_path, export, dora):
+    attach_adapters(base, AdapterSettings(rank=3, alpha=5.0, dora=dora), text_encoders=not dora)
+    disturb(base)
+    expected = picture(base)
+    file = export(base, tmp_path)
+    fresh = load_base(base.name)
+    assert not torch.equal(picture(fresh), expected)
+    fresh.pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    assert (picture(fresh) - expected).abs().max() == 0
+
+
+def test_kohyas_keys_are_those_that_other_programs_look_for(adapted, tmp_path):
+    state = load_file(export_kohya(adapted, tmp_path))
+    layer = "transformer_blocks_0_attn1_to_q"
+    if adapted.is_sdxl:  # one layer a block: input convolution, block, halving, block
+        wanted = {f"lora_unet_input_blocks_3_1_{layer}", f"lora_unet_output_blocks_1_1_{layer}"}
+        wanted |= {f"lora_unet_middle_block_1_{layer}", "lora_te2_text_model_encoder_layers_2_self_attn_q_proj"}
+        wanted.add("lora_te1_text_model_encoder_layers_0_self_attn_out_proj")
+    else:
+        wanted = {f"lora_unet_down_blocks_1_attentions_0_{layer}", f"lora_unet_mid_block_attentions_0_{layer}"}
+        wanted.add("lora_te_text_model_encoder_layers_0_self_attn_q_proj")
+    for name in wanted:
+        assert state[f"{name}.lora_down.weight"].shape[0] == 3
+        assert state[f"{name}.lora_up.weight"].shape[1] == 3
+        assert state[f"{name}.alpha"] == 5.0
+    assert {key.rsplit(".", 2)[-2] for key in state if key.endswith("weight")} == {"lora_down", "lora_up"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "original"),
+    [
+        ("down_blocks.1.attentions.0.proj_in", "input_blocks.4.1.proj_in"),
+        ("down_blocks.1.attentions.1.proj_in", "input_blocks.5.1.proj_in"),
+        ("down_blocks.2.attentions.0.proj_in", "input_blocks.7.1.proj_in"),
+        ("down_blocks.2.attentions.1.proj_in", "input_blocks.8.1.proj_in"),
+        ("mid_block.attentions.0.proj_in", "middle_block.1.proj_in"),
+        ("up_blocks.0.attentions.0.proj_in", "output_blocks.0.1.proj_in"),
+        ("up_blocks.0.attentions.2.proj_in", "output_blocks.2.1.proj_in"),
+        ("up_blocks.1.attentions.2.proj_in", "output_blocks.5.1.proj_in"),
+    ],
+)
+def test_the_blocks_of_sdxl_by_their_published_numbers(ours, original):
+    assert original_name(ours, layers_per_block=2) == original
+
+
+def test_layers_that_kohya_has_no_name_for(base, tmp_path):
+    attach_adapters(base, AdapterSettings(dora=True), text_encoders=False)
+    with pytest.raises(UserError, match="DoRA: use the diffusers form"):
+        export_kohya(base, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"conv_in, which kohya's form of SDXL has no name for"):
+        original_name("conv_in", 2)
+
+
+def test_states_come_back_and_those_of_others_are_refused(adapted, tiny_bases):
+    other = load_base(adapted.name)
+    attach_adapters(other, AdapterSettings(rank=3, alpha=5.0, targets="attention+feedforward"), text_encoders=True)
+    for name, part in adapted_parts(adapted).items():
+        load_adapter_state(adapted_parts(other)[name], adapter_state(part))
+    assert torch.equal(picture(other), picture(adapted))
+    wrong_rank = load_base(adapted.name)
+    attach_adapters(wrong_rank, AdapterSettings(rank=4), text_encoders=True)
+    with pytest.raises(UserError, match="another model or rank"):
+        load_adapter_state(wrong_rank.unet, adapter_state(adapted.unet))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"alpha": 0}, "positive"),
+        ({"targets": "all"}, "attention"),
+        ({"dropout": 1}, "dropout"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(UserError, match=message):
+        AdapterSettings(**settings)
