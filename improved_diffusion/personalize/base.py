@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from improved_diffusion.errors import UserError
 
@@ -68,14 +70,35 @@ def load_base(name: str) -> Base:
         UserError: no such folder, a folder that is none, another kind of pipeline, or a hub that cannot be reached; the
             message says what to download and where to put it.
     """
+    with _one_line_errors(name):
+        pipeline = DiffusionPipeline.from_pretrained(name)
+    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise UserError(f"{name} is a {type(pipeline).__name__}: only Stable Diffusion 1 and 2 and SDXL are supported")
+    pipeline.set_progress_bar_config(disable=True)
+    return Base(name, pipeline)
+
+
+def load_tokenizer(name: str) -> CLIPTokenizer:
+    """The tokenizer of a base model, without the rest; that of SDXL's second encoder splits words alike.
+
+    Raises:
+        UserError: see `load_base`.
+    """
+    with _one_line_errors(name):
+        return CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Around the opening of the base model `name`: no progress bars of a second's work, and errors for users."""
     folder = Path(name)
     local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
     if local and not (folder / "model_index.json").is_file():
         what = "is no folder of a pipeline: it has no model_index.json" if folder.exists() else "does not exist"
         raise UserError(f"the base model {name} {what}; give a folder that save_pretrained wrote, or a name on the hub")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars of a second's work
-            pipeline = DiffusionPipeline.from_pretrained(name)
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     except Exception as error:  # diffusers and the hub's library raise almost anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         if local:
@@ -84,10 +107,6 @@ def load_base(name: str) -> Base:
             f"the base model {name} is neither in the cache nor to be had from the hub ({reason}); where there is a "
             f"network run `hf download {name} --local-dir DIR`, bring the folder here, and give --base DIR"
         ) from error
-    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
-        raise UserError(f"{name} is a {type(pipeline).__name__}: only Stable Diffusion 1 and 2 and SDXL are supported")
-    pipeline.set_progress_bar_config(disable=True)
-    return Base(name, pipeline)
 
 
 def encode_texts(base: Base, texts: list[str]) -> dict[str, Tensor]:

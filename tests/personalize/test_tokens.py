@@ -55,3 +55,19 @@ def test_the_table_has_a_line_for_each(tokenizer):
         ["sks", "1", "48136"],
         ["http", "1", "15066"],
     ]
+
+
+def test_the_command_line(run_script, tiny_bases, tmp_path):
+    outcome = run_script("personalize.py", "tokens", "--base", tiny_bases["sdxl"], "sks", "zwx")
+    assert outcome.code == 0, outcome.err
+    assert [line.split()[0] for line in outcome.out.splitlines()] == ["token", "sks", "zwx"]
+    outcome = run_script("personalize.py", "tokens", "--base", tiny_bases["sd"], "--count", 3)
+    assert len(outcome.out.splitlines()) == 4
+    for arguments, message in [
+        (("tokens", "--base", tmp_path), "model_index.json"),
+        (("tokens",), "--base"),
+        (("token",), "tokens"),
+    ]:
+        outcome = run_script("personalize.py", *arguments)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert message in outcome.err
