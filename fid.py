@@ -13,16 +13,18 @@ import json
 import warnings
 from pathlib import Path
 
-from improved_diffusion.errors import ArgumentParser, user_errors_exit
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
 
 METRICS = [  # as improved_diffusion.metrics.METRICS, which a test compares; importing that takes seconds
     *("fid", "fid-infinity", "sfid", "kid", "precision-recall", "density-coverage", "per-class", "inception-score"),
     *("floor", "memorisation"),
 ]
-NEED = {  # option -> what it needs one of
-    "plot": ["fid-infinity", "precision-recall", "density-coverage", "per-class"],
-    "pairs": ["memorisation"],
+PICTURES = (".png", ".pdf", ".svg")
+OUTPUTS = {  # option -> endings that its file may have, and metrics of which it needs one
+    "plot": (PICTURES, {"fid-infinity", "precision-recall", "density-coverage", "per-class"}),
+    "pairs": (PICTURES, {"memorisation"}),
+    "save_statistics": ((".npz",), set()),
 }
 
 
@@ -54,17 +56,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", help="of a run: best, latest or step_0015000.pt (default: best, or else latest)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     options = parser.parse_args(arguments)
-    for name in ("batch_size", "n"):
-        if getattr(options, name) is not None and getattr(options, name) < 2 - (name == "batch_size"):
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}: too few")
+    check(parser, options)
+    return options
+
+
+def check(parser: ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse at once what would only fail after the work."""
+    options.metrics = list(dict.fromkeys(options.metrics))
+    for name, least in {"batch_size": 1, "n": 2, "seed": 0}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
     if not 0 < options.confidence < 1:
         parser.error(f"--confidence is {options.confidence}: it must lie between 0 and 1")
-    for name, needed in NEED.items():
-        if getattr(options, name) and not set(needed) & set(options.metrics):
-            parser.error(f"--{name} draws {', '.join(needed)}: measure one with --metrics")
+    for name, (endings, needed) in OUTPUTS.items():
+        file = getattr(options, name)
+        if file is not None and file.suffix.lower() not in endings:
+            parser.error(f"--{name.replace('_', '-')} {file}: the name must end in {' or '.join(endings)}")
+        if file is not None and needed and not needed & set(options.metrics):
+            parser.error(f"--{name} draws {', '.join(sorted(needed))}: measure one with --metrics")
     if not options.train and (needed := {"floor", "memorisation"} & set(options.metrics)):
         parser.error(f"{min(needed)} needs the images that the model was trained on: give them with --train")
-    return options
 
 
 def main() -> None:
@@ -82,19 +94,27 @@ def main() -> None:
         opened = open_sets(options, processes)
         if not processes.is_first:
             return
-    results = measure(opened.sets, options.metrics, opened.features, opened.device, options.confidence, options.seed)
-    print(table(results))
-    if options.json:
+    results, refused = [], []
+    for metric in options.metrics:  # one by one: what one of them refuses, the others may still measure
+        try:
+            results += measure(opened.sets, [metric], opened.features, opened.device, options.confidence, options.seed)
+        except UserError as error:
+            refused.append(str(error))
+    if results:
+        print(table(results))
+    if options.json and results:
         records = [result.as_dict() for result in results]
         with atomic_write(options.json) as temporary:
             temporary.write_text(json.dumps({**records[0], "measurements": records}, indent=2) + "\n")
     if options.plot:
         plot(results, options.plot)
-    if options.pairs:
-        (memory,) = (result for result in results if result.metric == "memorisation")
-        plot_pairs(memory, opened.fake_source, opened.train_source, options.pairs)
+    for result in results:
+        if options.pairs and result.metric == "memorisation":
+            plot_pairs(result, opened.fake_source, opened.train_source, options.pairs)
     if options.save_statistics:
         statistics(opened.sets.real[opened.features]).save(options.save_statistics)
+    if refused:
+        raise UserError("; ".join(refused))
 
 
 if __name__ == "__main__":

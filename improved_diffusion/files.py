@@ -18,7 +18,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written (no space left, no permission); the temporary file is removed.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # of a link, the file that it names
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
     python scripts/interval_coverage.py [--trials 200] [--d 64] [--n 640 2560] [--seed 0]
 
 Two Gaussians with diagonal covariances of a power-law spectrum, like those of image features, at several true
-distances. In each trial both are sampled anew. An interval of FID speaks of the value at this n, for which the mean
-over the trials stands; one of FID-infinity speaks of the true distance. `actual` is the standard deviation over the
+distances. In each trial both are sampled anew. An interval speaks of the value at this n, for which the mean over the
+trials stands; one of FID-infinity speaks of the true distance. `actual` is the standard deviation over the
 trials, `claimed` the mean standard error by the intervals' widths.
 """
 
@@ -16,11 +16,12 @@ import math
 import numpy as np
 import torch
 
-from improved_diffusion.errors import ArgumentParser, user_errors_exit
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.metrics.estimate import bootstrap_interval
 from improved_diffusion.metrics.features import Features
 from improved_diffusion.metrics.fid import IMAGES_PER_FEATURE, fid_infinity, frechet_inception_distance
 from improved_diffusion.metrics.inception.extractor import FeatureSettings
+from improved_diffusion.metrics.neighbours import density_coverage, precision_recall
 from improved_diffusion.progress import progress
 
 SHIFTS = (0.0, 0.1, 0.5)  # of the mean, and of the logarithm of the deviations, between the two Gaussians
@@ -33,7 +34,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n", type=int, nargs="+", default=[640, 2560], help="images of each set")
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not 0 < options.confidence < 1:
+        raise UserError(f"--confidence is {options.confidence}: it must lie between 0 and 1")
+    return options
 
 
 def sample(n: int, deviations: np.ndarray, mean: np.ndarray, rng: np.random.Generator) -> Features:
@@ -58,6 +62,7 @@ def main() -> None:
                 estimates = {"FID": frechet_inception_distance(*sets)}
                 if n >= IMAGES_PER_FEATURE * options.d:
                     estimates["FID-infinity"] = fid_infinity(*sets)
+                estimates |= precision_recall(*sets) | density_coverage(*sets)
                 for name, estimate in estimates.items():
                     interval = bootstrap_interval(estimate, options.confidence, replicates=500)
                     results.setdefault(name, []).append((estimate.value, *interval))
@@ -67,7 +72,7 @@ def main() -> None:
 
 def print_row(name: str, values: np.ndarray, truth: float, n: int, confidence: float) -> None:
     value, low, high = values.T
-    target = value.mean() if name == "FID" else truth
+    target = truth if name == "FID-infinity" else value.mean()
     covered = ((low <= target) & (target <= high)).mean()
     z = math.sqrt(2) * torch.erfinv(torch.tensor(confidence, dtype=torch.float64)).item()
     claimed = (high - low).mean() / (2 * z)

@@ -28,6 +28,7 @@ class Estimate:
     influences: tuple[Influence, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
     least: float = -np.inf  # what the value cannot fall below
+    most: float = np.inf  # nor exceed
 
 
 def bootstrap_interval(
@@ -45,6 +46,8 @@ def bootstrap_interval(
     """
     if not estimate.influences:
         return None
+    if estimate.value in (estimate.least, estimate.most) and np.isfinite([estimate.least, estimate.most]).all():
+        return _at_an_end(estimate, confidence)
     rng = np.random.default_rng(seed)
     moved = np.full(replicates, estimate.value)
     for influence in estimate.influences:
@@ -52,8 +55,18 @@ def bootstrap_interval(
         for stratum in _strata(influence):
             moved += len(stratum) / n * _resampled_deviations(stratum, replicates, rng)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(moved, [tail, 1 - tail]).clip(min=estimate.least)
+    low, high = np.quantile(moved, [tail, 1 - tail]).clip(estimate.least, estimate.most)
     return float(low), float(high)
+
+
+def _at_an_end(estimate: Estimate, confidence: float) -> tuple[float, float]:
+    """The interval of a share of none or of all, where a resample can show nothing else: Clopper & Pearson's (1934),
+    whose other bound is that share at which so one-sided a sample is as unlikely as `confidence` asks."""
+    n = len(estimate.influences[0].values)
+    reach = (estimate.most - estimate.least) * (1 - ((1 - confidence) / 2) ** (1 / n))
+    if estimate.value == estimate.least:
+        return estimate.least, estimate.least + reach
+    return estimate.most - reach, estimate.most
 
 
 def _strata(influence: Influence) -> list[np.ndarray]:

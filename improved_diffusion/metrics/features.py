@@ -43,7 +43,7 @@ class Features:
 
     def image_index(self, row: int) -> int:
         """The number, in its source, of the image of `row`."""
-        return row if self.indices is None else int(self.indices[row])
+        return int(row if self.indices is None else self.indices[row])
 
     def take(self, rows: np.ndarray) -> Features:
         """Those of some rows."""

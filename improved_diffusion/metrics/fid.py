@@ -110,32 +110,49 @@ def _divide(features: Features, parts: int, rng: np.random.Generator) -> list[Fe
 def per_class(real: Features, fake: Features) -> dict[str, tuple[Estimate, int, int]]:
     """The distance of each class from itself, {class name: (estimate, n_real, n_fake)}, the worst first.
 
+    Classes with fewer than two images on a side are left out with a warning.
+
     Raises:
-        UserError: a side has no classes, or the sides' differ.
+        UserError: a side has no classes, the sides' differ, or none has images enough.
     """
-    real_labels, fake_labels, names = _common_classes(real, fake)
     estimates: dict[str, tuple[Estimate, int, int]] = {}
-    for label, name in enumerate(names):
-        rows = [np.flatnonzero(labels == label) for labels in (real_labels, fake_labels)]
+    left_out = []
+    for label, name in _common_classes(real, fake).items():
+        rows = [np.flatnonzero(side.labels == label) for side in (real, fake)]
         if min(map(len, rows)) < 2:
-            raise UserError(f"class {name!r} has fewer than 2 images: its distance cannot be measured")
+            left_out.append(name)
+            continue
         estimate = frechet_inception_distance(real.take(rows[0]), fake.take(rows[1]))
         estimates[name] = (estimate, len(rows[0]), len(rows[1]))
+    if not estimates:
+        raise UserError(f"no class has at least 2 images in both {real.name} and {fake.name}")
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} classes have fewer than 2 images on a side and are left out: {', '.join(left_out[:5])}",
+            stacklevel=2,
+        )
     return dict(sorted(estimates.items(), key=lambda item: -item[1][0].value))
 
 
-def _common_classes(real: Features, fake: Features) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _common_classes(real: Features, fake: Features) -> dict[int, str]:
+    """{label: name} of all classes; a side without names takes the other's."""
     for side in (real, fake):
         if side.labels is None:
             raise UserError(
                 f"{side.name} has no classes; a packed set, a folder of class folders, a run, an .npz with labels have"
             )
-    names = real.class_names or fake.class_names or tuple(map(str, np.unique(real.labels)))
+    names = real.class_names or fake.class_names
     for side in (real, fake):
-        if side.class_names is not None and side.class_names != names:
+        if side.class_names not in (None, names):
             difference = sorted(set(names) ^ set(side.class_names))
-            raise UserError(f"{real.name} and {fake.name} have different classes ({', '.join(difference[:5])}, ...)")
-    return real.labels, fake.labels, names
+            what = ", ".join(difference[:5]) if difference else "the same in another order"
+            raise UserError(f"{real.name} and {fake.name} have different classes: {what}")
+    labels = sorted({*real.labels.tolist(), *fake.labels.tolist()})
+    if names is not None and not (labels[0] >= 0 and labels[-1] < len(names)):
+        raise UserError(
+            f"{real.name} and {fake.name} have labels from {labels[0]} to {labels[-1]}, of {len(names)} classes"
+        )
+    return {label: names[label] if names else str(label) for label in labels}
 
 
 def check_comparable(real: FeatureStatistics, fake: FeatureStatistics) -> None:
@@ -156,6 +173,11 @@ def check_comparable(real: FeatureStatistics, fake: FeatureStatistics) -> None:
                 "the distance means something only if they were the same",
                 stacklevel=3,
             )
-    if real.settings is not None and fake.settings is not None and real.settings != fake.settings:
-        difference = real.settings.difference(fake.settings)
-        raise UserError(f"{real.name} and {fake.name} were made with different settings: {difference}")
+    check_settings(real, fake)
+
+
+def check_settings(left: Side, right: Side) -> None:
+    """Raise UserError, which names the difference, where two sides are known to be made with different settings."""
+    if left.settings is not None and right.settings is not None and left.settings != right.settings:
+        difference = left.settings.difference(right.settings)
+        raise UserError(f"{left.name} and {right.name} were made with different settings: {difference}")

@@ -57,7 +57,7 @@ def _trace_of_root(factor1: Tensor, cov2: Tensor, factor2: Tensor | None) -> Ten
     """tr((cov1 cov2)^(1/2)): the sum of the singular values of A1^T A2, which are the roots of the eigenvalues of
     A1^T cov2 A1."""
     d, rank = factor1.shape
-    if factor2 is None and rank == d:
+    if factor2 is None and factor1.shape[0] == factor1.shape[1]:
         eigenvalues = torch.linalg.eigvalsh(factor1.T @ (cov2 @ factor1))  # in a third of the singular values' time
         if eigenvalues[0] > WELL_CONDITIONED * eigenvalues[-1]:
             return eigenvalues.sqrt().sum()
@@ -95,11 +95,17 @@ class FrechetInfluence:
         self.shift = 2 * (mean1 - mean2)
         eigenvalues, eigenvectors = torch.linalg.eigh(factor1.T @ (cov2 @ factor1))
         root = eigenvectors * eigenvalues.clamp(min=0) ** 0.25  # root root^T = (A1^T cov2 A1)^(1/2)
-        d, rank = factor1.shape
-        inverse = torch.linalg.inv(factor1) if rank == d else torch.linalg.pinv(factor1)
-        self.transport_root = root.T @ inverse  # its square is T
+        self.transport_root = root.T @ _inverse(factor1)  # its square is T
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Samples (n, d) to influences, float64 (n,), up to a constant."""
         x = samples.to(self.mean1) - self.mean1
         return x @ self.shift + x.square().sum(1) - (x @ self.transport_root.T).square().sum(1)
+
+
+def _inverse(factor1: Tensor) -> Tensor:
+    """(rank, d): the pseudo-inverse. A square factor need not have full rank: n = d centred samples have not."""
+    d, columns = factor1.shape
+    if columns == d and torch.equal(factor1, factor1.tril()):  # Cholesky's
+        return torch.linalg.solve_triangular(factor1, torch.eye(d).to(factor1), upper=False)
+    return torch.linalg.pinv(factor1)

@@ -11,15 +11,16 @@ from improved_diffusion.metrics.features import Features
 SPLITS = 10
 
 
-def inception_score(logits: Features) -> Estimate:
+def inception_score(logits: Features, seed: int = 0) -> Estimate:
     """exp of the mean over images of KL(p(y|x) || p(y)), of the classifier's 1008 logits.
 
-    The value is that of all images at once. `split_mean` and `split_std` are those of ten splits in the images' order,
-    the literature's convention; a split of n/10 images scores lower.
+    The value is that of all images at once. `split_mean` and `split_std` are those of ten random splits, the
+    literature's convention; a split of n/10 images scores lower.
     """
     probabilities = torch.cat([block.double().softmax(dim=1) for block in logits.blocks()])
     value, divergences = _score(probabilities)
-    splits = [_score(part)[0] for part in probabilities.tensor_split(SPLITS) if len(part)]
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(logits.n))  # sets lie class by class
+    splits = [_score(part)[0] for part in probabilities[order].tensor_split(SPLITS) if len(part)]
     return Estimate(
         value=value,
         influences=(Influence(value * divergences, logits.labels),),  # p(y) moves the score in second order only

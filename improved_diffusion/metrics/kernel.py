@@ -27,20 +27,23 @@ def kernel_inception_distance(
     within_fake = (_row_sums(fake, fake, device) - _self_kernel(fake)) / (fake.n - 1)
     across_real = _row_sums(real, fake, device) / fake.n
     across_fake = _row_sums(fake, real, device) / real.n
-    subset_size = min(SUBSET_SIZE, real.n, fake.n)
-    subsets = _subset_values(real, fake, subset_size, device, seed)
+    details = {}
+    if max(real.n, fake.n) > SUBSET_SIZE:  # else all subsets are the set
+        subset_size = min(SUBSET_SIZE, real.n, fake.n)
+        subsets = _subset_values(real, fake, subset_size, device, seed)
+        details = {
+            "subset_mean": float(subsets.mean()),
+            "subset_std": float(subsets.std()),
+            "subset_size": subset_size,
+            "subsets": SUBSETS,
+        }
     return Estimate(
         value=float(within_real.mean() + within_fake.mean() - 2 * across_real.mean()),
         influences=(
             Influence(2 * (within_real - across_real), real.labels),
             Influence(2 * (within_fake - across_fake), fake.labels),
         ),
-        details={
-            "subset_mean": float(subsets.mean()),
-            "subset_std": float(subsets.std()),
-            "subset_size": subset_size,
-            "subsets": len(subsets),
-        },
+        details=details,
     )
 
 

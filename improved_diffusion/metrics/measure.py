@@ -11,9 +11,15 @@ import torch
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.estimate import Estimate, bootstrap_interval
 from improved_diffusion.metrics.features import Features
-from improved_diffusion.metrics.fid import Side, fid_infinity, frechet_inception_distance, metric_name, per_class
+from improved_diffusion.metrics.fid import (
+    Side,
+    check_settings,
+    fid_infinity,
+    frechet_inception_distance,
+    metric_name,
+    per_class,
+)
 from improved_diffusion.metrics.images.sources import balanced_rows
-from improved_diffusion.metrics.inception.extractor import FeatureSettings
 from improved_diffusion.metrics.inception.network import LOGITS, SPATIAL
 from improved_diffusion.metrics.inception_score import inception_score
 from improved_diffusion.metrics.kernel import kernel_inception_distance
@@ -50,6 +56,7 @@ class Measurement:
     preprocessing: str | None
     precision: str | None
     weights_hash: str | None
+    class_name: str | None = None  # where it is of one class alone
     notes: tuple[str, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -101,9 +108,10 @@ def measure(
         if metric in OF_TRAINING_IMAGES and sets.train is None:
             raise UserError(f"{metric} needs the images that the model was trained on: give them with --train")
         (size,) = feature_sizes([metric], features)
-        for name, estimate, n_real, n_fake in _estimates(metric, sets, size, device, seed):
+        sides = _sides(metric, sets, size)
+        settings = next((side.settings for side in sides.values() if side.settings is not None), None)
+        for name, estimate, n_real, n_fake in _estimates(metric, sides, size, device, seed):
             interval = bootstrap_interval(estimate, confidence, seed=seed) or (None, None)
-            settings = _settings(sets, size)
             measurements.append(
                 Measurement(
                     metric=name,
@@ -117,7 +125,8 @@ def measure(
                     preprocessing=settings.preprocessing if settings else None,
                     precision=settings.precision if settings else None,
                     weights_hash=settings.weights_hash if settings else None,
-                    notes=_notes(metric, size, sets, n_real, n_fake),
+                    class_name=name.split(" of ", 1)[1] if metric == "per-class" else None,
+                    notes=_notes(metric, size, sides, n_real, n_fake),
                     details=estimate.details,
                 )
             )
@@ -127,20 +136,38 @@ def measure(
 Named = tuple[str, Estimate, int | None, int | None]  # the metric's name, the estimate, n_real, n_fake
 
 
-def _estimates(metric: str, sets: ImageSets, size: int, device: torch.device | str, seed: int) -> list[Named]:
-    real, fake = sets.real.get(size), sets.fake[size]
+def _sides(metric: str, sets: ImageSets, size: int) -> dict[str, Side]:
+    """What `metric` compares: `real`, `fake` and `train`, as far as it takes them; made with the same settings.
+
+    Raises:
+        UserError: features of the size are missing, statistics where images are needed, or other settings.
+    """
+    taken = {"inception-score": ["fake"], "floor": ["real", "fake", "train"], "memorisation": ["real", "fake", "train"]}
+    sides = {}
+    for name in taken.get(metric, ["real", "fake"]):
+        of_size = getattr(sets, name)
+        if size not in of_size:
+            raise UserError(f"{metric} needs features of size {size} of the {name} images: extract them too")
+        sides[name] = of_size[size]
+    for name, side in sides.items():
+        needs_images = metric not in ("fid", "sfid") and not (metric == "floor" and name != "train")
+        if needs_images and not isinstance(side, Features):
+            raise UserError(f"{metric} needs the images themselves: {side.name} holds only their mean and covariance")
+        check_settings(next(iter(sides.values())), side)
+    return sides
+
+
+def _estimates(metric: str, sides: dict[str, Side], size: int, device: torch.device | str, seed: int) -> list[Named]:
+    real, fake, train = (sides.get(name) for name in ("real", "fake", "train"))
     name = metric_name(size)
     if metric == "inception-score":
-        return [("Inception Score", inception_score(_images(fake, metric)), None, fake.n)]
+        return [("Inception Score", inception_score(fake, seed), None, fake.n)]
     counts = (real.n, fake.n)
     if metric in ("fid", "sfid"):
         return [(name, frechet_inception_distance(real, fake), *counts)]
-    real = _images(real, metric)
     if metric == "floor":
-        train = sets.train[size]
         train = train.take(balanced_rows(train.n, train.labels, fake.n or train.n, seed))
         return [(f"{name} floor", frechet_inception_distance(real, train), real.n, train.n)]
-    fake = _images(fake, metric)
     if metric == "fid-infinity":
         return [(f"{name}-infinity", fid_infinity(real, fake, seed), *counts)]
     if metric == "kid":
@@ -148,31 +175,22 @@ def _estimates(metric: str, sets: ImageSets, size: int, device: torch.device | s
     if metric == "per-class":
         return [(f"{name} of {label}", estimate, *of) for label, (estimate, *of) in per_class(real, fake).items()]
     if metric == "memorisation":
-        return [("memorisation", memorisation(sets.train[size], real, fake, device), *counts)]
+        return [("memorisation", memorisation(train, real, fake, device), *counts)]
     of_both = {"precision-recall": precision_recall, "density-coverage": density_coverage}[metric]
     return [(label, estimate, *counts) for label, estimate in of_both(real, fake, device=device).items()]
 
 
-def _images(side: Side, metric: str) -> Features:
-    if not isinstance(side, Features):
-        raise UserError(f"{metric} needs the images themselves: {side.name} holds only their mean and covariance")
-    return side
-
-
-def _settings(sets: ImageSets, size: int) -> FeatureSettings | None:
-    sides = [side for side in (sets.real.get(size), sets.fake.get(size)) if side is not None]
-    return next((side.settings for side in sides if side.settings is not None), None)
-
-
-def _notes(metric: str, size: int, sets: ImageSets, n_real: int | None, n_fake: int | None) -> tuple[str, ...]:
+def _notes(metric: str, size: int, sides: dict[str, Side], n_real: int | None, n_fake: int | None) -> tuple[str, ...]:
     notes = []
-    if metric in ("fid", "sfid", "floor"):
-        if few := [n for n in (n_real, n_fake) if n is not None and n < size]:
+    if metric in ("fid", "sfid", "floor", "per-class"):
+        if few := [n for n in (n_real, n_fake) if n is not None and n <= size]:
             notes.append(
                 f"{min(few):,} images for {size} features: the covariance is singular and the value is biased "
                 "upwards; compare only values of equal n"
             )
-        fixed = [side.name for side in (sets.real[size], sets.fake[size]) if not isinstance(side, Features)]
-        if fixed:
+        compared = [side for name, side in sides.items() if (metric, name) != ("floor", "fake")]
+        if fixed := [side.name for side in compared if not isinstance(side, Features)]:
             notes.append(f"the interval takes {' and '.join(fixed)} as fixed: there were no images to resample")
+    if metric == "floor" and n_fake != sides["fake"].n:
+        notes.append(f"of all {n_fake:,} training images: fewer than the fake ones")
     return tuple(notes)

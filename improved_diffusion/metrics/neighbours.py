@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,7 @@ from improved_diffusion.metrics.estimate import Estimate, Influence
 from improved_diffusion.metrics.features import Features
 
 BLOCK = 2048  # rows and columns of a block of distances
+SAME = 1e-3  # distances below this part of the features' own norm are rounding: the square root of float32's
 Device = torch.device | str
 
 
@@ -28,7 +30,7 @@ def precision_recall(real: Features, fake: Features, k: int = 3, device: Device 
     radius_real, radius_fake = (neighbour_distances(side, k, device) for side in (real, fake))
     inside_real = _balls_around(fake, real, radius_real, device) > 0
     inside_fake = _balls_around(real, fake, radius_fake, device) > 0
-    return {"precision": _share(inside_real, fake), "recall": _share(inside_fake, real)}
+    return {"precision": _mean(inside_real, fake, 1), "recall": _mean(inside_fake, real, 1)}
 
 
 def density_coverage(real: Features, fake: Features, k: int = 5, device: Device = "cpu") -> dict[str, Estimate]:
@@ -41,7 +43,7 @@ def density_coverage(real: Features, fake: Features, k: int = 5, device: Device 
     radius = neighbour_distances(real, k, device)
     nearest_fake, _ = nearest(real, fake, device)
     density = _balls_around(fake, real, radius, device) / k
-    return {"density": _share(density, fake), "coverage": _share(nearest_fake < radius, real)}
+    return {"density": _mean(density, fake, np.inf), "coverage": _mean(nearest_fake <= radius, real, 1)}
 
 
 def memorisation(train: Features, real: Features, fake: Features, device: Device = "cpu") -> Estimate:
@@ -52,14 +54,14 @@ def memorisation(train: Features, real: Features, fake: Features, device: Device
     closest 1 % of training images are to each other, and `closest`, rows of (fake image, training image, distance over
     that of the training image to its own neighbour), the most suspicious first, by their numbers in their sources.
     """
-    own = neighbour_distances(train, 1, device)
+    own = neighbour_distances(train, 1, device, distinct=True)
     ratios, partners, copies = _ratios(train, fake, own, device)
     held_out, _, _ = _ratios(train, real, own, device)
     order = np.argsort(ratios, kind="stable")[:64]
-    return Estimate(
-        value=float((ratios < 1).mean()),
-        influences=(Influence((ratios < 1).astype(float), fake.labels),),
+    return dataclasses.replace(
+        _mean(ratios < 1, fake, 1),
         details={
+            "n_train": train.n,
             "held_out": float((held_out < 1).mean()),
             "near_copies": float(copies.mean()),
             "closest": [
@@ -75,12 +77,12 @@ def _ratios(
     """Of each image: its distance to the nearest training image over that one's `own`, its row, and whether it is
     nearer than 1 % of training images are to each other."""
     distances, partners = nearest(images, train, device)
-    tiny = np.finfo(np.float32).tiny  # exact duplicates within the training set
-    return distances / np.maximum(own[partners], tiny), partners, distances < np.quantile(own, 0.01)
+    return distances / own[partners], partners, distances < np.quantile(own, 0.01)
 
 
-def neighbour_distances(features: Features, k: int, device: Device = "cpu") -> np.ndarray:
-    """float32 (n,): the distance of each image to its k-th nearest other one in the set."""
+def neighbour_distances(features: Features, k: int, device: Device = "cpu", distinct: bool = False) -> np.ndarray:
+    """float32 (n,): the distance of each image to its k-th nearest other one in the set; if `distinct`, without those
+    that are the same image once more."""
     origin, best = _origin(features, device), []
     for first, x in _blocks(features, origin):
         found = torch.empty(len(x), 0, device=device)
@@ -88,6 +90,8 @@ def neighbour_distances(features: Features, k: int, device: Device = "cpu") -> n
             distances = _distances(x, y)
             if start == first:
                 distances.fill_diagonal_(float("inf"))
+            if distinct:
+                distances[distances == 0] = float("inf")
             candidates = torch.cat([found, distances], dim=1)
             found = candidates.topk(min(k, candidates.shape[1]), dim=1, largest=False).values
         best.append(found[:, k - 1])
@@ -135,13 +139,14 @@ def _origin(features: Features, device: Device) -> Tensor:
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean, (N, d) and (M, d) to (N, M)."""
-    return torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist")
+    """Euclidean, (N, d) and (M, d) to (N, M); 0 where rounding cannot tell two images apart."""
+    distances = torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist")
+    return distances.masked_fill_(distances < SAME * x.norm(dim=1, keepdim=True), 0)
 
 
-def _share(values: np.ndarray, of: Features) -> Estimate:
+def _mean(values: np.ndarray, of: Features, most: float) -> Estimate:
     values = values.astype(np.float64)
-    return Estimate(float(values.mean()), (Influence(values, of.labels),))
+    return Estimate(float(values.mean()), (Influence(values, of.labels),), least=0, most=most)
 
 
 def _check(real: Features, fake: Features, k: int) -> None:

@@ -23,28 +23,27 @@ SHOWN_PAIRS = 32
 
 def table(measurements: Sequence[Measurement]) -> str:
     """One line for each number, with its interval, n and d; then what else there is to say, each thing once."""
-    of_classes = [m for m in measurements if is_of_class(m)]
-    rows = [m for m in measurements if not is_of_class(m)] + of_classes[:WORST_CLASSES]
+    of_classes = [m for m in measurements if m.class_name is not None]
+    rows = [m for m in measurements if m.class_name is None] + of_classes[:WORST_CLASSES]
     width = max(len(m.metric) for m in rows)
-    percent = f"{rows[0].confidence:.0%}"
+    percent = f"{100 * rows[0].confidence:g}%"
     lines = [f"{'':{width}}  {'value':>10}  {percent + ' interval':>22}  {'n real':>8}  {'n fake':>8}  {'d':>5}"]
     for m in rows:
-        interval = "" if m.low is None else f"{m.low:.4f} to {m.high:.4f}"
+        digits = 6 if m.metric.startswith("KID") else 4
+        interval = "" if m.low is None else f"{m.low:.{digits}f} to {m.high:.{digits}f}"
         counts = ["" if m.metric == "Inception Score" and n is None else _count(n) for n in (m.n_real, m.n_fake)]
-        lines.append(
-            f"{m.metric:{width}}  {m.value:10.4f}  {interval:>22}  {counts[0]:>8}  {counts[1]:>8}  {m.features:5}"
-        )
+        value = f"{m.value:10.{digits}f}"
+        lines.append(f"{m.metric:{width}}  {value}  {interval:>22}  {counts[0]:>8}  {counts[1]:>8}  {m.features:5}")
     if len(of_classes) > WORST_CLASSES:
         lines.append(f"({len(of_classes) - WORST_CLASSES} classes more, all of them better)")
-    lines += [f"note: {m.metric}: {note}" for m in rows for note in m.notes]
+    notes: dict[str, list[str]] = {}
+    for m in rows:
+        for note in m.notes:
+            notes.setdefault(note, []).append(m.metric)
+    lines += [f"note: {', '.join(metrics)}: {note}" for note, metrics in notes.items()]
     lines += [remark for m in rows if (remark := _remark(m))]
     lines.append(_settings(rows[0]))
     return "\n".join(lines)
-
-
-def is_of_class(measurement: Measurement) -> bool:
-    """Whether it is one class's, of `per-class`."""
-    return " of " in measurement.metric
 
 
 def _count(n: int | None) -> str:
@@ -87,8 +86,10 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
 
     extrapolated = [m for m in measurements if "points" in m.details]
     shares = [m for m in measurements if m.metric in ("precision", "recall", "density", "coverage")]
-    classes = [m for m in measurements if is_of_class(m)]
+    classes = [m for m in measurements if m.class_name is not None]
     drawings = [(draw, of) for draw, of in [(_against_n, extrapolated), (_bars, shares), (_classes, classes)] if of]
+    if not drawings:
+        return
     heights = [max(3.0, 0.16 * len(of)) if draw is _classes else 3.0 for draw, of in drawings]
     figure = Figure(figsize=(7, sum(heights)), layout="constrained")
     axes = figure.subplots(len(drawings), squeeze=False, height_ratios=heights)
@@ -116,16 +117,21 @@ def _against_n(ax: Axes, measurements: Sequence[Measurement]) -> None:
 
 def _bars(ax: Axes, measurements: Sequence[Measurement]) -> None:
     values = np.array([m.value for m in measurements])
-    errors = [[m.value - m.low for m in measurements], [m.high - m.value for m in measurements]]
+    errors = _errors(measurements)
     ax.bar([m.metric for m in measurements], values, yerr=errors, capsize=4)
     ax.set_ylim(0, max(1.0, 1.1 * (values + errors[1]).max()))
 
 
+def _errors(measurements: Sequence[Measurement]) -> np.ndarray:
+    """(2, n): how far the intervals reach below and above the values, which percentiles need not enclose."""
+    errors = [[m.value - m.low for m in measurements], [m.high - m.value for m in measurements]]
+    return np.clip(errors, 0, None)
+
+
 def _classes(ax: Axes, measurements: Sequence[Measurement]) -> None:
     worst_last = measurements[::-1]
-    names = [m.metric.split(" of ", 1)[1] for m in worst_last]
-    errors = [[m.value - m.low for m in worst_last], [m.high - m.value for m in worst_last]]
-    ax.barh(names, [m.value for m in worst_last], xerr=errors, error_kw={"elinewidth": 0.8})
+    names = [m.class_name.replace("$", r"\$") for m in worst_last]
+    ax.barh(names, [m.value for m in worst_last], xerr=_errors(worst_last), error_kw={"elinewidth": 0.8})
     ax.tick_params(axis="y", labelsize=7)
     ax.margins(y=0.01)
     ax.set_xlabel(measurements[0].metric.split(" of ")[0])

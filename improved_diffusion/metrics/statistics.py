@@ -75,8 +75,8 @@ class FeatureStatistics:
                 mean, cov = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
                 n = int(arrays["n"]) if "n" in arrays else None
                 settings = FeatureSettings(**json.loads(str(arrays["settings"]))) if "settings" in arrays else None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"cannot read the statistics {path}: {error}") from error
+        except Exception as error:  # numpy, zipfile and zlib raise almost anything on a damaged file
+            raise UserError(f"cannot read the statistics {path}: {' '.join(str(error).split())}") from error
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
             raise UserError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} are no mean and covariance")
         if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
@@ -143,6 +143,9 @@ def is_statistics_file(path: Path | str) -> bool:
     path = Path(path)
     if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        keys = {Path(name).stem for name in archive.namelist()}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            keys = {Path(name).stem for name in archive.namelist()}
+    except zipfile.BadZipFile:  # as images it is refused in one line
+        return False
     return {"mu", "sigma"} <= keys and not keys & set(ARRAY_KEYS)

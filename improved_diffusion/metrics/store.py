@@ -40,8 +40,8 @@ class Processes(Protocol):
     rank: int
     world_size: int
 
-    def wait(self) -> None:
-        """Return once every process has come here."""
+    def gather(self, value: object) -> list:
+        """`value` of every process, in the order of their ranks, once every process has come here."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class SingleProcess:
     rank: int = 0
     world_size: int = 1
 
-    def wait(self) -> None:
-        """At once."""
+    def gather(self, value: object) -> list:
+        """It alone, at once."""
+        return [value]
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,29 @@ class FeatureStore:
         except Exception:  # numpy and zipfile raise almost anything on a damaged file
             return None
 
-    def has_chunk(self, chunk: int) -> bool:
-        return self.chunk_file(chunk).is_file() and self.read_chunk(chunk) is not None
+    def has_chunk(self, chunk: int, images: range) -> bool:
+        """Whether the chunk is there, whole, and of these images."""
+        content = self.read_chunk(chunk)
+        return content is not None and sorted({*content[1].tolist(), *content[2]}) == list(images)
 
     def finish(self, chunks: int, size: int) -> None:
-        """Join the chunks into one array, in bounded memory, and remove them."""
+        """Join the chunks into one array, in bounded memory.
+
+        Raises:
+            UserError: one of them is missing, and no other command has finished meanwhile.
+        """
+        try:
+            self._join(chunks, size)
+        except UserError:
+            if not self.is_complete:
+                raise
+
+    def remove_leftovers(self) -> None:
+        """Remove the chunks, and what kills left of files, of a complete store."""
+        for file in [*self.directory.glob("chunk_*.npz"), *self.directory.glob(".*.tmp")]:
+            file.unlink(missing_ok=True)
+
+    def _join(self, chunks: int, size: int) -> None:
         parts = [self._chunk_rows(chunk) for chunk in range(chunks)]
         n = sum(len(indices) for indices, _ in parts)
         rows = {
@@ -99,8 +118,6 @@ class FeatureStore:
             np.lib.format.write_array_header_1_0(file, header)
             for chunk in range(chunks):
                 file.write(np.ascontiguousarray(self._chunk(chunk)[0], dtype="<f4").data)
-        for chunk in range(chunks):
-            self.chunk_file(chunk).unlink(missing_ok=True)
 
     def _chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         content = self.read_chunk(chunk)
@@ -122,11 +139,12 @@ class FeatureStore:
             rows = json.loads((self.directory / "rows.json").read_text())
             array = np.load(self.directory / "features.npy", mmap_mode="r", allow_pickle=False)
             indices = np.array(rows["indices"], dtype=np.int64)
+            broken = {int(index): reason for index, reason in rows["broken"].items()}
             if array.ndim != 2 or len(array) != len(indices):
                 raise ValueError(f"{array.shape} features of {len(indices)} images")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the features in {self.directory} are damaged ({error}): remove that folder") from error
-        return array, indices, {int(index): reason for index, reason in rows["broken"].items()}
+        return array, indices, broken
 
 
 def open_store(source: Source, settings: FeatureSettings) -> FeatureStore:
@@ -159,14 +177,21 @@ def extract_features(
     processes = processes or SingleProcess()
     stores = {size: open_store(source, extractor.settings(size)) for size in extractor.features}
     chunks = -(-len(source) // CHUNK)
-    if not all(store.is_complete for store in stores.values()):
-        _extract_missing(source, extractor, stores, batch_size, processes)
-        processes.wait()
+    complete = processes.gather(all(store.is_complete for store in stores.values()))[0]
+    if not complete:
+        problem = None
+        try:
+            _extract_missing(source, extractor, stores, batch_size, processes)
+        except UserError as error:  # the others would wait for this process for ever
+            problem = str(error)
+        if problems := [problem for problem in processes.gather(problem) if problem]:
+            raise UserError(problems[0])
         if processes.rank == 0:
             for size, store in stores.items():
                 if not store.is_complete:
                     store.finish(chunks, size)
-        processes.wait()
+                store.remove_leftovers()
+        processes.gather(None)
     opened = {size: _open(source, extractor.settings(size), store) for size, store in stores.items()}
     if processes.rank == 0:
         _warn_of_broken(source.name, len(source), stores[extractor.features[0]].open()[2])
@@ -185,7 +210,11 @@ def _extract_missing(
     starts = range(0, len(source), CHUNK)
     share = list(enumerate(starts))[processes.rank :: processes.world_size]
     missing = [
-        (chunk, start) for chunk, start in share if not all(store.has_chunk(chunk) for store in incomplete.values())
+        (chunk, start)
+        for chunk, start in share
+        if not all(
+            store.has_chunk(chunk, range(start, min(start + CHUNK, len(source)))) for store in incomplete.values()
+        )
     ]
     todo = sum(min(CHUNK, len(source) - start) for _, start in missing)
     if todo >= COMPILE_FROM and extractor.device.type == "cpu" and batch_size is None:

@@ -11,7 +11,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import Source, balanced_rows
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
-from improved_diffusion.metrics.measure import ImageSets, feature_sizes
+from improved_diffusion.metrics.measure import OF_TRAINING_IMAGES, ImageSets, feature_sizes
 from improved_diffusion.metrics.statistics import FeatureStatistics
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.training.devices import Processes
@@ -39,10 +39,10 @@ def open_sets(options: argparse.Namespace, processes: Processes) -> MeasuredSets
     of_runs = {"per_class": options.per_class, "checkpoint": options.checkpoint}
     sides = [open_side(options.real, options.fake, device, **of_runs)]
     sides.append(open_side(options.fake, options.real, device, **of_runs))
-    if options.train:
-        sides.append(open_source(options.train))
     if options.n is not None:
         sides = [_subset(side, options.n, options.seed) for side in sides]
+    if options.train and set(options.metrics) & set(OF_TRAINING_IMAGES):
+        sides.append(open_source(options.train))
     sizes = feature_sizes(options.metrics, options.features) | (
         {options.features} if options.save_statistics else set()
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from improved_diffusion.data.image_set import is_image_set, open_image_set
+from improved_diffusion.data.image_set import is_image_set
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import Batch, Source
@@ -35,8 +35,9 @@ class RunSource:
         self.device = device
         self.keys = list(keys)
 
-        self.labels = np.array([key.class_index for key in self.keys])
-        self.class_names = model.class_names if model.config.model.class_conditional else None
+        has_classes = model.config.model.class_conditional
+        self.labels = np.array([key.class_index for key in self.keys]) if has_classes else None
+        self.class_names = model.class_names if has_classes else None
         self.broken: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -45,7 +46,12 @@ class RunSource:
     @functools.cached_property
     def content_hash(self) -> str:
         """SHA-256 over all that decides the images: the checkpoint, the settings, which images, the kind of device."""
-        settings = [repr(self.model.config.sampling), self.model.config.training.precision, self.device.type]
+        config = self.model.config
+        settings = [
+            *map(repr, (config.model, config.diffusion, config.sampling, self.model.class_names)),
+            config.training.precision,
+            self.device.type,
+        ]
         digest = hashlib.sha256("\n".join(["run", file_sha256(self.model.checkpoint), *settings]).encode())
         digest.update(np.array(self.keys, dtype=np.int64).tobytes())
         return digest.hexdigest()
@@ -71,8 +77,8 @@ def run_source(
 
     Args:
         path: the run directory.
-        reference: a packed set, of which each class gets as many images; or images or statistics without classes, whose
-            number is spread evenly over the model's.
+        reference: images of the model's classes, of each of which as many are generated; or images or statistics
+            without them, whose number is spread evenly.
         device: where to generate.
         per_class: generate so many of each class instead.
         checkpoint: as for `load_model`.
@@ -83,24 +89,12 @@ def run_source(
     device = torch.device(device)
     model = load_model(path, device, checkpoint)
     classes = len(model.class_names) if model.config.model.class_conditional else 1
-    if per_class is not None:
-        if per_class < 1:
-            raise UserError(f"--per-class must be at least 1, not {per_class}")
-        counts = [per_class] * classes
-    elif is_image_set(reference) and classes > 1:
-        image_set = open_image_set(reference)
-        if image_set.class_names != model.class_names:
-            raise UserError(
-                f"the classes of {reference} are not those of the run {path}: say how many images to generate of each "
-                "class with --per-class"
-            )
-        counts = np.bincount(image_set.labels, minlength=classes).tolist()
+    if per_class is None:
+        counts = _counts_of(reference, path, model, classes)
+    elif per_class < 1:
+        raise UserError(f"--per-class must be at least 1, not {per_class}")
     else:
-        images = _images_or_statistics(reference)
-        total = images.n if isinstance(images, FeatureStatistics) else len(images)
-        if total is None:
-            raise UserError(f"{reference} does not say of how many images it is: give a number with --per-class")
-        counts = [len(part) for part in np.array_split(np.arange(total), classes)]
+        counts = [per_class] * classes
     if sum(counts) < 2:
         raise UserError("one image has no covariance: generate at least 2 with --per-class")
     # Class by class within a number, so that a part of the images is balanced too.
@@ -111,6 +105,23 @@ def run_source(
         if number < count
     ]
     return RunSource(model, keys, device)
+
+
+def _counts_of(reference: Path, path: Path, model: LoadedModel, classes: int) -> list[int]:
+    """How many images of each class to generate for a comparison with `reference`."""
+    images = _images_or_statistics(reference)
+    names = getattr(images, "class_names", None)
+    if classes > 1 and names == model.class_names:
+        return np.bincount(images.labels, minlength=classes).tolist()
+    if classes > 1 and is_image_set(reference):
+        raise UserError(
+            f"the classes of {reference} are not those of the run {path}: say how many images to generate of each "
+            "class with --per-class"
+        )
+    total = images.n if isinstance(images, FeatureStatistics) else len(images)
+    if total is None:
+        raise UserError(f"{reference} does not say of how many images it is: give a number with --per-class")
+    return [len(part) for part in np.array_split(np.arange(total), classes)]
 
 
 def open_side(

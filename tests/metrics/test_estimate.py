@@ -49,7 +49,18 @@ def test_the_seed_decides_and_constants_do_not_matter():
     assert first == pytest.approx(bootstrap_interval(Estimate(1.0, (Influence(values + 1000),)), seed=1))
 
 
+@pytest.mark.parametrize("n", [10, 100])
+def test_a_share_of_none_or_of_all_has_the_exact_interval(n):
+    from scipy.stats import binomtest
+
+    for value in (0.0, 1.0):
+        estimate = Estimate(value, (Influence(np.full(n, value)),), least=0, most=1)
+        exact = binomtest(int(n * value), n).proportion_ci(0.95)
+        assert bootstrap_interval(estimate) == pytest.approx((exact.low, exact.high))
+
+
 def test_bounds_and_what_has_no_interval():
     values = np.random.default_rng(0).normal(size=50)
-    assert bootstrap_interval(Estimate(0.1, (Influence(values),), least=0.0))[0] == 0.0
+    low, high = bootstrap_interval(Estimate(0.1, (Influence(values),), least=0.0, most=0.2))
+    assert (low, high) == (0.0, 0.2)
     assert bootstrap_interval(Estimate(1.0)) is None

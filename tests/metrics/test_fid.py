@@ -147,6 +147,15 @@ def test_influences_are_the_derivative_by_the_weight_of_an_image(two_sets, n):
     assert moves.std() == pytest.approx(influence[: len(moves)].std(), rel=0.15)
 
 
+@pytest.mark.parametrize("n", [20, 31, 32, 33])
+def test_about_as_many_images_as_features_still_have_a_sane_interval(make_features, n):
+    """At n = d the centred features are a square factor without full rank."""
+    sets, _ = gaussians(make_features, n, d=32)
+    estimate = frechet_inception_distance(*sets)
+    low, high = bootstrap_interval(estimate)
+    assert 0.3 * estimate.value < low < high < 3 * estimate.value
+
+
 def test_saved_statistics_count_as_fixed(two_sets):
     both = frechet_inception_distance(*two_sets)
     one = frechet_inception_distance(statistics_of(two_sets[0]), two_sets[1])
@@ -155,15 +164,14 @@ def test_saved_statistics_count_as_fixed(two_sets):
     np.testing.assert_allclose(one.influences[0].values, both.influences[1].values)
 
 
-def gaussians(make_features, n: int, seed: int = 0, labels: np.ndarray | None = None):
-    """Two sets of 16 features, 0.4 apart in the mean and a factor 1.1 in the deviations; and their true distance."""
+def gaussians(make_features, n: int, seed: int = 0, d: int = 16):
+    """Two sets, 0.1 apart in every mean and a factor 1.1 in the deviations; and their true distance."""
     rng = np.random.default_rng(seed)
-    spectrum = np.arange(1, 17) ** -0.5
+    spectrum = np.arange(1, d + 1) ** -0.5
     sets = [
-        make_features(scale * rng.normal(size=(n, 16)) * spectrum + shift, labels)
-        for scale, shift in ((1.0, 0.0), (1.1, 0.1))
+        make_features(scale * rng.normal(size=(n, d)) * spectrum + shift) for scale, shift in ((1.0, 0.0), (1.1, 0.1))
     ]
-    return sets, 16 * 0.01 + 0.01 * (spectrum**2).sum()
+    return sets, d * 0.01 + 0.01 * (spectrum**2).sum()
 
 
 def test_fid_infinity_removes_the_bias(make_features):
@@ -201,10 +209,17 @@ def test_classes_are_measured_apart_and_the_worst_comes_first(make_features):
         assert estimate.value == pytest.approx(frechet_inception_distance(*alone).value)
     with pytest.raises(UserError, match="no classes"):
         per_class(sides[0], make_features(fake))
-    with pytest.raises(UserError, match="different classes .*cake, dip"):
+    with pytest.raises(UserError, match="different classes: cake, dip"):
         per_class(sides[0], make_features(fake, labels, ("apple", "bread", "dip")))
-    with pytest.raises(UserError, match="'apple' has fewer than 2"):
+    with pytest.raises(UserError, match="the same in another order"):
+        per_class(sides[0], make_features(fake, labels, names[::-1]))
+    with pytest.raises(UserError, match="labels from 0 to 2, of 2 classes"):
+        per_class(make_features(real, labels), make_features(fake, labels, names[:2]))
+    with pytest.raises(UserError, match="no class has at least 2 images"):
         per_class(sides[0], make_features(fake[:2], [0, 1], names))
+    with pytest.warns(UserWarning, match="1 classes have fewer than 2 images on a side and are left out: cake"):
+        assert set(per_class(sides[0], make_features(fake[:5], labels[:5], names))) == {"apple", "bread"}
+    assert set(per_class(make_features(real, labels + 7), make_features(fake, labels + 7))) == {"7", "8", "9"}
 
 
 def test_fid_orders_degradations(extractor64, photos):

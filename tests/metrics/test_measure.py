@@ -78,7 +78,15 @@ def test_saved_statistics_serve_fid_alone(sets):
             )
 
 
-def test_what_is_missing_is_said(sets):
+def test_what_is_missing_or_does_not_fit_is_said(sets, make_features):
+    other = make_features(sets.fake[32].array, weights_hash="other")
+    for metric in ("fid", "kid", "precision-recall", "density-coverage"):
+        with pytest.raises(UserError, match="weights_hash: 'abc' and 'other'"):
+            measure(ImageSets(sets.real, {32: other}), [metric], 32)
+    with pytest.raises(UserError, match="weights_hash"):
+        measure(ImageSets(sets.real, sets.fake, {32: other}), ["memorisation"], 32)
+    with pytest.raises(UserError, match="features of size 64 of the real images"):
+        measure(sets, ["fid"], 64)
     with pytest.raises(UserError, match="no metric 'fdi'"):
         measure(sets, ["fdi"], 32)
     with pytest.raises(UserError, match="--train"):
@@ -162,9 +170,15 @@ def test_the_command_line_measures_draws_and_writes(tmp_path, weights, folders):
     again = run_fid(statistics, fake, *arguments)
     assert again.returncode == 0, again.stderr
     assert json.loads(report.read_text())["value"] == pytest.approx(result["value"], rel=1e-6)
-    subset = run_fid(real, fake, *arguments, "--n", 30)
+    subset = run_fid(real, fake, *arguments, "--n", 30, "--train", train, "--metrics", "fid", "memorisation")
     assert subset.returncode == 0, subset.stderr
-    assert json.loads(report.read_text())["n_fake"] == 30
+    fid, memory = json.loads(report.read_text())["measurements"]
+    assert (fid["n_fake"], memory["n_fake"], memory["details"]["n_train"]) == (30, 30, 60)
+    assert memory["value"] == 1.0  # copies of training images, all of which were looked at
+    refused = run_fid(real, fake, *arguments, "--metrics", "fid-infinity", "fid")
+    assert refused.returncode == 2
+    assert "FID64 " in refused.stdout  # what can be measured is
+    assert "at least 160 images" in refused.stderr
 
 
 def test_wrong_command_lines_are_one_line_and_exit_2(tmp_path, photos, weights):
@@ -182,13 +196,23 @@ def test_wrong_command_lines_are_one_line_and_exit_2(tmp_path, photos, weights):
         archive.writestr("a.txt", "text")
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(192), sigma=np.eye(192))
     np.savez(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
+    np.savez(tmp_path / "labels.npz", arr_0=photos, labels=np.arange(12), class_names=["a", "b"])
+    np.savez_compressed(tmp_path / "zlib.npz", arr_0=photos)
+    content = bytearray((tmp_path / "zlib.npz").read_bytes())
+    content[1000:1100] = bytes(100)
+    (tmp_path / "zlib.npz").write_bytes(content)
     cases = [
         ((tmp_path / "missing", images), "nothing at"),
         ((images, images, "--weights", tmp_path / "weights.pth"), "fail their hash"),
         ((images, images, "--features", 65), "2048"),
         ((images, images, "--metrics", "fdi"), "precision-recall"),
         ((images, images, "--confidence", 95), "between 0 and 1"),
-        ((images, images, "--n", 1, "--features", 64), "--n"),
+        ((images, images, "--n", 1), "--n is 1"),
+        ((images, images, "--seed", -1), "--seed is -1"),
+        ((images, images, "--metrics", "kid", "per-class", "--plot", tmp_path / "x.xyz"), ".png or .pdf or .svg"),
+        ((images, images, "--save-statistics", tmp_path / "x"), ".npz"),
+        ((tmp_path / "zlib.npz", images), "damaged"),
+        ((tmp_path / "labels.npz", images), "labels from 0 to 11 and 2 class_names"),
         ((images, images, "--metrics", "memorisation", "--features", 64), "--train"),
         ((images, images, "--metrics", "inception-score", "--weights", weights), "last layer"),
         ((images, images, "--features", 64, "--plot", tmp_path / "x.png"), "--plot draws"),

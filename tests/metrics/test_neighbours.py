@@ -78,6 +78,16 @@ def test_copies_are_found_and_named(make_features):
     assert honest.value == pytest.approx(honest.details["held_out"], abs=0.1)
 
 
+def test_copies_of_images_that_occur_twice_in_the_training_set(make_features):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(100, 16)) + 5
+    train = make_features(np.concatenate([images, images]))
+    real = make_features(rng.normal(size=(100, 16)) + 5)
+    found = memorisation(train, real, make_features(images[:50]))
+    assert (found.value, found.details["near_copies"], found.details["n_train"]) == (1.0, 1.0, 200)
+    assert found.details["held_out"] < 0.8
+
+
 def test_too_few_images_for_their_neighbours(make_features):
     few = make_features(np.eye(3, 4))
     with pytest.raises(UserError, match="3 neighbours need more than 3 images"):

@@ -18,7 +18,7 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureExtractor, extract_features, features_of_batches, open_source, store
 from improved_diffusion.metrics.images.sources import ArraySource
-from improved_diffusion.metrics.store import SingleProcess, open_store
+from improved_diffusion.metrics.store import FeatureStore, SingleProcess, open_store
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
@@ -121,14 +121,47 @@ def test_processes_divide_the_chunks(source, extractor64, expected):
         pass
 
     class First(SingleProcess):
-        def wait(self) -> None:
-            raise Stopped
+        def gather(self, value):
+            if value is None:  # no problem with its share
+                raise Stopped
+            return [value]
 
     with pytest.raises(Stopped):
         extract_features(source, extractor64, processes=First(rank=0, world_size=2))
     chunks = open_store(source, extractor64.settings(64))
-    assert [chunks.has_chunk(chunk) for chunk in range(3)] == [True, False, True]
+    assert [chunks.read_chunk(chunk) is not None for chunk in range(3)] == [True, False, True]
     features = extract_features(source, extractor64)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+
+
+def test_a_problem_of_one_process_is_the_error_of_all(source, extractor64):
+    class Fine(SingleProcess):
+        def gather(self, value):
+            return [value, "the other has no disk left"] if value is None else [value]
+
+    with pytest.raises(UserError, match="no disk left"):
+        extract_features(source, extractor64, processes=Fine())
+
+
+def test_two_commands_may_finish_the_same_set(source, extractor64, expected, monkeypatch):
+    """The other one has joined the chunks and removed them before this one comes to it."""
+    join = FeatureStore._join
+
+    def late(self, chunks, size):
+        join(self, chunks, size)
+        self.remove_leftovers()
+        join(self, chunks, size)
+
+    monkeypatch.setattr(FeatureStore, "_join", late)
+    features = extract_features(source, extractor64)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+
+
+def test_chunks_of_another_size_are_not_taken_for_whole(photos, extractor64, expected, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(Interrupted("photos", photos), extractor64)
+    monkeypatch.setattr(store, "CHUNK", 8)
+    features = extract_features(ArraySource("photos", photos), extractor64)[64]
     np.testing.assert_allclose(features.array, expected, **TOLERANCE)
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from improved_diffusion.data.decode import EXTENSIONS, FORMATS, to_rgb
 from improved_diffusion.data.sources import Archive, Folder, is_hidden
@@ -111,6 +111,8 @@ class FileSource:
     def _decode(self, name: str) -> np.ndarray | str:
         try:
             return decode_image(self.files.read(name))
+        except UnidentifiedImageError:  # its own message is an address in memory
+            return "not an image of a known format"
         except Exception as error:  # Pillow raises almost anything on a damaged file
             return " ".join(str(error).split()) or type(error).__name__
 

@@ -15,6 +15,7 @@ from improved_diffusion.metrics.images.sources import ArraySource, Source
 from improved_diffusion.run_directory import is_run_directory
 
 ARRAY_KEYS = ("arr_0", "images")  # of an .npz: numpy's default name, and the obvious one
+WANTED_KEYS = (*ARRAY_KEYS, "labels", "class_names")
 
 
 def open_source(path: Path | str) -> Source:
@@ -52,25 +53,41 @@ def image_set_source(images: ImageSet) -> ArraySource:
 
 def load_images(path: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
     """The array in an .npy file (memory-mapped), or the one under `arr_0` or `images` in an .npz; of the latter also
-    `labels` and `class_names`, if it has them.
+    `labels`, numbers or names, and `class_names`, if it has them.
 
     Raises:
-        UserError: a damaged file, or an .npz without such a key.
+        UserError: a damaged file, an .npz without such a key, or labels that do not fit.
     """
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded, None, None
-        with loaded:
-            key = next((key for key in ARRAY_KEYS if key in loaded), None)
-            if key is not None:
-                images = loaded[key]
-                labels = loaded.get("labels")
-                names = tuple(map(str, loaded["class_names"])) if "class_names" in loaded else None
-                if labels is not None and labels.shape != (len(images),):
-                    raise UserError(f"{path} has {len(images)} images and labels of shape {labels.shape}")
-                return images, labels, names
-            keys = ", ".join(loaded.files) or "nothing"
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: it is damaged or no NumPy file ({error})") from error
-    raise UserError(f"{path} has no images: expected a key {' or '.join(ARRAY_KEYS)}, found {keys}")
+        arrays = None if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in WANTED_KEYS if key in loaded}
+        present = [] if arrays is None else loaded.files
+    except Exception as error:  # numpy, zipfile and zlib raise almost anything on a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read {path}: it is damaged or no NumPy file ({reason})") from error
+    if arrays is None:
+        return loaded, None, None
+    images = next((arrays[key] for key in ARRAY_KEYS if key in arrays), None)
+    if images is None:
+        found = ", ".join(present) or "nothing"
+        raise UserError(f"{path} has no images: expected a key {' or '.join(ARRAY_KEYS)}, found {found}")
+    return images, *_classes(path, images, arrays.get("labels"), arrays.get("class_names"))
+
+
+def _classes(
+    path: Path, images: np.ndarray, labels: np.ndarray | None, names: np.ndarray | None
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Labels as numbers, and the names of the classes if there are any."""
+    if labels is None:
+        return None, None
+    if labels.shape != images.shape[:1] or not labels.shape:
+        raise UserError(f"{path} has images of shape {images.shape} and labels of shape {labels.shape}")
+    if labels.dtype.kind in "US":
+        found, labels = np.unique(labels.astype(str), return_inverse=True)
+        return labels, tuple(found.tolist())
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{path}: the labels are {labels.dtype}; they must be integers or names")
+    names = None if names is None else tuple(map(str, np.atleast_1d(names)))
+    if names is not None and not (labels.min() >= 0 and labels.max() < len(names)):
+        raise UserError(f"{path} has labels from {labels.min()} to {labels.max()} and {len(names)} class_names")
+    return labels, names
