@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +28,9 @@ def precision_recall(real: Features, fake: Features, k: int = 3, device: Device 
     A set's manifold is the union of the balls about its images that reach to each one's k-th nearest neighbour.
     """
     _check(real, fake, k)
-    radius_real, radius_fake = (neighbour_distances(side, k, device) for side in (real, fake))
-    inside_real = _balls_around(fake, real, radius_real, device) > 0
-    inside_fake = _balls_around(real, fake, radius_fake, device) > 0
-    return {"precision": _mean(inside_real, fake, 1), "recall": _mean(inside_fake, real, 1)}
+    of_fake = _inside(fake, real, neighbour_distances(real, k, device), device)
+    of_real = _inside(real, fake, neighbour_distances(fake, k, device), device)
+    return {"precision": _covered(of_fake, fake, real), "recall": _covered(of_real, real, fake)}
 
 
 def density_coverage(real: Features, fake: Features, k: int = 5, device: Device = "cpu") -> dict[str, Estimate]:
@@ -40,10 +40,16 @@ def density_coverage(real: Features, fake: Features, k: int = 5, device: Device 
     coverage    the share of real images with a fake one in their ball
     """
     _check(real, fake, k)
-    radius = neighbour_distances(real, k, device)
-    nearest_fake, _ = nearest(real, fake, device)
-    density = _balls_around(fake, real, radius, device) / k
-    return {"density": _mean(density, fake, np.inf), "coverage": _mean(nearest_fake <= radius, real, 1)}
+    of_fake, of_ball = _inside(fake, real, neighbour_distances(real, k, device), device, both=True)
+    density = Estimate(
+        value=float(of_fake.counts.mean() / k),
+        influences=(
+            Influence(of_fake.counts / k, fake.labels),
+            Influence(of_ball.counts * real.n / (fake.n * k), real.labels),
+        ),
+        least=0,
+    )
+    return {"density": density, "coverage": _covered(of_ball, real, fake)}
 
 
 def memorisation(train: Features, real: Features, fake: Features, device: Device = "cpu") -> Estimate:
@@ -113,16 +119,44 @@ def nearest(queries: Features, targets: Features, device: Device = "cpu") -> tup
     return torch.cat(distances).cpu().numpy(), torch.cat(rows).cpu().numpy()
 
 
-def _balls_around(queries: Features, centres: Features, radius: np.ndarray, device: Device) -> np.ndarray:
-    """int64 (n,): in how many of the balls of `radius` about `centres` each query lies."""
-    origin, counts = _origin(centres, device), []
-    for _, x in _blocks(queries, origin):
-        count = torch.zeros(len(x), dtype=torch.long, device=device)
+class _Inside(NamedTuple):
+    """Of each of n images, float64: how many of the others it meets (`counts`), and the sum of their rows, which is the
+    row of the only one where it meets one."""
+
+    counts: np.ndarray
+    rows: np.ndarray
+
+
+def _inside(
+    queries: Features, centres: Features, radius: np.ndarray, device: Device, both: bool = False
+) -> _Inside | tuple[_Inside, _Inside]:
+    """Which of the balls of `radius` about `centres` each query lies in; if `both`, also what lies in each ball."""
+    origin = _origin(centres, device)
+    of_query, of_ball = (torch.zeros(2, n, dtype=torch.float64, device=device) for n in (queries.n, centres.n))
+    for first, x in _blocks(queries, origin):
+        x_rows = torch.arange(first, first + len(x), device=device)
         for start, y in _blocks(centres, origin):
+            y_rows = torch.arange(start, start + len(y), device=device)
             reach = torch.from_numpy(radius[start : start + len(y)]).to(device)
-            count += (_distances(x, y) <= reach).sum(dim=1)
-        counts.append(count)
-    return torch.cat(counts).cpu().numpy()
+            inside = (_distances(x, y) <= reach).double()
+            of_query[:, x_rows] += torch.stack([inside.sum(1), inside @ y_rows.double()])
+            of_ball[:, y_rows] += torch.stack([inside.sum(0), x_rows.double() @ inside])
+    found = _Inside(*of_query.cpu().numpy()), _Inside(*of_ball.cpu().numpy())
+    return found if both else found[0]
+
+
+def _covered(inside: _Inside, images: Features, others: Features) -> Estimate:
+    """The share of `images` that meet one of `others`. One of these is worth, by a jackknife, the images that meet no
+    other."""
+    covered = inside.counts > 0
+    sole = np.bincount(inside.rows[inside.counts == 1].astype(np.int64), minlength=others.n)
+    return dataclasses.replace(
+        _mean(covered, images, 1),
+        influences=(
+            Influence(covered.astype(np.float64), images.labels),
+            Influence(sole * others.n / images.n, others.labels),
+        ),
+    )
 
 
 def _blocks(features: Features, origin: Tensor) -> Iterator[tuple[int, Tensor]]:
