@@ -81,7 +81,8 @@ def fid_infinity(real: Features, fake: Features, seed: int = 0) -> Estimate:
             f"FID-infinity of {d} features needs at least {int(np.ceil(IMAGES_PER_FEATURE * d)):,} images of each set, "
             f"and the smaller has {smaller:,}: below that its bias is not one over n"
         )
-    most = min(MOST_PARTS, int(smaller / (IMAGES_PER_FEATURE * d / 2)))
+    # Smaller parts would bend the line; but it takes two points.
+    most = max(2, min(MOST_PARTS, int(smaller / (IMAGES_PER_FEATURE * d))))
     rng = np.random.default_rng(seed)
     averages = [whole.value]
     for parts in range(2, most + 1):

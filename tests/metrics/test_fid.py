@@ -185,10 +185,12 @@ def test_fid_infinity_removes_the_bias(make_features):
 
 
 def test_fid_infinity_needs_images_and_says_what_it_saw(make_features):
-    (real, fake), _ = gaussians(make_features, 80)
+    (real, fake), _ = gaussians(make_features, 170)
     details = fid_infinity(real, fake).details
-    assert [n for n, _ in details["points"]] == [80, 40, 26, 20]
+    assert [n for n, _ in details["points"]] == [170, 85, 56, 42]
     assert details["points"][0][1] == frechet_inception_distance(real, fake).value
+    few = fid_infinity(real.take(np.arange(60)), fake)  # parts of fewer than 2.5 images for a feature, but for one
+    assert [n for n, _ in few.details["points"]] == [60, 30]
     with pytest.raises(UserError, match="at least 40 images .* has 39"):
         fid_infinity(real, fake.take(np.arange(39)))
 
