@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -85,7 +86,9 @@ def load_tokenizer(name: str) -> CLIPTokenizer:
         UserError: see `load_base`.
     """
     with _one_line_errors(name):
-        return CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+        # Asked for one by one, as the tokenizer would, files that cannot be had leave it empty, without an error.
+        folder = name if Path(name).exists() else snapshot_download(name, allow_patterns="tokenizer/*")
+        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
 
 
 @contextlib.contextmanager

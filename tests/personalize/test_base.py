@@ -10,7 +10,7 @@ import torch
 from improved_diffusion.errors import UserError
 
 pytest.importorskip("diffusers")
-from improved_diffusion.personalize.base import encode_images, encode_texts, load_base  # noqa: E402
+from improved_diffusion.personalize.base import encode_images, encode_texts, load_base, load_tokenizer  # noqa: E402
 
 
 def test_texts_are_encoded_as_the_pipeline_does(base):
@@ -62,5 +62,6 @@ def test_what_is_no_base_is_one_line(tmp_path, tiny_bases):
 
 def test_a_hub_that_cannot_be_reached_says_what_to_download(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"hf download nobody/nothing-here --local-dir DIR.*--base DIR"):
-        load_base("nobody/nothing-here")
+    for load in (load_base, load_tokenizer):
+        with pytest.raises(UserError, match=r"hf download nobody/nothing-here --local-dir DIR.*--base DIR"):
+            load("nobody/nothing-here")
