@@ -11,12 +11,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from improved_diffusion.config import config_parser, parse_arguments, read_settings, to_config
+from improved_diffusion.config import Config
 from improved_diffusion.errors import UserError, user_errors_exit
+from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_settings
 
 
 def main(arguments: list[str]) -> int:
-    parser = config_parser(prog="train.py", description=__doc__.splitlines()[0])
+    parser = settings_parser(Config, prog="train.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="YAML file of settings (default: chosen by data and device, and printed)")
     parser.add_argument("--out", help="directory of the run (default: a new one under runs/)")
     parser.add_argument("--resume", help="directory of a run to go on with, or one of its checkpoints")
@@ -44,7 +45,8 @@ def main(arguments: list[str]) -> int:
             config_file = Path(options.config) if options.config else defaults.config
             why = "as --config says" if options.config else f"because {defaults.reason}"
             say(f"settings: {config_file}, {why}", flush=True)
-        config = to_config(parser, parse_arguments(parser, arguments, read_settings(config_file), str(config_file)))
+        parsed = parse_arguments(parser, arguments, read_settings(config_file), str(config_file))
+        config = to_settings(Config, parser, parsed)
         if options.resume is not None:
             start.require_same_run(run.read_config(), config)
         else:

@@ -31,7 +31,7 @@ def make_step(options: argparse.Namespace, memory_format: torch.memory_format) -
     network = UNet(image_size=size, num_channels=options.num_channels, num_classes=101)
     network.to(device, memory_format=memory_format)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    ema = EMA(network, rates=(0.9999,))
+    ema = EMA(dict(network.named_parameters()), rates=(0.9999,))
     x_t = torch.randn(n, 3, size, size, device=device).to(memory_format=memory_format)
     noise = torch.randn(n, 3, size, size, device=device)
     t = torch.randint(1000, (n,), device=device)

@@ -1,28 +1,16 @@
 """Every setting of a pixel run: its type, its unit and its meaning, in one place.
 
-A YAML file fills these dataclasses and command-line flags override it (`--training.lr 1e-4`); jsonargparse does the
-parsing, and names the key of whatever is unknown or of the wrong type.
+A YAML file fills these dataclasses and command-line flags override it (`--training.lr 1e-4`): see settings.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jsonargparse
-import yaml
-
-from improved_diffusion.errors import UserError
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+from improved_diffusion.settings import load_settings, require
 
 
 @dataclass(frozen=True)
@@ -49,12 +37,12 @@ class ModelConfig:
     """Probability that training hides the class, so that sampling can use classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        _require(self.image_size >= 1, f"model.image_size must be at least 1, not {self.image_size}")
-        _require(self.num_res_blocks >= 1, f"model.num_res_blocks must be at least 1, not {self.num_res_blocks}")
-        _require(len(self.channel_multipliers) >= 1, "model.channel_multipliers must not be empty")
-        _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
-        _require(0 <= self.class_dropout < 1, f"model.class_dropout must be in [0, 1), not {self.class_dropout}")
-        _require(
+        require(self.image_size >= 1, f"model.image_size must be at least 1, not {self.image_size}")
+        require(self.num_res_blocks >= 1, f"model.num_res_blocks must be at least 1, not {self.num_res_blocks}")
+        require(len(self.channel_multipliers) >= 1, "model.channel_multipliers must not be empty")
+        require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
+        require(0 <= self.class_dropout < 1, f"model.class_dropout must be in [0, 1), not {self.class_dropout}")
+        require(
             self.class_conditional or self.class_dropout == 0, "model.class_dropout needs model.class_conditional: true"
         )
 
@@ -79,9 +67,9 @@ class DiffusionConfig:
     """Which t to train on; by default loss_second_moment for the vlb loss and uniform for the others."""
 
     def __post_init__(self) -> None:
-        _require(self.timesteps >= 1, f"diffusion.timesteps must be at least 1, not {self.timesteps}")
-        _require(self.timestep_range > 0, f"diffusion.timestep_range must be positive, not {self.timestep_range}")
-        _require(
+        require(self.timesteps >= 1, f"diffusion.timesteps must be at least 1, not {self.timesteps}")
+        require(self.timestep_range > 0, f"diffusion.timestep_range must be positive, not {self.timestep_range}")
+        require(
             self.vlb_weight is None or self.vlb_weight >= 0,
             f"diffusion.vlb_weight must not be negative, not {self.vlb_weight}",
         )
@@ -122,18 +110,18 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"training.{name} must be at least 1, not {getattr(self, name)}")
-        _require(self.lr > 0, f"training.lr must be positive, not {self.lr}")
-        _require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
-        _require(self.warmup_steps >= 0, f"training.warmup_steps must not be negative, not {self.warmup_steps}")
-        _require(
+            require(getattr(self, name) >= 1, f"training.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.lr > 0, f"training.lr must be positive, not {self.lr}")
+        require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
+        require(self.warmup_steps >= 0, f"training.warmup_steps must not be negative, not {self.warmup_steps}")
+        require(
             self.grad_clip is None or self.grad_clip > 0,
             f"training.grad_clip must be positive or null, not {self.grad_clip}",
         )
-        _require(len(self.ema_rates) >= 1, "training.ema_rates needs at least one rate")
+        require(len(self.ema_rates) >= 1, "training.ema_rates needs at least one rate")
         for rate in self.ema_rates:
-            _require(0 <= rate < 1, f"training.ema_rates must be in [0, 1), not {rate}")
-        _require(
+            require(0 <= rate < 1, f"training.ema_rates must be in [0, 1), not {rate}")
+        require(
             self.batch_size % self.accumulation == 0,
             f"training.batch_size ({self.batch_size}) must be divisible by training.accumulation ({self.accumulation})",
         )
@@ -153,8 +141,8 @@ class SamplingConfig:
     """Images drawn at once: more is faster and needs more memory."""
 
     def __post_init__(self) -> None:
-        _require(self.steps is None or self.steps >= 1, f"sampling.steps must be at least 1, not {self.steps}")
-        _require(self.batch_size >= 1, f"sampling.batch_size must be at least 1, not {self.batch_size}")
+        require(self.steps is None or self.steps >= 1, f"sampling.steps must be at least 1, not {self.steps}")
+        require(self.batch_size >= 1, f"sampling.batch_size must be at least 1, not {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -178,8 +166,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "samples_per_class", "grid_columns"):
-            _require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1, not {getattr(self, name)}")
-        _require(self.seed >= 0, f"evaluation.seed must not be negative, not {self.seed}")
+            require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.seed >= 0, f"evaluation.seed must not be negative, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -200,13 +188,13 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what concerns the run or two settings at once, and fill in the defaults that depend on the loss."""
-        _require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
+        require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         timesteps, diffusion = self.diffusion.timesteps, self.diffusion
-        _require(
+        require(
             self.sampling.steps is None or self.sampling.steps <= timesteps,
             f"sampling.steps ({self.sampling.steps}) must not exceed diffusion.timesteps ({timesteps})",
         )
-        _require(
+        require(
             self.sampling.guidance_scale == 1 or self.model.class_dropout > 0,
             f"sampling.guidance_scale {self.sampling.guidance_scale} needs a model with model.class_dropout > 0",
         )
@@ -217,86 +205,18 @@ class Config:
             vlb_weight=timesteps / 1000 if diffusion.vlb_weight is None else diffusion.vlb_weight,
             timestep_sampler=diffusion.timestep_sampler or ("loss_second_moment" if self.loss == "vlb" else "uniform"),
         )
-        _require(
+        require(
             learned == (diffusion.variance == "learned_range"),
             f"diffusion.variance {diffusion.variance} does not fit the {self.loss} loss: "
             "mse trains no variance, hybrid and vlb train learned_range",
         )
-        _require(
+        require(
             learned or diffusion.timestep_sampler != "loss_second_moment",
             "diffusion.timestep_sampler loss_second_moment learns from the bound, which the mse loss does not compute",
         )
         object.__setattr__(self, "diffusion", diffusion)
 
 
-GROUPS = ("model", "diffusion", "training", "sampling", "evaluation")
-
-
-def config_parser(**kwargs: Any) -> jsonargparse.ArgumentParser:
-    """A parser with a flag for every setting: `--loss`, `--training.lr`, ..."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def parse_arguments(
-    parser: jsonargparse.ArgumentParser, arguments: list[str], settings: dict[str, Any] | None = None, source: str = ""
-) -> jsonargparse.Namespace:
-    """Parse the flags in `arguments`, which override `settings` (read from `source`), which override the defaults.
-
-    Raises:
-        UserError: an unknown key or a wrong type; the message names the key and where it was.
-    """
-    for name, value in (settings or {}).items():
-        if name in GROUPS and not isinstance(value, dict):
-            raise UserError(f"in {source}: {name} is a group of settings and cannot be {value!r}")
-    where = source
-    try:
-        base = parser.parse_object(settings or {})
-        where = "the command line"
-        return parser.parse_args(arguments, namespace=base)
-    except argparse.ArgumentError as error:
-        raise UserError(f"in {where}: {error}") from error
-
-
-def to_config(parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> Config:
-    """The configuration among the parsed arguments.
-
-    Raises:
-        UserError: a value that is out of range, or does not fit another one.
-    """
-    filled = vars(parser.instantiate(parsed))
-    return Config(**{field.name: filled[field.name] for field in dataclasses.fields(Config)})
-
-
-def read_settings(path: Path | str) -> dict[str, Any]:
-    """The settings in a YAML file, without the `provenance` that a finished run's config.yaml adds.
-
-    Raises:
-        UserError: no such file, not YAML, or not a mapping.
-    """
-    path = Path(path)
-    try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise UserError(f"no config at {path}: see configs/ for those that ship with the project") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"could not read the config {path}: {error}") from error
-    _require(isinstance(settings, dict), f"the config {path} must hold keys and values, not {type(settings).__name__}")
-    settings.pop("provenance", None)
-    return settings
-
-
 def load_config(path: Path | str) -> Config:
-    """The configuration in a YAML file. Raises UserError as `read_settings`, `parse_arguments` and `to_config` do."""
-    parser = config_parser()
-    return to_config(parser, parse_arguments(parser, [], read_settings(path), str(path)))
-
-
-def to_plain(config: Config) -> dict[str, Any]:
-    """The configuration as plain dicts, lists and values, fit for YAML."""
-    return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config, dict_factory=_lists_for_tuples)))
-
-
-def _lists_for_tuples(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+    """The configuration in a YAML file. Raises UserError as `load_settings` does."""
+    return load_settings(Config, path)

@@ -11,14 +11,17 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 
-from improved_diffusion.config import Config, load_config, to_plain
+from improved_diffusion.config import Config
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
+from improved_diffusion.settings import load_settings, to_plain
+
+Settings = TypeVar("Settings")
 
 # What reading a damaged or foreign file can raise, depending on where the damage is.
 DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
@@ -60,7 +63,7 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def write_config(self, config: Config, provenance: list[dict[str, Any]]) -> None:
+    def write_config(self, config: Any, provenance: list[dict[str, Any]]) -> None:
         """Write the resolved settings, with `provenance` (command lines, versions, commit, data) beside them."""
         with atomic_write(self.config_file) as temporary:
             temporary.write_text(yaml.safe_dump({**to_plain(config), "provenance": provenance}, sort_keys=False))
@@ -71,8 +74,8 @@ class RunDirectory:
             return []
         return (yaml.safe_load(self.config_file.read_text()) or {}).get("provenance") or []
 
-    def read_config(self) -> Config:
-        """The resolved settings of the run.
+    def read_config(self, kind: type[Settings] = Config) -> Settings:
+        """The resolved settings of the run, one of the pixel job by default.
 
         Raises:
             UserError: `path` is not a run directory, or its config is damaged.
@@ -81,7 +84,7 @@ class RunDirectory:
             raise UserError(f"no run directory at {self.path}: train one with python train.py --out {self.path}")
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
-        return load_config(self.config_file)
+        return load_settings(kind, self.config_file)
 
     def checkpoint_file(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:07d}.pt"

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from improved_diffusion.config import Config, DiffusionConfig, config_parser, load_config, parse_arguments, to_config
+from improved_diffusion.config import Config, DiffusionConfig, load_config
 from improved_diffusion.errors import UserError
+from improved_diffusion.settings import parse_arguments, settings_parser, to_settings
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -44,9 +45,9 @@ def test_defaults_follow_the_loss():
 
 
 def test_flags_override_the_file_which_overrides_the_defaults():
-    parser = config_parser()
+    parser = settings_parser(Config)
     file = {"training": {"lr": 3e-4, "steps": 7}}
-    config = to_config(parser, parse_arguments(parser, ["--training.steps=9"], file, "file"))
+    config = to_settings(Config, parser, parse_arguments(parser, ["--training.steps=9"], file, "file"))
     assert (config.training.lr, config.training.steps, config.training.batch_size) == (3e-4, 9, 64)
 
 
@@ -62,6 +63,6 @@ def test_flags_override_the_file_which_overrides_the_defaults():
     ids=str,
 )
 def test_settings_that_contradict_each_other(flags):
-    parser = config_parser()
+    parser = settings_parser(Config)
     with pytest.raises(UserError):
-        to_config(parser, parse_arguments(parser, flags))
+        to_settings(Config, parser, parse_arguments(parser, flags))

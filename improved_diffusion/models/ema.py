@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
 class EMA:
-    """Float32 averages of the parameters of `model`, one set for each rate.
+    """Float32 averages of `parameters`, {name: parameter}, one set for each rate.
 
-    The averages start as the parameters are now, and live on the same device. `model` is the bare network: neither
-    compiled nor wrapped for distributed training, so that the names are its own.
+    The averages start as the parameters are now, and live on the same device. Of a model give the bare network's
+    `named_parameters()`: neither compiled nor wrapped for distributed training, so that the names are its own.
 
     Raises ValueError for a rate outside [0, 1), or one given twice.
     """
 
-    def __init__(self, model: nn.Module, rates: Sequence[float] = (0.999, 0.9999)):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], rates: Sequence[float] = (0.999, 0.9999)):
         self.rates = tuple(rates)
         if len(set(self.rates)) < len(self.rates) or not all(0 <= rate < 1 for rate in self.rates):
             raise ValueError(f"EMA rates must be different from each other and in [0, 1), not {self.rates}")
-        self._parameters = dict(model.named_parameters())
+        self._parameters = dict(parameters)
         self._averages = {
             rate: {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
             for rate in self.rates

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import platform
-import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +14,7 @@ from improved_diffusion.config import Config
 from improved_diffusion.data.image_set import ImageSet, is_image_set
 from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.errors import UserError
+from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
 from improved_diffusion.training.devices import Processes, arithmetic
 from improved_diffusion.training.evaluation import Evaluator
@@ -164,25 +159,6 @@ def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: Ru
 
 def record_provenance(run: RunDirectory, config: Config, image_set: ImageSet, processes: Processes) -> None:
     """Write config.yaml: the settings, and under `provenance` an entry for each time the run was started or resumed."""
-    earlier = run.read_provenance()
-    device = processes.device
-    entry = {
-        "command_line": shlex.join(sys.argv),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
-        "data": {"path": str(image_set.path), "split": image_set.split, "content_hash": image_set.content_hash},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
-        "processes": processes.world_size,
-        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
-        "python": platform.python_version(),
-    }
-    run.write_config(config, [*earlier, entry])
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+    data = {"path": str(image_set.path), "split": image_set.split, "content_hash": image_set.content_hash}
+    entry = provenance_entry(data, processes.device, processes.world_size, ("torch", "torchvision", "numpy"))
+    run.write_config(config, [*run.read_provenance(), entry])

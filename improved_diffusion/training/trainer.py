@@ -56,7 +56,7 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.network = build_network(config, self.num_classes)
         self.network.to(device, memory_format=torch.channels_last)
-        self.ema = EMA(self.network, training.ema_rates)
+        self.ema = EMA(dict(self.network.named_parameters()), training.ema_rates)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
         )

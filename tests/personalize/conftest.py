@@ -30,6 +30,6 @@ def tiny_bases(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(params=["sd", "sdxl"])
 def base(request, tiny_bases):
     """A fresh one of each kind."""
-    from improved_diffusion.personalize.base import load_base
+    from improved_diffusion.personalize.models.base import load_base
 
     return load_base(str(tiny_bases[request.param]))

@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 
-from improved_diffusion.config import Config, config_parser, parse_arguments, to_config
+from improved_diffusion.config import Config
 from improved_diffusion.data import open_image_set
+from improved_diffusion.settings import parse_arguments, settings_parser, to_settings
 from improved_diffusion.training.devices import Processes
 from improved_diffusion.training.trainer import Trainer
 
@@ -52,8 +53,8 @@ def tiny_config(tiny_set) -> Callable[..., Config]:
     """The tiny settings, changed by flags such as `--training.steps 4`."""
 
     def make(*flags: str) -> Config:
-        parser = config_parser()
-        return to_config(parser, parse_arguments(parser, [f"--data={tiny_set}", *flags], TINY, "TINY"))
+        parser = settings_parser(Config)
+        return to_settings(Config, parser, parse_arguments(parser, [f"--data={tiny_set}", *flags], TINY, "TINY"))
 
     return make
 

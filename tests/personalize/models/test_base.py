@@ -10,7 +10,7 @@ import torch
 from improved_diffusion.errors import UserError
 
 pytest.importorskip("diffusers")
-from improved_diffusion.personalize.base import encode_images, encode_texts, load_base, load_tokenizer  # noqa: E402
+from improved_diffusion.personalize.models.base import encode_images, encode_texts, load_base, load_tokenizer  # noqa: E402
 
 
 def test_texts_are_encoded_as_the_pipeline_does(base):

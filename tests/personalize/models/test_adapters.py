@@ -10,7 +10,7 @@ from improved_diffusion.errors import UserError
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-from improved_diffusion.personalize.adapters import (  # noqa: E402
+from improved_diffusion.personalize.models.adapters import (  # noqa: E402
     AdapterSettings,
     adapted_parts,
     adapter_state,
@@ -19,8 +19,8 @@ from improved_diffusion.personalize.adapters import (  # noqa: E402
     set_scales,
     trainable,
 )
-from improved_diffusion.personalize.base import Base, load_base  # noqa: E402
-from improved_diffusion.personalize.export import export_diffusers, export_kohya, original_name  # noqa: E402
+from improved_diffusion.personalize.models.base import Base, load_base  # noqa: E402
+from improved_diffusion.personalize.models.export import export_diffusers, export_kohya, original_name  # noqa: E402
 
 
 def picture(base: Base) -> torch.Tensor:

@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.tokens import inspect_token, require_single_token, suggest_tokens, token_table
+from improved_diffusion.personalize.models.tokens import (
+    inspect_token,
+    require_single_token,
+    suggest_tokens,
+    token_table,
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from improved_diffusion.personalize.losses import (
+from improved_diffusion.personalize.training.losses import (
     add_noise,
     combine,
     min_snr_weights,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.captioned import open_captioned_set
+from improved_diffusion.personalize.data.captioned import open_captioned_set
 
 
 def photo(width: int = 40, height: int = 20) -> Image.Image:

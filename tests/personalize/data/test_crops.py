@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from improved_diffusion.personalize.crops import buckets, choose_bucket, crops_of, cut
+from improved_diffusion.personalize.data.crops import buckets, choose_bucket, crops_of, cut
 
 
 def ramp(width: int, height: int) -> Image.Image:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
-from improved_diffusion.personalize.adapters import adapted_parts, adapter_config, adapter_state
-from improved_diffusion.personalize.base import Base
+from improved_diffusion.personalize.models.adapters import adapted_parts, adapter_config, adapter_state
+from improved_diffusion.personalize.models.base import Base
 
 FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya_lora.safetensors"}
 KOHYA_PARTS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.base import Base
+from improved_diffusion.personalize.models.base import Base
 
 ADAPTER = "personalized"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -1,0 +1,1 @@
+"""Captioned images, and what a training step draws from them."""

@@ -1,0 +1,1 @@
+"""How faithful, how obedient and how copied generated images are."""

@@ -1,0 +1,1 @@
+"""Comparisons: sweeps over settings, evaluation of a folder of images, a survey among people."""

@@ -1,0 +1,1 @@
+"""One loop for LoRA, DreamBooth and textual inversion: the budget, a step, the watching of a run."""

@@ -1,0 +1,39 @@
+"""Where a result comes from: the command line, the code, the data, the versions, the machine."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance_entry(
+    data: dict[str, Any], device: torch.device, processes: int, packages: tuple[str, ...]
+) -> dict[str, Any]:
+    """What is to be recorded of one start or resume of a run; `data` names what it works on, with its hash."""
+    return {
+        "command_line": shlex.join(sys.argv),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": _git_commit(),
+        "data": data,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "processes": processes,
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+    }
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

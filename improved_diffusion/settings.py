@@ -1,0 +1,99 @@
+"""From a YAML file and command-line flags to frozen dataclasses of settings.
+
+A YAML file fills the dataclass and flags override it (`--training.lr 1e-4`); jsonargparse does the parsing, and names
+the key of whatever is unknown or of the wrong type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from improved_diffusion.errors import UserError
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+Settings = TypeVar("Settings")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def settings_parser(kind: type, **kwargs: Any) -> jsonargparse.ArgumentParser:
+    """A parser with a flag for every setting of the dataclass `kind`: `--loss`, `--training.lr`, ..."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
+    parser.add_class_arguments(kind)
+    return parser
+
+
+def parse_arguments(
+    parser: jsonargparse.ArgumentParser, arguments: list[str], settings: dict[str, Any] | None = None, source: str = ""
+) -> jsonargparse.Namespace:
+    """Parse the flags in `arguments`, which override `settings` (read from `source`), which override the defaults.
+
+    Raises:
+        UserError: an unknown key or a wrong type; the message names the key and where it was.
+    """
+    settings = settings or {}
+    where = source
+    try:
+        defaults = parser.get_defaults()
+        for name, value in settings.items():
+            if isinstance(defaults.get(name), argparse.Namespace) and not isinstance(value, dict):
+                raise UserError(f"in {source}: {name} is a group of settings and cannot be {value!r}")
+        base = parser.parse_object(settings)
+        where = "the command line"
+        return parser.parse_args(arguments, namespace=base)
+    except argparse.ArgumentError as error:
+        raise UserError(f"in {where}: {error}") from error
+
+
+def to_settings(kind: type[Settings], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> Settings:
+    """The settings of `kind` among the parsed arguments.
+
+    Raises:
+        UserError: a value that is out of range, or does not fit another one.
+    """
+    filled = vars(parser.instantiate(parsed))
+    return kind(**{field.name: filled[field.name] for field in dataclasses.fields(kind)})
+
+
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """The settings in a YAML file, without the `provenance` that a finished run's config.yaml adds.
+
+    Raises:
+        UserError: no such file, not YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise UserError(f"no config at {path}: see configs/ for those that ship with the project") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"could not read the config {path}: {error}") from error
+    require(isinstance(settings, dict), f"the config {path} must hold keys and values, not {type(settings).__name__}")
+    settings.pop("provenance", None)
+    return settings
+
+
+def load_settings(kind: type[Settings], path: Path | str) -> Settings:
+    """The settings of `kind` in a YAML file. Raises UserError as the functions above do."""
+    parser = settings_parser(kind)
+    return to_settings(kind, parser, parse_arguments(parser, [], read_settings(path), str(path)))
+
+
+def to_plain(settings: Any) -> dict[str, Any]:
+    """Settings as plain dicts, lists and values, fit for YAML."""
+    return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(settings, dict_factory=_lists_for_tuples)))
+
+
+def _lists_for_tuples(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
