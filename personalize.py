@@ -14,7 +14,17 @@ import warnings
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 
 COMMANDS = {  # each is a module of improved_diffusion.personalize.commands
+    "train": "fine-tune a base on images: LoRA, DreamBooth, textual inversion",
+    "generate": "pictures from texts, or from texts and a picture",
+    "sweep": "a grid over tokens, scales, guidance, seeds and prompts, scored",
+    "evaluate": "CLIP-T, CLIP-I, DINO, KID, FID, Inception Score and LPIPS of a folder of pictures",
+    "export": "an adapter for diffusers, ComfyUI and others, verified",
     "tokens": "which rare token can stand for a subject",
+}
+LIBRARIES = {  # their remarks on their own inner workings would hide ours
+    "TOKENIZERS_PARALLELISM": "false",
+    "DIFFUSERS_VERBOSITY": "critical",
+    "TRANSFORMERS_VERBOSITY": "error",
 }
 
 
@@ -28,7 +38,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the command")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # of the libraries, on their own future
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for variable, value in LIBRARIES.items():
+        os.environ.setdefault(variable, value)
     command = importlib.import_module(f"improved_diffusion.personalize.commands.{options.command}")
     try:
         command.run(options.arguments)

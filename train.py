@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> int:
             start.require_same_run(run.read_config(), config)
         else:
             config = start.with_data(config, defaults, processes)
-            run = start.new_run(options.out, config, processes)
+            name = f"{Path(config.data).name}-{config.loss}"
+            run = start.new_run(options.out, name, lambda path: processes.gather(path)[0])
 
         image_set = open_image_set(config.data)
         trainer = Trainer(config, image_set, processes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,19 +95,19 @@ class RunDirectory:
         files = self.checkpoints.glob("step_*.pt") if self.checkpoints.is_dir() else ()
         return sorted((f for f in files if CHECKPOINT_NAME.fullmatch(f.name)), key=_step)
 
-    def save_checkpoint(self, state: dict[str, Any], keep: int) -> Path:
-        """Write `state` (which has a `step`), point `latest` at it, and drop all but the `keep` newest and the best."""
+    def save_checkpoint(self, state: dict[str, Any], keep: int, spared: Collection[int] = ()) -> Path:
+        """Write `state` (which has a `step`), point `latest` at it, and `prune`."""
         file = self.checkpoint_file(state["step"])
         write_checkpoint(file, state)
         self.point("latest", file)
-        self.prune(keep)
+        self.prune(keep, spared)
         return file
 
-    def prune(self, keep: int) -> None:
-        """Drop all checkpoints before the latest one but the `keep` newest and the best."""
+    def prune(self, keep: int, spared: Collection[int] = ()) -> None:
+        """Drop all checkpoints before the latest but the `keep` newest, the best, and those of the `spared` steps."""
         best, latest = self.pointed("best"), self.latest_checkpoint()
         for old in self.checkpoint_files()[:-keep]:
-            if old != best and _step(old) < _step(latest):
+            if old != best and _step(old) < _step(latest) and _step(old) not in spared:
                 old.unlink()
 
     def remove_leftovers(self) -> None:
@@ -136,6 +137,21 @@ class RunDirectory:
         file = self.pointed("latest") or next(reversed(self.checkpoint_files()), None)
         if file is None:
             raise UserError(f"{self.path} has no checkpoints: nothing was saved there yet")
+        return file
+
+    def choose_checkpoint(self, name: str | None = None) -> Path:
+        """The checkpoint `name`: best, latest, or a file's name; by default the best one, or else the latest.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name is None:
+            return self.pointed("best") or self.latest_checkpoint()
+        if name not in ("best", "latest"):
+            return self.checkpoints / name
+        file = self.pointed(name)
+        if file is None:
+            raise UserError(f"{self.path} has no {name} checkpoint yet")
         return file
 
 

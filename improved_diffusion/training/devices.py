@@ -94,6 +94,19 @@ def start_processes() -> Iterator[Processes]:
 _TORCHRUN = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
 def is_fast_at_bf16(device: torch.device) -> bool:
     """Whether bfloat16 has hardware of its own there: Ampere and later GPUs, CPUs with AMX."""
     if device.type == "cuda":

@@ -14,7 +14,6 @@ from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.diffusion.denoiser import Denoiser
 from improved_diffusion.diffusion.noise import PerSampleNoise
 from improved_diffusion.diffusion.samplers import SAMPLERS
-from improved_diffusion.errors import UserError
 from improved_diffusion.models.unet import UNet
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
 from improved_diffusion.training.devices import arithmetic, with_autocast
@@ -53,14 +52,7 @@ def load_model(run_path: Path | str, device: torch.device, checkpoint: str | Non
     """
     run = RunDirectory(Path(run_path))
     config = run.read_config()
-    if checkpoint is None:
-        file = run.pointed("best") or run.latest_checkpoint()
-    elif checkpoint in ("best", "latest"):
-        file = run.pointed(checkpoint)
-        if file is None:
-            raise UserError(f"{run.path} has no {checkpoint} checkpoint yet")
-    else:
-        file = run.checkpoints / checkpoint
+    file = run.choose_checkpoint(checkpoint)
     state = read_checkpoint(file, ("step", "model", "ema", "class_names"))
     network = build_network(config, len(state["class_names"]))
     set_weights(network, next(iter(state["ema"].values()), state["model"]))

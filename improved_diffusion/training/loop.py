@@ -158,7 +158,7 @@ class TrainingLoop:
         """Evaluate the checkpoint of this step, and draw the curves. A stop request leaves it for the resumed run."""
         trainer, started = self.trainer, time.monotonic()
         rate = self.config.training.ema_rates[0]
-        with swapped_weights(trainer.network, trainer.ema.weights(rate)):
+        with swapped_weights(dict(trainer.network.named_parameters()), trainer.ema.weights(rate)):
             result = self.evaluator.evaluate(trainer.network, trainer.step, lambda: self.stop.requested)
         self.logged_time += time.monotonic() - started  # the rate of training leaves evaluations out
         if result is None:

@@ -14,7 +14,7 @@ from improved_diffusion.metrics.inception.extractor import FeatureExtractor
 from improved_diffusion.metrics.measure import OF_TRAINING_IMAGES, ImageSets, feature_sizes
 from improved_diffusion.metrics.statistics import FeatureStatistics
 from improved_diffusion.metrics.store import extract_features
-from improved_diffusion.training.devices import Processes
+from improved_diffusion.training.devices import Processes, usable_device
 from improved_diffusion.training.run_source import open_side
 
 
@@ -63,16 +63,3 @@ def _subset(side: Source | FeatureStatistics, n: int, seed: int) -> Source:
     if isinstance(side, FeatureStatistics):
         raise UserError(f"--n draws images, and {side.name} holds only their mean and covariance")
     return side.subset(balanced_rows(len(side), side.labels, n, seed))
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: it cannot be used here.
-    """
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return torch.device(name)

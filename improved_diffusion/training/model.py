@@ -86,9 +86,8 @@ def set_weights(network: nn.Module, weights: dict) -> None:
 
 
 @contextlib.contextmanager
-def swapped_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let `network` have `weights`, named as its parameters are, inside the block and its own again after it."""
-    parameters = dict(network.named_parameters())
+def swapped_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let `parameters`, {name: parameter}, have the `weights` of these names inside the block, and their own after."""
     own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS = 500, 100
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "class_names", "data_hash")
 
-# What a resumed run may change; all else decides what the run computes.
+# What a resumed run may change, by group ("" for what is in none); all else decides what the run computes.
 CHANGEABLE = {
+    "": ("data",),
     "training": ("steps", "log_every", "save_every", "keep_checkpoints", "compile"),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
@@ -64,8 +66,10 @@ def with_data(config: Config, defaults: Defaults, processes: Processes) -> Confi
     return dataclasses.replace(config, data=str(data))
 
 
-def new_run(out: str | None, config: Config, processes: Processes) -> RunDirectory:
-    """The directory of a new run: `out`, or a free name under runs/.
+def new_run(out: str | None, name: str, agree: Callable[[Path], Path]) -> RunDirectory:
+    """The directory of a new run: `out`, or a free name under runs/ that starts with `name`.
+
+    `agree` gives all processes the path of the first one.
 
     Raises:
         UserError: `out` already holds a run.
@@ -75,13 +79,14 @@ def new_run(out: str | None, config: Config, processes: Processes) -> RunDirecto
         if run.checkpoint_files():
             raise UserError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
         return run
-    name = f"{Path(config.data or 'data').name}-{config.loss}"
     candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     free = next(path for path in candidates if not path.exists())
-    return RunDirectory(processes.gather(free)[0])
+    return RunDirectory(agree(free))
 
 
-def open_run(path: str) -> tuple[RunDirectory, dict[str, Any]]:
+def open_run(
+    path: str, kind: type = Config, keys: tuple[str, ...] = TRAINING_STATE
+) -> tuple[RunDirectory, dict[str, Any]]:
     """The run to resume, and the state to go on from: that of its latest checkpoint, or of the checkpoint at `path`.
 
     Raises:
@@ -92,27 +97,27 @@ def open_run(path: str) -> tuple[RunDirectory, dict[str, Any]]:
         run = RunDirectory(file.parent.parent)
     else:
         run = RunDirectory(Path(path))
-        run.read_config()  # says it if this is no run, before the checkpoints are looked for
+        run.read_config(kind)  # says it if this is no run, before the checkpoints are looked for
         file = run.latest_checkpoint()
-    if run.read_config().data is None:
+    if run.read_config(kind).data is None:
         raise UserError(
             f"{run.path} was imported or exported: it holds a model to sample from, and no run to go on with"
         )
-    return run, read_checkpoint(file, TRAINING_STATE)
+    return run, read_checkpoint(file, keys)
 
 
-def require_same_run(old: Config, new: Config) -> None:
-    """A resumed run keeps the settings that decide what it computes.
+def require_same_run(old: Any, new: Any, changeable: Mapping[str, Collection[str]] = CHANGEABLE) -> None:
+    """A resumed run keeps the settings that decide what it computes: all but the `changeable`.
 
     Raises:
         UserError: one of them differs; the message names it.
     """
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
         if not dataclasses.is_dataclass(before):
-            pairs = [(field.name, before, after)] if field.name != "data" else []
+            pairs = [(field.name, before, after)] if field.name not in changeable.get("", ()) else []
         else:
-            fixed = [f.name for f in dataclasses.fields(before) if f.name not in CHANGEABLE.get(field.name, ())]
+            fixed = [f.name for f in dataclasses.fields(before) if f.name not in changeable.get(field.name, ())]
             pairs = [(f"{field.name}.{name}", getattr(before, name), getattr(after, name)) for name in fixed]
         for name, was, now in pairs:
             if was != now:

@@ -46,6 +46,19 @@ class CaptionedImage:
             return to_rgb(image, background)
 
 
+def load_image(path: Path, background: str = "white") -> Image.Image:
+    """The image in a file, as `CaptionedImage.load` gives it.
+
+    Raises:
+        UserError: no such file, or one that cannot be read.
+    """
+    try:
+        return CaptionedImage(path.name, None, path.read_bytes).load(background)
+    except Exception as error:  # Pillow raises almost anything on a damaged file
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise UserError(f"cannot read the image {path}: {reason}") from error
+
+
 @dataclass(frozen=True)
 class CaptionedSet:
     """Images that can be read, in order of their names (in a parquet file, of its rows), and what was left out."""

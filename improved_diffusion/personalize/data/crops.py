@@ -51,12 +51,17 @@ def choose_bucket(width: int, height: int, sizes: Sequence[tuple[int, int]]) -> 
     return min(sizes, key=lambda size: (abs(math.log((size[1] / size[0]) / (width / height))), -size[0] * size[1]))
 
 
-def cut(image: Image.Image, size: tuple[int, int], position: float, flip: bool) -> Crop:
+def fit(
+    image: Image.Image, size: tuple[int, int], position: float = 0.5, flip: bool = False
+) -> tuple[Image.Image, tuple[int, int]]:
     """Resize `image` so that it just covers `size`, (height, width), and cut that out of it.
 
     Args:
         position: from 0 to 1, where along the side that is too long the crop lies: 0.5 is the centre.
         flip: mirror it left to right.
+
+    Returns:
+        The crop, and its (top, left) in the resized image.
     """
     height, width = size
     scale = max(width / image.width, height / image.height)
@@ -66,13 +71,18 @@ def cut(image: Image.Image, size: tuple[int, int], position: float, flip: bool) 
     if flip:
         resized = ImageOps.mirror(resized)
     left, top = round((resized.width - width) * position), round((resized.height - height) * position)
-    pixels = np.asarray(resized.crop((left, top, left + width, top + height)), dtype=np.float32)
-    return Crop(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1), (image.height, image.width), (top, left))
+    return resized.crop((left, top, left + width, top + height)), (top, left)
 
 
-def crops_of(image: Image.Image, size: tuple[int, int], count: int, flip: bool) -> list[Crop]:
-    """`count` crops, spread evenly from end to end (one: the centre), each also mirrored if `flip`."""
-    positions = np.linspace(0, 1, count) if count > 1 else [0.5]
-    return [
-        cut(image, size, float(position), mirrored) for position in positions for mirrored in (False, True)[: 1 + flip]
-    ]
+def cut(image: Image.Image, size: tuple[int, int], position: float = 0.5, flip: bool = False) -> Crop:
+    """See `fit`."""
+    fitted, top_left = fit(image, size, position, flip)
+    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 127.5 - 1)
+    return Crop(pixels.permute(2, 0, 1), (image.height, image.width), top_left)
+
+
+def variants(crops: int, flip: bool) -> list[tuple[float, bool]]:
+    """(position, mirrored) for `cut`: `crops` positions, evenly from end to end (one: the centre), mirrored too if
+    `flip`."""
+    positions = np.linspace(0, 1, crops).tolist() if crops > 1 else [0.5]
+    return [(position, mirrored) for position in positions for mirrored in (False, True)[: 1 + flip]]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.config import AdapterConfig
 from improved_diffusion.personalize.models.base import Base
 
 ADAPTER = "personalized"
@@ -21,53 +20,27 @@ UNET_TARGETS = {
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-@dataclass(frozen=True)
-class AdapterSettings:
-    """What the adapters look like."""
-
-    rank: int = 8
-    """Rank of the update of each matrix."""
-    alpha: float = 8.0
-    """The update is multiplied by alpha / rank."""
-    targets: str = "attention"
-    """Layers of the UNet: attention, or attention+feedforward."""
-    dropout: float = 0.0
-    """Probability of dropping an input of the update, in training."""
-    dora: bool = False
-    """Learn the magnitude of each output apart from its direction."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"adapter.rank must be at least 1, not {self.rank}")
-        if not self.alpha > 0:
-            raise UserError(f"adapter.alpha must be positive, not {self.alpha}")
-        if self.targets not in UNET_TARGETS:
-            raise UserError(f"adapter.targets must be one of {', '.join(UNET_TARGETS)}, not {self.targets!r}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"adapter.dropout must be in [0, 1), not {self.dropout}")
-
-
-def attach_adapters(base: Base, settings: AdapterSettings, text_encoders: bool, seed: int = 0) -> None:
+def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed: int = 0) -> None:
     """Give the UNet, and the text encoders if wanted, a new adapter each, in place.
 
     All that was there is frozen; what is new is float32 and trainable, and changes nothing yet."""
     for part in (base.unet, *base.text_encoders.values(), base.pipeline.vae):
         part.requires_grad_(False)
-    chosen = {"unet": (base.unet, UNET_TARGETS[settings.targets])}
+    chosen = {"unet": (base.unet, UNET_TARGETS[config.targets])}
     if text_encoders:
         chosen |= {name: (encoder, TEXT_TARGETS) for name, encoder in base.text_encoders.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part, targets in chosen.values():
-            config = LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,
+            lora = LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
                 target_modules=list(targets),
-                lora_dropout=settings.dropout,
-                use_dora=settings.dora,
+                lora_dropout=config.dropout,
+                use_dora=config.dora,
                 init_lora_weights="gaussian",
             )
-            part.add_adapter(config, adapter_name=ADAPTER)
+            part.add_adapter(lora, adapter_name=ADAPTER)
             for parameter in trainable(part):
                 parameter.data = parameter.data.float()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTokenizer
 
 from improved_diffusion.errors import UserError
@@ -55,6 +55,11 @@ class Base:
     def prediction(self) -> str:
         """What the network predicts: `epsilon` or `v_prediction`."""
         return self.pipeline.scheduler.config.prediction_type
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """float32 (T,): of the schedule that it was trained with."""
+        return self.pipeline.scheduler.alphas_cumprod
 
     def to(self, device: torch.device | str, dtype: str = "float32", vae_dtype: str = "float32") -> Base:
         """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32."""
@@ -110,42 +115,3 @@ def _one_line_errors(name: str) -> Iterator[None]:
             f"the base model {name} is neither in the cache nor to be had from the hub ({reason}); where there is a "
             f"network run `hf download {name} --local-dir DIR`, bring the folder here, and give --base DIR"
         ) from error
-
-
-def encode_texts(base: Base, texts: list[str]) -> dict[str, Tensor]:
-    """What the UNet is told of N texts.
-
-    Returns:
-        `states`, (N, 77, width): the last layer's states of SD's encoder; of SDXL's two, those of the layer before the
-        last, side by side. `pooled`, (N, width), of SDXL's second encoder; not for SD.
-    """
-    states, conditions = [], {}
-    for tokenizer, encoder in zip(base.tokenizers, base.text_encoders.values(), strict=True):
-        tokens = tokenizer(
-            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=base.is_sdxl)
-        if base.is_sdxl:
-            states.append(output.hidden_states[-2])
-            conditions["pooled"] = output[0]  # of the last encoder: the projected state of the end token
-        else:
-            states.append(output[0])
-    return {"states": torch.cat(states, dim=-1), **conditions}
-
-
-def encode_images(base: Base, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Images (N, 3, H, W) on [-1, 1] to latents (N, 4, H / 8, W / 8), scaled as the UNet knows them.
-
-    `generator` draws from the autoencoder's distribution, on the CPU, so that a seed means the same on every device;
-    without it the mean is taken.
-    """
-    vae = base.pipeline.vae
-    output = vae.encode(pixels.to(vae.device, vae.dtype))
-    if hasattr(output, "latent_dist"):
-        latents = output.latent_dist.mean
-        if generator is not None:
-            noise = torch.randn(latents.shape, generator=generator).to(latents)
-            latents = latents + output.latent_dist.std * noise
-    else:  # an AutoencoderTiny has no distribution
-        latents = output.latents
-    return latents * vae.config.scaling_factor

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from improved_diffusion.personalize.data.crops import buckets, choose_bucket, crops_of, cut
+from improved_diffusion.personalize.data.crops import Crop, buckets, choose_bucket, cut, variants
 
 
 def ramp(width: int, height: int) -> Image.Image:
@@ -66,9 +66,13 @@ def test_the_crop_is_where_it_says():
     np.testing.assert_allclose(mirrored.pixels, right.pixels.flip(2), atol=1e-6)
 
 
+def crops_of(image: Image.Image, crops: int, flip: bool) -> list[Crop]:
+    return [cut(image, (64, 64), *variant) for variant in variants(crops, flip)]
+
+
 def test_several_crops_and_flips():
-    assert [crop.top_left[1] for crop in crops_of(ramp(128, 64), (64, 64), 3, flip=False)] == [0, 32, 64]
-    assert [crop.top_left[1] for crop in crops_of(ramp(128, 64), (64, 64), 1, flip=True)] == [32, 32]
-    crops = crops_of(ramp(128, 64), (64, 64), 2, flip=True)
+    assert [crop.top_left[1] for crop in crops_of(ramp(128, 64), 3, flip=False)] == [0, 32, 64]
+    assert [crop.top_left[1] for crop in crops_of(ramp(128, 64), 1, flip=True)] == [32, 32]
+    crops = crops_of(ramp(128, 64), 2, flip=True)
     assert len(crops) == 4
     assert len({crop.pixels.numpy().tobytes() for crop in crops}) == 4

@@ -10,8 +10,8 @@ from improved_diffusion.errors import UserError
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
+from improved_diffusion.personalize.config import AdapterConfig  # noqa: E402
 from improved_diffusion.personalize.models.adapters import (  # noqa: E402
-    AdapterSettings,
     adapted_parts,
     adapter_state,
     attach_adapters,
@@ -42,14 +42,14 @@ def disturb(base: Base) -> None:
 
 @pytest.fixture
 def adapted(base) -> Base:
-    attach_adapters(base, AdapterSettings(rank=3, alpha=5.0, targets="attention+feedforward"), text_encoders=True)
+    attach_adapters(base, AdapterConfig(rank=3, alpha=5.0, targets="attention+feedforward"), text_encoders=True)
     disturb(base)
     return base
 
 
 def test_a_new_adapter_changes_nothing_and_freezes_the_rest(base):
     before = picture(base)
-    attach_adapters(base, AdapterSettings(rank=3), text_encoders=True)
+    attach_adapters(base, AdapterConfig(rank=3), text_encoders=True)
     assert torch.equal(picture(base), before)
     assert set(adapted_parts(base)) == {"unet", *base.text_encoders}
     for part in adapted_parts(base).values():
@@ -61,7 +61,7 @@ def test_a_new_adapter_changes_nothing_and_freezes_the_rest(base):
 
 
 def test_without_text_encoders_the_unet_alone_has_one(base):
-    attach_adapters(base, AdapterSettings(), text_encoders=False)
+    attach_adapters(base, AdapterConfig(), text_encoders=False)
     assert set(adapted_parts(base)) == {"unet"}
     assert not any(trainable(encoder) for encoder in base.text_encoders.values())
 
@@ -87,7 +87,7 @@ def test_scales_weigh_each_part_and_zero_is_the_base(adapted, tiny_bases):
     ids=["diffusers", "diffusers, dora", "kohya"],
 )
 def test_a_file_read_by_diffusers_gives_the_same_picture(base, tmp_path, export, dora):
-    attach_adapters(base, AdapterSettings(rank=3, alpha=5.0, dora=dora), text_encoders=not dora)
+    attach_adapters(base, AdapterConfig(rank=3, alpha=5.0, dora=dora), text_encoders=not dora)
     disturb(base)
     expected = picture(base)
     file = export(base, tmp_path)
@@ -132,7 +132,7 @@ def test_the_blocks_of_sdxl_by_their_published_numbers(ours, original):
 
 
 def test_layers_that_kohya_has_no_name_for(base, tmp_path):
-    attach_adapters(base, AdapterSettings(dora=True), text_encoders=False)
+    attach_adapters(base, AdapterConfig(dora=True), text_encoders=False)
     with pytest.raises(UserError, match="DoRA: use the diffusers form"):
         export_kohya(base, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -142,12 +142,12 @@ def test_layers_that_kohya_has_no_name_for(base, tmp_path):
 
 def test_states_come_back_and_those_of_others_are_refused(adapted, tiny_bases):
     other = load_base(adapted.name)
-    attach_adapters(other, AdapterSettings(rank=3, alpha=5.0, targets="attention+feedforward"), text_encoders=True)
+    attach_adapters(other, AdapterConfig(rank=3, alpha=5.0, targets="attention+feedforward"), text_encoders=True)
     for name, part in adapted_parts(adapted).items():
         load_adapter_state(adapted_parts(other)[name], adapter_state(part))
     assert torch.equal(picture(other), picture(adapted))
     wrong_rank = load_base(adapted.name)
-    attach_adapters(wrong_rank, AdapterSettings(rank=4), text_encoders=True)
+    attach_adapters(wrong_rank, AdapterConfig(rank=4), text_encoders=True)
     with pytest.raises(UserError, match="another model or rank"):
         load_adapter_state(wrong_rank.unet, adapter_state(adapted.unet))
 
@@ -157,10 +157,9 @@ def test_states_come_back_and_those_of_others_are_refused(adapted, tiny_bases):
     [
         ({"rank": 0}, "rank must be at least 1"),
         ({"alpha": 0}, "positive"),
-        ({"targets": "all"}, "attention"),
         ({"dropout": 1}, "dropout"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(UserError, match=message):
-        AdapterSettings(**settings)
+        AdapterConfig(**settings)

@@ -1,0 +1,37 @@
+"""Write what a run trained for other programs, and verify the file by drawing with it.
+
+python personalize.py export --run runs/dog --format kohya --out dog
+python personalize.py export --base BASE --adapter kohya_lora.safetensors --format diffusers --out converted
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from improved_diffusion.errors import ArgumentParser, UserError
+from improved_diffusion.personalize.commands.options import add_model_options, open_model
+
+
+def run(arguments: list[str]) -> None:
+    parser = ArgumentParser(prog="personalize.py export", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the file")
+    parser.add_argument(
+        "--format",
+        choices=("diffusers", "kohya"),
+        default="diffusers",
+        help="diffusers' form, or kohya's, which ComfyUI and others read (default: diffusers)",
+    )
+    add_model_options(parser)
+    options = parser.parse_args(arguments)
+
+    options.precision = options.precision or "float32"  # in which the file is written, and read back exactly
+
+    # Imported only now: torch takes seconds, and typos are answered at once.
+    from improved_diffusion.personalize.verify import export, largest_difference
+
+    base, subject = open_model(parser, options)
+    written = export(base, subject.token, options.format, options.out)
+    difference = largest_difference(base, written, subject.token)
+    if difference:
+        raise UserError(f"read back, {written} draws something else: a pixel differs by {difference}")
+    print(f"{written}: read back, it draws the same picture; largest difference of a pixel: 0")

@@ -1,0 +1,83 @@
+"""Draw pictures with a base, tuned or not.
+
+python personalize.py generate "a {token} {class} in the snow" --run runs/dog --out snow --n 4
+python personalize.py generate "a sticker" --base BASE --adapter lora.safetensors --image photo.jpg --out stickers
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from improved_diffusion.errors import ArgumentParser, UserError
+from improved_diffusion.personalize.commands.options import add_model_options, add_scale_options, open_model
+
+
+def run(arguments: list[str]) -> None:
+    parser = ArgumentParser(prog="personalize.py generate", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("prompts", nargs="+", metavar="PROMPT", help="texts; {token} and {class} stand for the run's subject")
+    add("--out", type=Path, required=True, help="folder of the pictures; a contact sheet OUT.png comes beside it")
+    add("--n", type=int, default=4, help="pictures for each prompt (default: %(default)s)")
+    add("--seed", type=int, default=0, help="picture number i of a prompt is drawn from SEED + i (default: 0)")
+    add("--steps", type=int, default=30, help="sampling steps (default: %(default)s)")
+    add("--guidance-scale", type=float, default=7.5, help="classifier-free guidance (default: %(default)s)")
+    add("--negative-prompt", default="", help="what the pictures should not be")
+    add("--height", type=int, help="pixels (default: what the base was made for)")
+    add("--width", type=int, help="pixels (default: what the base was made for)")
+    add("--image", type=Path, help="a picture to start from (image-to-image)")
+    add("--strength", type=float, default=0.6, help="with --image: 0 leaves it, 1 forgets it (default: %(default)s)")
+    add("--batch-size", type=int, default=4, help="pictures at once; changes speed and memory only")
+    add_model_options(parser)
+    add_scale_options(parser)
+    options = parser.parse_args(arguments)
+    for name in ("n", "batch_size"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+    if options.seed < 0:
+        parser.error(f"--seed must not be negative, not {options.seed}")
+
+    # Imported only now: torch takes seconds, and typos are answered at once.
+    from PIL import Image
+
+    from improved_diffusion.files import atomic_write
+    from improved_diffusion.personalize.data.captioned import load_image
+    from improved_diffusion.personalize.generate import Sampling, draw
+    from improved_diffusion.personalize.measuring.sheet import contact_sheet
+    from improved_diffusion.personalize.models.adapters import set_scales
+    from improved_diffusion.progress import progress
+    from improved_diffusion.training.grids import save_png
+
+    sampling = Sampling(
+        options.steps,
+        options.guidance_scale,
+        options.negative_prompt,
+        options.height,
+        options.width,
+        options.strength,
+    )
+    start = load_image(options.image) if options.image is not None else None
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UserError(f"{options.out} is not empty: choose another --out")
+    base, subject = open_model(parser, options)
+    set_scales(base, options.unet_scale, options.text_encoder_scale, options.text_encoder_2_scale)
+    prompts = [subject.fill(prompt) for prompt in options.prompts]
+    texts = [prompt for prompt in prompts for _ in range(options.n)]
+    seeds = [options.seed + i for i in range(options.n)] * len(prompts)
+    pictures: list[Image.Image] = []
+    records = []
+    with progress(total=len(texts), desc="drawing", unit="picture") as bar:
+        for picture in draw(base, texts, seeds, sampling, options.batch_size, start):
+            number = len(pictures)
+            name = f"{number:04d}.png"
+            with atomic_write(options.out / name) as temporary:
+                picture.save(temporary, format="png")
+            records.append({"file_name": name, "text": texts[number], "seed": seeds[number]})
+            pictures.append(picture)
+            bar.update()
+    with atomic_write(options.out / "metadata.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = [pictures[i : i + options.n] for i in range(0, len(pictures), options.n)]
+    sheet = options.out.with_name(f"{options.out.name}.png")
+    save_png(contact_sheet(rows, prompts, [f"seed {seed}" for seed in seeds[: options.n]]), sheet)
+    print(f"{len(pictures)} pictures in {options.out}, all on {sheet}")

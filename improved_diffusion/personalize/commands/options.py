@@ -1,0 +1,59 @@
+"""Flags that several commands share: which model, and how it draws."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from improved_diffusion.errors import ArgumentParser
+
+if TYPE_CHECKING:
+    from improved_diffusion.personalize.config import SubjectConfig
+    from improved_diffusion.personalize.models.base import Base
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--run", type=Path, help="run directory of a tuned model")
+    add("--checkpoint", help="of the run: best, latest or step_0000450.pt (default: best, or else latest)")
+    add("--base", help="base model, a folder or a name on the hub (default: the run's)")
+    add("--adapter", type=Path, help="a .safetensors file of LoRA for --base, in diffusers' or kohya's form")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--precision", choices=("float32", "bf16", "fp16"), help="default: bf16 on a GPU, float32 on a CPU")
+
+
+def add_scale_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--unet-scale", type=float, default=1.0, help="weight of the UNet's adapter; 0 is the base (default: 1)")
+    add("--text-encoder-scale", type=float, default=1.0, help="weight of the text encoder's adapter (default: 1)")
+    add("--text-encoder-2-scale", type=float, help="of SDXL's second one (default: as the first)")
+
+
+def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Base, SubjectConfig]:
+    """The model that the flags name, and what its prompts call the subject.
+
+    Raises:
+        UserError: flags that do not go together, or what `load_run` and `load_adapter` raise.
+    """
+    import torch
+
+    from improved_diffusion.personalize.config import SubjectConfig
+    from improved_diffusion.personalize.models.base import load_base
+    from improved_diffusion.personalize.models.tuned import load_adapter, load_run
+    from improved_diffusion.run_directory import RunDirectory
+    from improved_diffusion.training.devices import usable_device
+
+    if options.run is None and options.base is None:
+        parser.error("which model? give --run, or --base and perhaps --adapter")
+    if options.run is not None and options.adapter is not None:
+        parser.error("--run has an adapter of its own: give --base with --adapter, or --run alone")
+    device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = options.precision or ("bf16" if device.type == "cuda" else "float32")
+    if options.run is not None:
+        tuned = load_run(RunDirectory(options.run), options.checkpoint, options.base, device, precision)
+        return tuned.base, tuned.config.subject
+    base = load_base(options.base).to(device, precision)
+    if options.adapter is not None:
+        load_adapter(base, options.adapter)
+    return base, SubjectConfig()

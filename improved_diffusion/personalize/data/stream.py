@@ -1,0 +1,75 @@
+"""Which images each step sees: a function of the seed and the step, so that a resumed run sees what it would have."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from improved_diffusion.diffusion.noise import seeded_generator
+
+ORDER, BATCH_ORDER, PRIOR_ORDER = range(3)
+
+
+class MicroBatchStream:
+    """An endless row of micro-batches, in each of which all images have one size.
+
+    In an epoch every image comes `repeats` times. The images of each size are shuffled and cut into micro-batches of
+    `batch_size`, the last of which may be smaller; these are shuffled in turn.
+
+    Args:
+        sizes: of each image, anything hashable.
+        repeats: times that an epoch holds each image.
+        batch_size: images of a micro-batch.
+        seed: of the orders.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], repeats: int, batch_size: int, seed: int):
+        self.sizes = tuple(sizes)
+        self.repeats = repeats
+        self.batch_size = batch_size
+        self.seed = seed
+        self.images_per_epoch = len(sizes) * repeats
+        self.batches_per_epoch = len(self._epoch(0))
+        self._cached_epoch = functools.lru_cache(maxsize=2)(self._epoch)
+
+    def micro_batch(self, number: int) -> list[int]:
+        """Indices of the images of micro-batch `number`, counted from 0 over all epochs."""
+        epoch, position = divmod(number, self.batches_per_epoch)
+        return self._cached_epoch(epoch)[position]
+
+    def images_in(self, count: int) -> int:
+        """How many images the first `count` micro-batches hold."""
+        epochs, rest = divmod(count, self.batches_per_epoch)
+        return epochs * self.images_per_epoch + sum(len(batch) for batch in self._cached_epoch(epochs)[:rest])
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        order = torch.randperm(self.images_per_epoch, generator=seeded_generator(self.seed, ORDER, epoch)).tolist()
+        of_size: dict[tuple[int, int], list[int]] = {size: [] for size in self.sizes}
+        for position in order:
+            image = position % len(self.sizes)
+            of_size[self.sizes[image]].append(image)
+        batches = [
+            images[start : start + self.batch_size]
+            for images in of_size.values()
+            for start in range(0, len(images), self.batch_size)
+        ]
+        order = torch.randperm(len(batches), generator=seeded_generator(self.seed, BATCH_ORDER, epoch)).tolist()
+        return [batches[position] for position in order]
+
+
+class PriorStream:
+    """Which images of the prior a micro-batch sees beside its own: all once, shuffled, before any comes again."""
+
+    def __init__(self, images: int, batch_size: int, seed: int):
+        self.images = images
+        self.batch_size = batch_size
+        self._order = functools.lru_cache(maxsize=2)(
+            lambda epoch: torch.randperm(images, generator=seeded_generator(seed, PRIOR_ORDER, epoch)).tolist()
+        )
+
+    def micro_batch(self, number: int, count: int) -> list[int]:
+        """Indices of `count` images, at most the batch size, for micro-batch `number`."""
+        positions = range(number * self.batch_size, number * self.batch_size + count)
+        return [self._order(position // self.images)[position % self.images] for position in positions]

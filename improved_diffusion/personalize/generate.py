@@ -1,0 +1,102 @@
+"""Drawing pictures with a base, tuned or not: from texts, and from texts and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from PIL import Image
+from torch import Tensor
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.data.crops import cut
+from improved_diffusion.personalize.models.base import Base
+from improved_diffusion.personalize.models.encoding import decode_latents, latent_moments
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn."""
+
+    steps: int = 30
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+    height: int | None = None  # pixels; by default what the base was made for
+    width: int | None = None
+    strength: float = 0.6  # of a picture to start from: 0 leaves it, 1 forgets it
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"sampling takes at least 1 step, not {self.steps}")
+        if not 0 < self.strength <= 1:
+            raise UserError(f"the strength must be above 0 and at most 1, not {self.strength}")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is not None and (value < 8 or value % 8):
+                raise UserError(f"the {name} must be a multiple of 8, not {value}")
+
+
+def draw(
+    base: Base,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    batch_size: int = 4,
+    start: Image.Image | None = None,
+) -> Iterator[Image.Image]:
+    """A picture for each prompt and seed, one after the other.
+
+    The noise of a picture depends on its own seed alone and is drawn on the CPU: neither the batch nor the device
+    changes it.
+
+    Args:
+        base: tuned or not, on its device.
+        prompts: N texts.
+        seeds: N numbers.
+        sampling: how.
+        batch_size: pictures at once.
+        start: a picture to start from (image-to-image), fitted to the size of the output.
+    """
+    height, width = sampling.height or base.resolution, sampling.width or base.resolution
+    settings = {
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+        "output_type": "latent",  # decoded here, in the autoencoder's own arithmetic
+    }
+    pipeline = base.pipeline
+    if start is None:
+        settings |= {"height": height, "width": width}
+    else:
+        if int(sampling.steps * sampling.strength) < 1:
+            raise UserError(f"strength {sampling.strength} leaves none of {sampling.steps} steps: raise one of them")
+        pipeline = _image_to_image(base)
+        settings |= {"strength": sampling.strength}
+        latents = latent_moments(base, cut(start, (height, width)).pixels[None])[0]
+    for first in range(0, len(prompts), batch_size):
+        batch = slice(first, first + batch_size)
+        texts = list(prompts[batch])
+        if start is not None:
+            settings["image"] = latents.to(base.unet.dtype).expand(len(texts), -1, -1, -1)
+        output = pipeline(
+            texts,
+            negative_prompt=[sampling.negative_prompt] * len(texts),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
+            **settings,
+        )
+        drawn: Tensor = output.images
+        if not torch.isfinite(drawn).all():
+            raise UserError(f"the network drew what is no picture (NaN) for {texts[0]!r}: use bf16 or float32")
+        yield from decode_latents(base, drawn)
+
+
+def _image_to_image(base: Base) -> StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline:
+    """The base's own parts in a pipeline that starts from a picture.
+
+    Not by `from_pipe`, which casts the shared network to float32.
+    """
+    kind = StableDiffusionXLImg2ImgPipeline if base.is_sdxl else StableDiffusionImg2ImgPipeline
+    pipeline = kind(**base.pipeline.components, **({} if base.is_sdxl else {"requires_safety_checker": False}))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,78 @@
+"""The models that judge pictures, and what they see in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.metrics.inception.extractor import FeatureExtractor
+from improved_diffusion.metrics.similarity import dino_embeddings, image_embeddings, rgb_arrays, text_embeddings
+from improved_diffusion.personalize.models.judges import load_clip, load_vision
+
+INCEPTION = "inception"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Embeddings of length 1 of N pictures, float32 (N, d) on the CPU; None of a model that is not there."""
+
+    clip: Tensor | None
+    vision: Tensor | None
+
+    def likeness(self) -> Tensor:
+        """Those by which pictures are compared with each other: the vision model's, or else CLIP's.
+
+        Raises:
+            UserError: there is neither.
+        """
+        found = self.vision if self.vision is not None else self.clip
+        if found is None:
+            raise UserError("pictures can only be compared by a model: set watch.vision to inception, say")
+        return found
+
+
+class Judge:
+    """CLIP, for texts and pictures, and a network for the likeness of pictures; either may be None.
+
+    Args:
+        clip: name or folder of a CLIP model.
+        vision: name or folder of a DINO model, or `inception`, which is in this project and needs no download.
+        device: where they run.
+    """
+
+    def __init__(self, clip: str | None, vision: str | None, device: torch.device | str):
+        self.clip_name, self.vision_name = clip, vision
+        self._clip: tuple[Any, Any] | None = load_clip(clip, device) if clip is not None else None
+        self._vision = _vision(vision, device) if vision is not None else None
+
+    def see(self, pictures: Sequence[Image.Image]) -> Seen:
+        """What the models make of pictures of any sizes."""
+        pictures = list(pictures)
+        return Seen(
+            clip=image_embeddings(pictures, *self._clip) if self._clip else None,
+            vision=self._vision(pictures) if self._vision else None,
+        )
+
+    def read(self, texts: Sequence[str]) -> Tensor | None:
+        """CLIP's embeddings of N texts, float32 (N, d) of length 1; None without CLIP."""
+        return text_embeddings(list(texts), *self._clip) if self._clip else None
+
+
+def _vision(name: str, device: torch.device | str) -> Callable[[list[Image.Image]], Tensor]:
+    if name != INCEPTION:
+        model, processor = load_vision(name, device)
+        return lambda pictures: dino_embeddings(pictures, model, processor)
+    extractor = FeatureExtractor((2048,), device)
+
+    def embed(pictures: list[Image.Image]) -> Tensor:
+        features = [extractor(array[None])[2048].cpu() for array in rgb_arrays(pictures)]
+        return F.normalize(torch.cat(features), dim=1)
+
+    return embed

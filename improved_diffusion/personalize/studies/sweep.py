@@ -1,0 +1,155 @@
+"""A grid over runs, checkpoints, scales, guidance, prompts and seeds: training the runs, drawing and scoring."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.files import atomic_write
+from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.data.crops import fit
+from improved_diffusion.personalize.generate import Sampling, draw
+from improved_diffusion.personalize.measuring import scores
+from improved_diffusion.personalize.measuring.judge import Judge, Seen
+from improved_diffusion.personalize.models.adapters import set_scales
+from improved_diffusion.personalize.models.tuned import load_run
+from improved_diffusion.personalize.studies.sweep_config import DrawGrid, SweepConfig, TrainGrid
+from improved_diffusion.personalize.training.start import open_images
+from improved_diffusion.progress import progress
+from improved_diffusion.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the grid: all but the prompt and the seed."""
+
+    run: Path
+    checkpoint: str
+    unet_scale: float
+    text_encoder_scale: float
+    guidance_scale: float
+
+    @property
+    def name(self) -> str:
+        scales = f"u{self.unet_scale:g}_t{self.text_encoder_scale:g}_g{self.guidance_scale:g}"
+        return f"{self.run.name}/{self.checkpoint.removesuffix('.pt')}_{scales}"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture of the grid."""
+
+    point: Point
+    prompt: str
+    seed: int
+    file: Path
+    scores: dict[str, float]
+
+
+def train_runs(train: TrainGrid, folder: Path, sweep_file: Path, flags: Sequence[str]) -> list[Path]:
+    """Train a run for each combination of `train.grid`, each in a process of its own, or go on with it.
+
+    Args:
+        train: the YAML file of the runs, and the grid.
+        folder: where they lie.
+        sweep_file: to which the YAML file's path is relative.
+        flags: for all of them.
+
+    Raises:
+        UserError: a run failed; what it said stands above.
+    """
+    config = sweep_file.parent / train.config
+    runs = []
+    for values in itertools.product(*train.grid.values()):
+        settings = dict(zip(train.grid, values, strict=True))
+        name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items()) or config.stem
+        run = folder / re.sub(r"[^\w.-]+", "-", name)
+        grid = [
+            f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
+        ]
+        is_there = bool(RunDirectory(run).checkpoint_files())
+        start = ["--resume", str(run)] if is_there else ["--config", str(config), "--out", str(run)]
+        print(f"{'going on with' if is_there else 'training'} {run.name}", flush=True)
+        done = subprocess.run([sys.executable, sys.argv[0], "train", *start, *grid, *flags])
+        if done.returncode == 130:
+            raise KeyboardInterrupt
+        if done.returncode:
+            raise UserError(f"the run {run} failed: see the error above; the same command goes on from here")
+        runs.append(run)
+    return runs
+
+
+def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str, dtype: str) -> list[Drawn]:
+    """Draw and score every picture of the grid, in its order."""
+    judge = Judge(config.clip, config.vision, device)
+    total = len(runs) * _points_per_run(config.draw) * len(config.draw.prompts) * len(config.draw.seeds)
+    drawn: list[Drawn] = []
+    with progress(total=total, desc="sweep", unit="picture") as bar:
+        for run in runs:
+            references = judge.see(_references(RunDirectory(run).read_config(PersonalizeConfig)))
+            for checkpoint in config.draw.checkpoints:
+                for pictures in _draw_checkpoint(config.draw, run, checkpoint, out, device, dtype):
+                    drawn += _score(pictures, judge, references)
+                    bar.update(len(pictures))
+    return drawn
+
+
+def _points_per_run(grid: DrawGrid) -> int:
+    axes = (grid.checkpoints, grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales)
+    return len(list(itertools.product(*axes)))
+
+
+def _draw_checkpoint(
+    grid: DrawGrid, run: Path, checkpoint: str, out: Path, device: str, dtype: str
+) -> Iterator[list[Drawn]]:
+    """For each point of this run and checkpoint its pictures, not yet scored; only what is missing is drawn."""
+    tuned = load_run(RunDirectory(run), checkpoint, device=device, dtype=dtype)
+    subject = tuned.config.subject
+    prompts = [(number, subject.fill(prompt)) for number, prompt in enumerate(grid.prompts)]
+    for unet, text, guidance in itertools.product(grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales):
+        # The file's own name: `best` may name another one after a resume.
+        point = Point(run, tuned.checkpoint.name, unet, text, guidance)
+        pictures = [
+            Drawn(point, prompt, seed, out / "pictures" / point.name / f"{number:02d}_seed{seed}.png", {})
+            for number, prompt in prompts
+            for seed in grid.seeds
+        ]
+        missing = [picture for picture in pictures if not picture.file.is_file()]
+        set_scales(tuned.base, unet, text)
+        sampling = Sampling(grid.steps, guidance, grid.negative_prompt)
+        images = draw(tuned.base, [p.prompt for p in missing], [p.seed for p in missing], sampling, grid.batch_size)
+        for picture, image in zip(missing, images, strict=True):
+            with atomic_write(picture.file) as temporary:
+                image.save(temporary, format="png")
+        yield pictures
+
+
+def _references(config: PersonalizeConfig) -> list[Image.Image]:
+    """What the run learned from, as squares."""
+    images = [image.load(config.images.background) for image in open_images(config).training]
+    return [fit(image, (min(image.size), min(image.size)))[0] for image in images]
+
+
+def _score(pictures: list[Drawn], judge: Judge, references: Seen) -> list[Drawn]:
+    seen = judge.see([Image.open(picture.file).convert("RGB") for picture in pictures])
+    values: dict[str, torch.Tensor] = {}
+    if seen.clip is not None:
+        values["clip_t"] = scores.prompt_match(seen.clip, judge.read([picture.prompt for picture in pictures]))
+        values["clip_i"] = scores.fidelity(seen.clip, references.clip)
+    if seen.vision is not None:
+        values["likeness"] = scores.fidelity(seen.vision, references.vision)
+    if values and len(references.likeness()) > 1:
+        values["copying"] = scores.copying(seen.likeness(), references.likeness())
+    return [
+        Drawn(p.point, p.prompt, p.seed, p.file, {name: value[i].item() for name, value in values.items()})
+        for i, p in enumerate(pictures)
+    ]

@@ -1,0 +1,74 @@
+"""What a run will do, counted before its first step: updates, epochs, images seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.config import TrainingConfig
+from improved_diffusion.personalize.data.stream import MicroBatchStream
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a run has done."""
+
+    updates: int
+    images_seen: int
+    prior_seen: int
+
+    def __str__(self) -> str:
+        prior = f", {self.prior_seen:,} of the prior" if self.prior_seen else ""
+        return f"{self.updates:,} updates, {self.images_seen:,} images seen{prior}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run is to do, and the arithmetic of it."""
+
+    images: int
+    repeats: int
+    batch_size: int
+    accumulation: int
+    processes: int
+    batches_per_epoch: int  # micro-batches; those that a size's images do not fill are smaller
+    total: Counters
+
+    @property
+    def epochs(self) -> float:
+        return self.total.images_seen / (self.images * self.repeats)
+
+    def __str__(self) -> str:
+        gpus = f" / {self.processes} processes" if self.processes > 1 else ""
+        return (
+            f"{self.images:,} images x {self.repeats} repeats / batch {self.batch_size} = {self.batches_per_epoch:,} "
+            f"batches an epoch / accumulation {self.accumulation}{gpus} = "
+            f"{self.batches_per_epoch / (self.accumulation * self.processes):,.2f} updates an epoch; "
+            f"in all {self.epochs:,.1f} epochs: {self.total}"
+        )
+
+
+def plan(stream: MicroBatchStream, training: TrainingConfig, processes: int, with_prior: bool) -> Budget:
+    """The budget of a run over `stream`.
+
+    Raises:
+        UserError: neither updates nor epochs are given.
+    """
+    batches_per_update = training.accumulation * processes
+    if training.steps is not None:
+        updates = training.steps
+    elif training.epochs is not None:
+        updates = max(1, math.ceil(training.epochs * stream.batches_per_epoch / batches_per_update))
+    else:
+        raise UserError("how long to train? give training.steps, in updates, or training.epochs")
+    seen = stream.images_in(updates * batches_per_update)
+    return Budget(
+        images=len(stream.sizes),
+        repeats=stream.repeats,
+        batch_size=training.batch_size,
+        accumulation=training.accumulation,
+        processes=processes,
+        batches_per_epoch=stream.batches_per_epoch,
+        total=Counters(updates, seen, seen if with_prior else 0),
+    )

@@ -1,0 +1,191 @@
+"""The loop: an update, a log, a look, a checkpoint, until the last update or until someone asks it to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.measuring.choice import Look, candidates, choose, overfitting
+from improved_diffusion.personalize.training.budget import Budget
+from improved_diffusion.personalize.training.trainer import Source, Trainer
+from improved_diffusion.personalize.training.watch import Watch, fixed_loss, to_look
+from improved_diffusion.progress import progress
+from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.training.grids import save_png
+from improved_diffusion.training.loop import StopRequest
+from improved_diffusion.training.model import swapped_weights
+from improved_diffusion.training.run_log import RunLog
+
+
+class PersonalizeLoop:
+    """A run: a trainer, what watches it, and the directory that records it.
+
+    Args:
+        trainer: new, or with the state of a checkpoint loaded.
+        watch: of its weights; on the first process alone, None on the others.
+        held_out: images that it does not train on, or None.
+        budget: what it is to do.
+        run: where everything is written, by the first process alone.
+        config: of the run.
+        content_hash: of the images and captions, which a resumed run must find again.
+        wandb: a Weights & Biases run to log to as well, or None.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        watch: Watch | None,
+        held_out: Source | None,
+        budget: Budget,
+        run: RunDirectory,
+        config: PersonalizeConfig,
+        content_hash: str,
+        wandb: Any = None,
+    ):
+        self.trainer, self.watch, self.held_out = trainer, watch, held_out
+        self.budget, self.run, self.config = budget, run, config
+        self.content_hash, self.wandb = content_hash, wandb
+        self.is_first = trainer.accelerator.is_main_process
+        self.log = RunLog(run, trainer.step) if self.is_first else contextlib.nullcontext()
+        records = self.log.evaluations() if self.is_first else []
+        self.looks = [look for record in records if (look := to_look(record)) is not None]
+        self.looked_at = trainer.step if any(record["step"] == trainer.step for record in records) else -1
+        self.saved_step = trainer.step if trainer.step else -1
+        self.logged_step, self.logged_images, self.logged_time = trainer.step, trainer.images_seen, time.monotonic()
+        self.sums: dict[str, torch.Tensor] = {}
+        self.stop = StopRequest()
+
+    def train(self) -> bool:
+        """Train to the last update. Returns False if a signal stopped it before that; all is saved either way.
+
+        Raises:
+            UserError: a loss that is not finite, or pictures of one colour.
+        """
+        trainer, training, updates = self.trainer, self.config.training, self.budget.total.updates
+        shown = {"total": updates, "initial": trainer.step, "desc": "training", "unit": "update"}
+        with self.stop, self.log, progress(**shown, disable=not self.is_first) as bar:
+            self._look_if_due()
+            while trainer.step < updates and not self._should_stop():
+                self._add(trainer.train_step())
+                bar.update()
+                if self._is_due(training.log_every):
+                    bar.set_postfix(self._log(), refresh=False)
+                if self._is_due(training.save_every) or self._is_due(self.config.watch.every):
+                    self._save()
+                self._look_if_due()
+            self._save()
+        return trainer.step >= updates
+
+    def _is_due(self, every: int) -> bool:
+        return self.trainer.step % every == 0 or self.trainer.step == self.budget.total.updates
+
+    def _should_stop(self) -> bool:
+        asked = torch.tensor(float(self.stop.requested), device=self.trainer.accelerator.device)
+        return bool(self.trainer.accelerator.reduce(asked, "sum") > 0)
+
+    def _add(self, terms: dict[str, torch.Tensor]) -> None:
+        if not math.isfinite(terms["loss"].item()):
+            saved = f"the last checkpoint is of step {self.saved_step}" if self.saved_step > 0 else "nothing was saved"
+            raise UserError(
+                f"the loss of update {self.trainer.step} is not finite; {saved}: use a lower training.lr, or "
+                "training.precision bf16 or float32"
+            )
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def _log(self) -> dict[str, str]:
+        """Write a line of metrics.jsonl; returns what the progress bar shows of it."""
+        trainer, now = self.trainer, time.monotonic()
+        updates = trainer.step - self.logged_step
+        means = {name: (value / updates).item() for name, value in self.sums.items()}
+        record = {
+            "step": trainer.step,
+            "images_seen": trainer.images_seen,
+            **means,
+            **{f"lr_{part}": group["lr"] for part, group in self._groups()},
+            "images_per_second": (trainer.images_seen - self.logged_images) / (now - self.logged_time),
+        }
+        if self.is_first:
+            self.log.write_metrics(record)
+            if self.wandb is not None:
+                self.wandb.log({f"train/{name}": value for name, value in record.items()}, step=trainer.step)
+        self.sums, self.logged_step, self.logged_images, self.logged_time = {}, trainer.step, trainer.images_seen, now
+        return {"loss": f"{means['loss']:.4g}"}
+
+    def _groups(self) -> zip:
+        return zip(self.trainer.trained.parts, self.trainer.optimizer.param_groups, strict=True)
+
+    def _save(self) -> None:
+        """Save a checkpoint of this step, unless there is one."""
+        step = self.trainer.step
+        if step == self.saved_step or not self.is_first:
+            return
+        spared = [look.step for look in candidates(self.looks, self.config.watch.copy_cap)]
+        state = {**self.trainer.state_dict(), "data_hash": self.content_hash}
+        self.run.save_checkpoint(state, self.config.training.keep_checkpoints, spared)
+        self.saved_step = step
+
+    def _look_if_due(self) -> None:
+        """Draw and measure, choose the best checkpoint, and warn. The other processes wait."""
+        if not self._is_due(self.config.watch.every) or self.looked_at == self.trainer.step:
+            return
+        self.looked_at = self.trainer.step
+        if self.is_first:
+            started = time.monotonic()
+            self._look()
+            self.logged_time += time.monotonic() - started  # the rate of training leaves looks out
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _look(self) -> None:
+        trainer, step = self.trainer, self.trainer.step
+        with self._averaged():
+            record, sheet = self.watch.look(step)
+            timesteps = self.config.watch.loss_timesteps
+            if self.held_out is not None:
+                record["held_out_loss"] = fixed_loss(trainer, self.held_out, timesteps)
+        save_png(sheet, self.run.samples / f"step_{step:07d}.png")
+        self.log.write_look(record, sheet)
+        if self.wandb is not None:
+            self._to_wandb(record, sheet)
+        if (look := to_look(record)) is not None:
+            self.looks.append(look)
+            self._choose_and_warn()
+        elif step > 0:
+            self.run.point("best", self.run.checkpoint_file(step))
+        said = ", ".join(f"{name} {score['mean']:.3f}" for name, score in record["scores"].items())
+        held_out = f", held-out loss {record['held_out_loss']:.4f}" if "held_out_loss" in record else ""
+        tqdm.write(f"step {step}: {said}{held_out}")
+
+    def _choose_and_warn(self) -> None:
+        """Point `best` at the checkpoint of the best look, and say what speaks for overfitting."""
+        cap = self.config.watch.copy_cap
+        best = choose([look for look in self.looks if self._is_there(look)], cap)
+        if best is not None:
+            self.run.point("best", self.run.checkpoint_file(best.step))
+            self.run.prune(self.config.training.keep_checkpoints, [look.step for look in candidates(self.looks, cap)])
+        for sign in overfitting(self.looks, cap) if self.looks[-1].step > 0 else ():
+            chosen = f"the best checkpoint is that of step {best.step}" if best else "no checkpoint copies so little"
+            tqdm.write(f"warning: {sign}; {chosen}")
+
+    def _is_there(self, look: Look) -> bool:
+        return look.step == 0 or self.run.checkpoint_file(look.step).is_file()
+
+    def _averaged(self) -> contextlib.AbstractContextManager:
+        """Within it the moving average is what is drawn from, if there is one."""
+        if self.trainer.ema is None:
+            return contextlib.nullcontext()
+        average = self.trainer.ema.weights(self.config.training.ema_rate)
+        return swapped_weights(self.trainer.trained.parameters, average)
+
+    def _to_wandb(self, record: dict[str, Any], sheet: Any) -> None:
+        import wandb
+
+        scalars = {f"watch/{name}": score["mean"] for name, score in record["scores"].items()}
+        self.wandb.log({**scalars, "watch/sheet": wandb.Image(sheet)}, step=record["step"])

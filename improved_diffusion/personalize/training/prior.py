@@ -1,0 +1,74 @@
+"""Images of the subject's class, which the base draws before it is tuned (Ruiz et al. 2022, section 3.2)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.files import atomic_write
+from improved_diffusion.metrics.cache import cache_directory
+from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.data.captioned import CaptionedSet, open_captioned_set
+from improved_diffusion.personalize.generate import Sampling, draw
+from improved_diffusion.personalize.models.base import Base
+from improved_diffusion.progress import progress
+
+DESCRIPTION = "prior.json"
+
+
+def prior_images(base: Base, config: PersonalizeConfig, resolution: int, batch_size: int = 4) -> CaptionedSet:
+    """The first `prior.images` images of the folder of the prior; those that are missing are drawn.
+
+    Image number i is drawn from seed `config.seed + i`, so that an interrupted run goes on where it stopped. A folder
+    of one's own, which has no prior.json, is taken as it is.
+
+    Raises:
+        UserError: the folder holds a prior drawn with other settings, or too few images of one's own.
+    """
+    prior = config.prior
+    settings = {
+        "base": config.base,
+        "prompt": config.subject.fill(prior.prompt),
+        "seed": config.seed,
+        "steps": prior.steps,
+        "guidance_scale": prior.guidance_scale,
+        "resolution": resolution,
+    }
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    folder = Path(prior.path) if prior.path else cache_directory() / "prior" / name
+    description = folder / DESCRIPTION
+    if folder.is_dir() and any(folder.iterdir()) and not description.is_file():
+        own = open_captioned_set(folder, background=config.images.background)
+        if len(own) < prior.images:
+            raise UserError(f"prior.images is {prior.images} and {folder} holds {len(own)}: lower it, or add images")
+        return CaptionedSet(own.path, own.images[: prior.images], own.skipped)
+    if description.is_file():
+        _require_same(settings, description)
+    else:
+        with atomic_write(description) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    missing = [i for i in range(prior.images) if not (folder / f"{i:05d}.png").is_file()]
+    sampling = Sampling(prior.steps, prior.guidance_scale, height=resolution, width=resolution)
+    pictures = draw(base, [settings["prompt"]] * len(missing), [config.seed + i for i in missing], sampling, batch_size)
+    with progress(total=len(missing), desc="drawing the prior", unit="image", disable=not missing) as bar:
+        for number, picture in zip(missing, pictures, strict=True):
+            with atomic_write(folder / f"{number:05d}.png") as temporary:
+                picture.save(temporary, format="png")
+            bar.update()
+    drawn = open_captioned_set(folder)
+    return CaptionedSet(folder, drawn.images[: prior.images], ())
+
+
+def _require_same(settings: dict[str, object], description: Path) -> None:
+    try:
+        other = json.loads(description.read_text())
+    except ValueError as error:
+        raise UserError(f"{description} is damaged: remove {description.parent} to draw the prior anew") from error
+    for name, value in settings.items():
+        if other.get(name) != value:
+            raise UserError(
+                f"the prior in {description.parent} was drawn with {name} {other.get(name)!r}, and this run has "
+                f"{value!r}: choose another prior.path, or remove that folder"
+            )

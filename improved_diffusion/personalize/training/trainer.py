@@ -1,0 +1,238 @@
+"""One update, and everything that it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from improved_diffusion.diffusion.noise import seeded_generator
+from improved_diffusion.errors import UserError
+from improved_diffusion.models.ema import EMA
+from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig
+from improved_diffusion.personalize.data.examples import Conditions, Examples, Latents
+from improved_diffusion.personalize.data.stream import MicroBatchStream, PriorStream
+from improved_diffusion.personalize.models.base import Base
+from improved_diffusion.personalize.models.trained import Trained
+from improved_diffusion.personalize.training.budget import Counters
+from improved_diffusion.personalize.training.losses import (
+    add_noise,
+    combine,
+    min_snr_weights,
+    offset_noise,
+    per_sample_loss,
+    target,
+)
+
+# Generators of a run are keyed (seed, purpose, micro-batch): resuming draws what an unbroken run would have drawn.
+DRAWS, DROPOUT = range(100, 102)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Images with the text that each is learned with."""
+
+    examples: Examples
+    texts: Sequence[str]
+
+
+class Trainer:
+    """A base in training. `step` counts the updates.
+
+    Each process takes micro-batches of its own; gradients are averaged over all of an update. What a micro-batch draws
+    is a function of (seed, its number).
+
+    Args:
+        base: on the accelerator's device, in its dtypes.
+        trained: which of its parameters learn.
+        config: of the run.
+        source: what is learned.
+        prior: what is kept, of one size for each size of the source: {(height, width): images}; or None.
+        accelerator: device, precision and processes.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        trained: Trained,
+        config: PersonalizeConfig,
+        source: Source,
+        prior: dict[tuple[int, int], Source] | None,
+        accelerator: Accelerator,
+    ):
+        training = config.training
+        self.base, self.trained, self.config, self.accelerator = base, trained, config, accelerator
+        self.source, self.prior = source, prior
+        self.stream = MicroBatchStream(source.examples.sizes, config.images.repeats, training.batch_size, config.seed)
+        self.prior_stream = PriorStream(config.prior.images, training.batch_size, config.seed) if prior else None
+        self.conditions = Conditions(base, keep=config.images.cache and not config.trains_text)
+        self.alphas_cumprod = base.alphas_cumprod.to(accelerator.device)
+        groups = [
+            {"params": list(named.values()), "peak_lr": learning_rate(config, part)}
+            for part, named in trained.parts.items()
+        ]
+        self.optimizer = accelerator.prepare_optimizer(_adamw(groups, training), device_placement=True)
+        self.ema = EMA(trained.parameters, (training.ema_rate,)) if training.ema_rate is not None else None
+        if training.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+            for encoder in base.text_encoders.values():
+                encoder.gradient_checkpointing_enable()
+        self.step = self.images_seen = self.prior_seen = 0
+
+    @property
+    def counters(self) -> Counters:
+        """What has been done so far, by all processes."""
+        return Counters(self.step, self.images_seen, self.prior_seen)
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One update. Returns what is logged of it, averaged over its micro-batches and the processes."""
+        training, accelerator = self.config.training, self.accelerator
+        parameters = list(self.trained.parameters.values())
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * min(1.0, (self.step + 1) / max(1, training.warmup_steps))
+        for part in self.trained.parts:
+            getattr(self.base.pipeline, part).train()
+        self.optimizer.zero_grad()
+        means: dict[str, Tensor] = {}
+        for part in range(training.accumulation):
+            first = (self.step * training.accumulation + part) * accelerator.num_processes
+            terms = self._losses(first + accelerator.process_index)
+            accelerator.backward(terms["loss"] / training.accumulation)
+            for name, value in terms.items():
+                means[name] = means.get(name, 0) + value.detach() / training.accumulation
+            for number in range(first, first + accelerator.num_processes):
+                self._count(len(self.stream.micro_batch(number)))
+        self._share_gradients(parameters)
+        limit = float("inf") if training.grad_clip is None else training.grad_clip
+        means["grad_norm"] = accelerator.clip_grad_norm_(parameters, limit)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.step)
+        for part in self.trained.parts:
+            getattr(self.base.pipeline, part).eval()
+        self.step += 1
+        return accelerator.reduce(means, "mean")
+
+    def _count(self, images: int) -> None:
+        self.images_seen += images
+        self.prior_seen += images if self.prior else 0
+
+    def _share_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Average over the processes, once an update: simpler than a wrapper about each part, and no slower for what
+        little is trained as a rule."""
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                if parameter.grad is None:  # a micro-batch that did not use it
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    def _losses(self, number: int) -> dict[str, Tensor]:
+        """The loss of micro-batch `number` and its parts, scalars."""
+        config, device = self.config, self.accelerator.device
+        generator = seeded_generator(config.seed, DRAWS, number)
+        indices = self.stream.micro_batch(number)
+        draws = [self._draw(self.source, indices, generator)]
+        if self.prior:
+            prior = self.prior[self.source.examples.sizes[indices[0]]]
+            draws.append(self._draw(prior, self.prior_stream.micro_batch(number, len(indices)), generator))
+        latents = Latents(*(torch.cat(tensors) for tensors in zip(*(latents for latents, _ in draws), strict=True)))
+        texts = [text for _, of_source in draws for text in of_source]
+        x_0 = latents.mean + latents.std * torch.randn(latents.mean.shape, generator=generator)
+        noise = torch.randn(x_0.shape, generator=generator)
+        if config.training.noise_offset:
+            noise = offset_noise(noise, config.training.noise_offset, generator)
+        t = torch.randint(len(self.alphas_cumprod), (len(x_0),), generator=generator).to(device)
+        if config.adapter.dropout:
+            torch.manual_seed(seeded_generator(config.seed, DROPOUT, number).initial_seed())
+        losses = self.denoising_losses(x_0.to(device), noise.to(device), t, texts, latents.size_ids)
+        weights = None
+        if config.training.min_snr_gamma is not None:
+            gamma = config.training.min_snr_gamma
+            weights = min_snr_weights(t, self.alphas_cumprod, gamma, self.base.prediction)
+        is_prior = (torch.arange(len(x_0)) >= len(indices)).to(device)
+        terms = {"loss": combine(losses, weights, is_prior, config.prior.weight)}
+        if self.prior:
+            terms |= {"mse": losses[~is_prior].mean(), "mse_prior": losses[is_prior].mean()}
+        else:
+            terms |= {"mse": losses.mean()}
+        return terms
+
+    @staticmethod
+    def _draw(source: Source, indices: list[int], generator: torch.Generator) -> tuple[Latents, list[str]]:
+        """The images `indices` in crops drawn at random, and their texts."""
+        count = len(source.examples.variants)
+        variant = torch.randint(count, (len(indices),), generator=generator).tolist()
+        return source.examples(indices, variant), [source.texts[i] for i in indices]
+
+    def denoising_losses(self, x_0: Tensor, noise: Tensor, t: Tensor, texts: Sequence[str], size_ids: Tensor) -> Tensor:
+        """(N,): the mean-square error of each of N latents (N, 4, h, w), noised to t (N,), under its text.
+
+        size_ids: (N, 6), which SDXL alone is told."""
+        x_t = add_noise(x_0, noise, t, self.alphas_cumprod)
+        with self.accelerator.autocast():
+            conditions = {name: tensor.to(x_0.device) for name, tensor in self.conditions(texts).items()}
+            added = None
+            if self.base.is_sdxl:
+                added = {"text_embeds": conditions["pooled"], "time_ids": size_ids.to(x_0.device)}
+            predicted = self.base.unet(
+                x_t.to(self.base.unet.dtype),
+                t,
+                encoder_hidden_states=conditions["states"].to(self.base.unet.dtype),
+                added_cond_kwargs=added,
+            ).sample
+        expected = target(x_0, noise, t, self.alphas_cumprod, self.base.prediction)
+        return per_sample_loss(predicted, expected)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: tensors and plain values."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "prior_seen": self.prior_seen,
+            "model": self.trained.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            UserError: it is that of another architecture, or of other settings.
+        """
+        self.trained.load_state_dict(state["model"])
+        try:
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the checkpoint does not fit the settings of the run: {error}") from error
+        self.step, self.images_seen, self.prior_seen = (state[n] for n in ("step", "images_seen", "prior_seen"))
+
+
+def learning_rate(config: PersonalizeConfig, part: str) -> float:
+    """That of a component; with textual inversion `training.lr`, as embeddings are all that is trained."""
+    training = config.training
+    if config.method == "textual_inversion":
+        return training.lr
+    second = training.lr_text_encoder if training.lr_text_encoder_2 is None else training.lr_text_encoder_2
+    return {"unet": training.lr, "text_encoder": training.lr_text_encoder, "text_encoder_2": second}[part]
+
+
+def _adamw(groups: list[dict[str, Any]], training: TrainingConfig) -> torch.optim.Optimizer:
+    settings = {"lr": training.lr, "weight_decay": training.weight_decay}
+    if not training.adam_8bit:
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    if not torch.cuda.is_available():
+        raise UserError("training.adam_8bit needs a CUDA device: leave it out here")
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)
