@@ -17,13 +17,13 @@ class Look:
 
     step: int
     fidelity: tuple[float, ...]  # likeness to the subject
-    prompt: tuple[float, ...]  # match of the prompt
+    prompt: tuple[float, ...]  # match of the prompt; empty where it could not be measured
     copying: tuple[float, ...]  # empty where it could not be measured
 
     @property
     def point(self) -> tuple[float, float]:
-        """(mean fidelity, mean prompt match)."""
-        return float(np.mean(self.fidelity)), float(np.mean(self.prompt))
+        """(mean fidelity, mean prompt match); 0 for what was not measured, so that the other decides."""
+        return float(np.mean(self.fidelity)), float(np.mean(self.prompt)) if self.prompt else 0.0
 
     @property
     def copy_score(self) -> float:
@@ -73,7 +73,7 @@ def overfitting(looks: Sequence[Look], copy_cap: float) -> list[str]:
             f"{last.copy_score:.2f}, the cap is {copy_cap:g}): it copies"
         )
     for earlier in reversed(looks[:-1]):
-        if earlier.step == 0:
+        if earlier.step == 0 or not last.prompt or not earlier.prompt:
             continue
         gained = _change(earlier.fidelity, last.fidelity)
         lost = _change(earlier.prompt, last.prompt)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import CLIPTokenizer
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.models.hub import opening, require_vocabulary
+
+_opening = functools.partial(opening, what="base model", index="model_index.json", setting="--base")
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,12 +75,16 @@ def load_base(name: str) -> Base:
         UserError: no such folder, a folder that is none, another kind of pipeline, or a hub that cannot be reached; the
             message says what to download and where to put it.
     """
-    with _one_line_errors(name):
-        pipeline = DiffusionPipeline.from_pretrained(name)
-    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
-        raise UserError(f"{name} is a {type(pipeline).__name__}: only Stable Diffusion 1 and 2 and SDXL are supported")
+    with _opening(name) as local_files_only:
+        pipeline = DiffusionPipeline.from_pretrained(name, local_files_only=local_files_only)
+        if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+            kind = type(pipeline).__name__
+            raise UserError(f"{name} is a {kind}: only Stable Diffusion 1 and 2 and SDXL are supported")
+        base = Base(name, pipeline)
+        for tokenizer in base.tokenizers:
+            require_vocabulary(tokenizer)
     pipeline.set_progress_bar_config(disable=True)
-    return Base(name, pipeline)
+    return base
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:
@@ -90,28 +93,7 @@ def load_tokenizer(name: str) -> CLIPTokenizer:
     Raises:
         UserError: see `load_base`.
     """
-    with _one_line_errors(name):
-        # Asked for one by one, as the tokenizer would, files that cannot be had leave it empty, without an error.
-        folder = name if Path(name).exists() else snapshot_download(name, allow_patterns="tokenizer/*")
-        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-
-
-@contextlib.contextmanager
-def _one_line_errors(name: str) -> Iterator[None]:
-    """Around the opening of the base model `name`: no progress bars of a second's work, and errors for users."""
-    folder = Path(name)
-    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    if local and not (folder / "model_index.json").is_file():
-        what = "is no folder of a pipeline: it has no model_index.json" if folder.exists() else "does not exist"
-        raise UserError(f"the base model {name} {what}; give a folder that save_pretrained wrote, or a name on the hub")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    except Exception as error:  # diffusers and the hub's library raise almost anything
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        if local:
-            raise UserError(f"the base model {name} cannot be read: {reason}") from error
-        raise UserError(
-            f"the base model {name} is neither in the cache nor to be had from the hub ({reason}); where there is a "
-            f"network run `hf download {name} --local-dir DIR`, bring the folder here, and give --base DIR"
-        ) from error
+    with _opening(name) as local_files_only:
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", local_files_only=local_files_only)
+        require_vocabulary(tokenizer)
+    return tokenizer

@@ -32,7 +32,7 @@ from improved_diffusion.personalize.models.base import DTYPES, Base
 from improved_diffusion.personalize.models.encoding import encode_texts, latent_moments
 from improved_diffusion.personalize.models.trained import Trained, prepare
 
-CONTEXT = 500_000_000  # bytes that CUDA takes before the first tensor: an allowance, as it differs by GPU and driver
+ALLOWANCE = 500_000_000  # bytes; measured nowhere, as it differs by GPU and driver
 MOMENTS = {False: 2 * 4, True: 2 * 1}  # bytes of Adam's two for each parameter, by whether they are kept in 8 bits
 # Bytes of a weight by its bits; in 4 bits, blocks of 64 share a float32 scale (Dettmers et al. 2023, arXiv:2305.14314).
 QUANTIZED = {8: 1, 4: 1 / 2 + 4 / 64}
@@ -53,8 +53,8 @@ class MemoryEstimate:
     activations: int
     """What the step needs beside all that. Gradients come as activations go, so that they share room; what is counted
     here is what does not fit into that of the gradients."""
-    context: int = CONTEXT
-    """Of CUDA itself, an allowance."""
+    allowance: int = ALLOWANCE
+    """For what is not counted."""
 
     @property
     def total(self) -> int:

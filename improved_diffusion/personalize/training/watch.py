@@ -127,12 +127,12 @@ def suite(config: PersonalizeConfig, captions: Sequence[str]) -> Sequence[str]:
 
 
 def to_look(record: dict[str, Any]) -> Look | None:
-    """What a record of `Watch.look` says of fidelity, prompts and copying; None where a model for one was missing."""
+    """What a record of `Watch.look` says of fidelity, prompts and copying; None where no model measured it."""
     values = record["values"]
     likeness = values.get("likeness") or values.get("clip_i")
-    if not likeness or not values.get("clip_t"):
+    if not likeness:
         return None
-    return Look(record["step"], tuple(likeness), tuple(values["clip_t"]), tuple(values.get("copying", ())))
+    return Look(record["step"], tuple(likeness), tuple(values.get("clip_t", ())), tuple(values.get("copying", ())))
 
 
 @torch.no_grad()

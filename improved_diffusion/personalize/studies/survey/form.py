@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -90,7 +91,8 @@ class Answers:
 
     @property
     def file_name(self) -> str:
-        return f"answers-{re.sub(r'\W+', '_', self.name)}-{self.session}.json"
+        readable = re.sub(r"\W+", "_", self.name)
+        return f"answers-{readable}-{self.session}.json"
 
 
 def parse_answers(text: bytes, key: Key) -> Answers:
@@ -132,7 +134,7 @@ def read_answers(paths: Sequence[Path], key: Key) -> list[Answers]:
         UserError: no answers there, a file that `parse_answers` refuses, or the same person's in two files.
     """
     found: dict[str, tuple[Path, Answers]] = {}
-    for path in (file for path in paths for file in _files(path)):
+    for path in itertools.chain.from_iterable(map(_files, paths)):
         try:
             answers = parse_answers(path.read_bytes(), key)
         except OSError as error:

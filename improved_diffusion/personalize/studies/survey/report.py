@@ -22,7 +22,7 @@ from improved_diffusion.personalize.studies.survey.ratings import (
 
 @dataclass(frozen=True)
 class Mean:
-    """Of all answers about a system's images to a question; `mean` is None where there are none."""
+    """Of all answers about a system's images to a question; None where there are none."""
 
     system: str
     question: str
@@ -34,19 +34,20 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first system's mean less the second's."""
+    """The first system's mean less the second's; None where one of them has none."""
 
     first: str
     second: str
     question: str
-    mean: float
+    mean: float | None
     interval: tuple[float, float] | None
-    pairs: int  # images of the same prompt in both
+    pairs: int  # images of one prompt in both systems, which the bootstrap draws together
 
 
 @dataclass(frozen=True)
 class Report:
-    people: int
+    """All that there is to tell."""
+
     means: list[Mean]
     differences: list[Difference]
     agreement: dict[str, float | None]  # question -> Krippendorff's alpha
@@ -54,30 +55,111 @@ class Report:
 
 
 def summarise(answers: Sequence[Answers], key: Key) -> Report:
-    """Means with intervals over people and images, the differences between systems, and the people's agreement."""
+    """The report on the answers of one person or more. People and images are resampled; see `crossed_resamples`."""
     ratings = to_ratings(answers, key)
-    shown = list(key.images.values())
-    systems = sorted({image.system for image in shown})
-    columns = {system: np.array([image.system == system for image in shown]) for system in systems}
-    items = _items(key)
+    system_of = np.array([image.system for image in key.images.values()])
+    systems, items = sorted(set(system_of)), paired_items(key)
     resamples = crossed_resamples(len(answers), items)
-    means, differences, agreement = [], [], {}
-    for question, of_question in zip(key.questions, ratings, strict=True):
-        agreement[question] = krippendorff_alpha(of_question)
-        replicates = {}
-        for system, mine in columns.items():
-            given = ~np.isnan(of_question[:, mine])
-            replicates[system] = resampled_means(
-                of_question[:, mine], resamples._replace(images=resamples.images[:, mine])
-            )
-            means.append(
-                Mean(
-                    system,
-                    question,
-                    float(of_question[:, mine][given].mean()) if given.any() else None,
-                    percentile_interval(replicates[system]),
-                    images=int(given.any(axis=0).sum()),
-                    people=int(given.any(axis=1).sum()),
-                )
-            )
-        
+    own = {(s, q): np.where(system_of == s, ratings[q], np.nan) for s in systems for q in key.questions}
+    replicates = {pair: resampled_means(of_pair, resamples) for pair, of_pair in own.items()}
+    means = {}
+    for (system, question), of_pair in own.items():
+        given = ~np.isnan(of_pair)
+        means[system, question] = Mean(
+            system,
+            question,
+            float(of_pair[given].mean()) if given.any() else None,
+            percentile_interval(replicates[system, question]),
+            images=int(given.any(axis=0).sum()),
+            people=int(given.any(axis=1).sum()),
+        )
+    differences = []
+    for first, second in itertools.combinations(systems, 2):
+        pairs = len(set(items[system_of == first]) & set(items[system_of == second]))
+        for question in key.questions:
+            a, b = means[first, question].mean, means[second, question].mean
+            interval = percentile_interval(replicates[first, question] - replicates[second, question])
+            mean = None if a is None or b is None else a - b
+            differences.append(Difference(first, second, question, mean, interval, pairs))
+    agreement = {question: krippendorff_alpha(ratings[question]) for question in key.questions}
+    return Report(list(means.values()), differences, agreement, _notes(answers))
+
+
+def to_ratings(answers: Sequence[Answers], key: Key) -> dict[str, np.ndarray]:
+    """{question: float64 (people, images)}, the images in the key's order, NaN where a person did not answer."""
+    return {
+        question: np.array(
+            [[person.answers.get(image, {}).get(question, np.nan) for image in key.images] for person in answers]
+        )
+        for question in key.questions
+    }
+
+
+def paired_items(key: Key) -> np.ndarray:
+    """int (images,): the k-th images of one prompt in the systems have the same number, all others one of their own."""
+    turns: Counter[tuple[str, str]] = Counter()
+    numbers: dict[tuple[str, int], int] = {}
+    items = []
+    for image in key.images.values():
+        turn = turns[image.system, image.prompt]
+        turns[image.system, image.prompt] += 1
+        items.append(numbers.setdefault((image.prompt, turn), len(numbers)))
+    return np.array(items)
+
+
+def _notes(answers: Sequence[Answers]) -> list[str]:
+    names = Counter(person.name for person in answers)
+    notes = [f"{n} people are called {name!r}: leave one out if they are one" for name, n in names.items() if n > 1]
+    if len(answers) == 1:
+        notes.append("one person answered: there is no agreement to measure, and the intervals are over images alone")
+    else:
+        notes.append("intervals: people and images are resampled, independently (pigeonhole bootstrap)")
+    return notes
+
+
+def table(report: Report) -> str:
+    """One line for each mean, then for each difference, then for each question's agreement."""
+    labels = [mean.system for mean in report.means] + [f"{d.first} - {d.second}" for d in report.differences]
+    wide, asked = max(map(len, labels)), max(map(len, ("question", *report.agreement)))
+    heading = f"  {'question':{asked}}  {'mean':>6}  {'95% interval':>16}"
+    lines = [f"{'system':{wide}}{heading}  {'images':>6}  {'people':>6}"]
+    for mean in report.means:
+        lines.append(f"{mean.system:{wide}}  {_cells(mean, asked)}  {mean.images:6}  {mean.people:6}")
+    if report.differences:
+        lines += ["", f"{'difference':{wide}}{heading}  {'pairs':>6}"]
+    for difference in report.differences:
+        label = f"{difference.first} - {difference.second}"
+        lines.append(f"{label:{wide}}  {_cells(difference, asked, '+')}  {difference.pairs:6}")
+    lines += ["", f"{'question':{asked}}  {'agreement (alpha of Krippendorff, interval metric)'}"]
+    lines += [f"{question:{asked}}  {_number(alpha)}" for question, alpha in report.agreement.items()]
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+def _cells(row: Mean | Difference, asked: int, sign: str = "") -> str:
+    interval = "-" if row.interval is None else " to ".join(_number(bound, sign) for bound in row.interval)
+    return f"{row.question:{asked}}  {_number(row.mean, sign):>6}  {interval:>16}"
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.2f}"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Each system's means with their intervals, question by question, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    questions = list(report.agreement)
+    systems = list(dict.fromkeys(mean.system for mean in report.means))
+    figure = Figure(figsize=(2 + 1.6 * len(questions), 4), layout="constrained")
+    axes = figure.subplots()
+    for number, system in enumerate(systems):
+        rows = [mean for mean in report.means if mean.system == system and mean.mean is not None]
+        places = [questions.index(row.question) + 0.1 * (number - (len(systems) - 1) / 2) for row in rows]
+        bounds = np.array([row.interval or (row.mean, row.mean) for row in rows]).reshape(-1, 2)
+        axes.vlines(places, *bounds.T, color=f"C{number}")
+        axes.plot(places, [row.mean for row in rows], "o", color=f"C{number}", label=system.replace("$", r"\$"))
+    axes.set(xticks=range(len(questions)), xticklabels=questions, ylim=(-0.1, MOST + 0.1), ylabel="mean, 95% interval")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.config import TrainingConfig
+from improved_diffusion.personalize.data.stream import MicroBatchStream
+from improved_diffusion.personalize.training.budget import Counters, plan
+
+SQUARE, TALL = (64, 64), (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "repeats", "training", "processes", "total", "epochs"),
+    [
+        # the Pokemon set: 833 images, batch 1, accumulation 4, 5,000 micro-steps are 1,250 updates and 6 epochs
+        ([SQUARE] * 833, 1, TrainingConfig(steps=1250, accumulation=4), 1, Counters(1250, 5000, 0), 5000 / 833),
+        # 500 epochs of 10 pictures
+        ([SQUARE] * 10, 1, TrainingConfig(epochs=500), 1, Counters(5000, 5000, 0), 500),
+        # 5 images in batches of 2: 2 + 2 + 1
+        ([SQUARE] * 5, 1, TrainingConfig(steps=3, batch_size=2), 1, Counters(3, 5, 0), 1),
+        # 3 square and 2 tall ones, twice each, in batches of 4: 4 + 2 and 4
+        ([SQUARE] * 3 + [TALL] * 2, 2, TrainingConfig(epochs=1, batch_size=4), 1, Counters(3, 10, 0), 1),
+        # two processes share the batches of an update
+        ([SQUARE] * 8, 1, TrainingConfig(epochs=2, accumulation=2), 2, Counters(4, 16, 0), 2),
+    ],
+    ids=["pokemon", "cartoon", "short batch", "buckets", "processes"],
+)
+def test_the_arithmetic_by_hand(sizes, repeats, training, processes, total, epochs):
+    stream = MicroBatchStream(sizes, repeats, training.batch_size, seed=0)
+    budget = plan(stream, training, processes, with_prior=False)
+    assert budget.total == total
+    assert budget.epochs == pytest.approx(epochs)
+
+
+def test_it_says_what_it_counts():
+    stream = MicroBatchStream([SQUARE] * 833, 1, 1, seed=0)
+    text = str(plan(stream, TrainingConfig(steps=1250, accumulation=4), 1, with_prior=True))
+    assert text == (
+        "833 images x 1 repeats / batch 1 = 833 batches an epoch / accumulation 4 = 208.25 updates an epoch; "
+        "in all 6.0 epochs: 1,250 updates, 5,000 images seen, 5,000 of the prior"
+    )
+
+
+def test_no_length_at_all():
+    with pytest.raises(UserError, match=r"how long to train\? give training.steps"):
+        plan(MicroBatchStream([SQUARE], 1, 1, seed=0), TrainingConfig(), 1, with_prior=False)
