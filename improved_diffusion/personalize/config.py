@@ -99,7 +99,7 @@ class PriorConfig:
     """How many; 0 for none."""
     weight: float = 1.0
     """Of their loss."""
-    prompt: str = "a photo of {class}"
+    prompt: str = "a photo of a {class}"
     """What they show."""
     path: str | None = None
     """Folder in which they are kept, or a folder of one's own images; by default one in the cache."""
@@ -213,7 +213,7 @@ class WatchConfig:
     """Prompts: clothes, style, place and action; DreamBooth's 25 for objects or for animals; or captions of the set."""
     prompts: tuple[str, ...] = ()
     """Prompts of one's own, in place of the suite."""
-    class_prompts: tuple[str, ...] = ("a photo of {class}", "a {class} in the forest")
+    class_prompts: tuple[str, ...] = ("a photo of a {class}", "a {class} in the forest")
     """Prompts without the subject, for which tuned and base should draw the same; used where there is a class."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A picture of each prompt is drawn from each."""

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from improved_diffusion.errors import ArgumentParser
+from improved_diffusion.errors import ArgumentParser, UserError
 from improved_diffusion.files import atomic_write
 
 
@@ -44,16 +44,25 @@ def run(arguments: list[str]) -> None:
 
 
 def _page(options: argparse.Namespace) -> None:
+    if options.seed < 0:
+        raise UserError(f"--seed must not be negative, not {options.seed}")
+    from improved_diffusion.personalize.data.captioned import open_captioned_set
     from improved_diffusion.personalize.studies.survey.form import key_path
-    from improved_diffusion.personalize.studies.survey.page import make_survey
+    from improved_diffusion.personalize.studies.survey.page import make_survey, open_systems
 
-    key = make_survey(options.generated, options.out, options.references, options.n, options.seed, options.title)
-    systems = {shown.system for shown in key.images.values()}
+    systems = open_systems(options.generated)
+    references = open_captioned_set(options.references) if options.references else None
+    for images in filter(None, [*systems.values(), references]):
+        for line in images.skipped:
+            print(f"skipped {line}")
+    key = make_survey(systems, options.out, references, options.n, options.seed, options.title)
     print(
         f"{options.out}: {len(key.images)} images, {len(key.images) // len(systems)} of each system, "
         f"{options.out.stat().st_size / 1e6:.1f} MB; asks for {', '.join(key.questions)}"
     )
     print(f"{key_path(options.out)}: which image is whose; keep it from those who answer")
+    if not set.intersection(*({image.caption for image in images.images} for images in systems.values())):
+        print("note: the systems share no prompt: what a prompt says may tell whose image it is")
 
 
 def _serve(options: argparse.Namespace) -> None:

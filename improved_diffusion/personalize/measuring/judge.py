@@ -52,6 +52,11 @@ class Judge:
         self._clip: tuple[Any, Any] | None = load_clip(clip, device) if clip is not None else None
         self._vision = _vision(vision, device) if vision is not None else None
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is a model by which pictures can be compared."""
+        return self._clip is not None or self._vision is not None
+
     def see(self, pictures: Sequence[Image.Image]) -> Seen:
         """What the models make of pictures of any sizes."""
         pictures = list(pictures)

@@ -29,7 +29,8 @@ def copying(pictures: Tensor, training: Tensor) -> Tensor:
         max(0, 1 - d / D),    d: cosine distance to the closest training image
                               D: median distance of a training image to the closest other one
 
-    0 is as close as two training images are, or further; 1 is a copy.
+    0 is as close as two training images are, or further; 1 is a copy. Give the training images as the autoencoder
+    renders them, for a copy is no sharper.
 
     Raises:
         ValueError: fewer than two training images, which say nothing of how close is close.

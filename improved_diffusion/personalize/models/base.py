@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -61,22 +61,29 @@ class Base:
         return self.pipeline.scheduler.alphas_cumprod
 
     def to(self, device: torch.device | str, dtype: str = "float32", vae_dtype: str = "float32") -> Base:
-        """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32."""
+        """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32. A UNet of few bits
+        stays as it was loaded, on the GPU."""
         for part in (self.unet, *self.text_encoders.values()):
-            part.to(device, DTYPES[dtype])
+            if not getattr(part, "is_quantized", False):
+                part.to(device, DTYPES[dtype])
         self.pipeline.vae.to(device, DTYPES[vae_dtype])
         return self
 
 
-def load_base(name: str) -> Base:
+def load_base(name: str, bits: int | None = None) -> Base:
     """The pipeline in a folder, or of that name on the Hugging Face hub, in float32 on the CPU.
+
+    Args:
+        name: the folder or the name.
+        bits: hold the UNet in 4 (NF4; Dettmers et al. 2023, arXiv:2305.14314) or 8 bits, which takes a GPU.
 
     Raises:
         UserError: no such folder, a folder that is none, another kind of pipeline, or a hub that cannot be reached; the
             message says what to download and where to put it.
     """
     with _opening(name) as local_files_only:
-        pipeline = DiffusionPipeline.from_pretrained(name, local_files_only=local_files_only)
+        settings = {} if bits is None else {"quantization_config": _few_bits(bits)}
+        pipeline = DiffusionPipeline.from_pretrained(name, local_files_only=local_files_only, **settings)
         if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
             kind = type(pipeline).__name__
             raise UserError(f"{name} is a {kind}: only Stable Diffusion 1 and 2 and SDXL are supported")
@@ -85,6 +92,15 @@ def load_base(name: str) -> Base:
             require_vocabulary(tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     return base
+
+
+def _few_bits(bits: int) -> PipelineQuantizationConfig:
+    details = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16} if bits == 4 else {}
+    return PipelineQuantizationConfig(
+        quant_backend=f"bitsandbytes_{bits}bit",
+        quant_kwargs={f"load_in_{bits}bit": True, **details},
+        components_to_quantize=["unet"],
+    )
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -49,6 +50,12 @@ def latent_moments(base: Base, pixels: Tensor) -> tuple[Tensor, Tensor]:
     else:  # an AutoencoderTiny has no distribution
         mean, std = output.latents, torch.zeros_like(output.latents)
     return mean.float() * vae.config.scaling_factor, std.float() * vae.config.scaling_factor
+
+
+def rendered(base: Base, picture: Image.Image) -> Image.Image:
+    """A picture, its sides multiples of 8, as the autoencoder renders it: the best that the base could draw of it."""
+    pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    return decode_latents(base, latent_moments(base, pixels[None])[0])[0]
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
-from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.crops import fit
 from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.judge import Judge, Seen
 from improved_diffusion.personalize.models.adapters import set_scales
-from improved_diffusion.personalize.models.tuned import load_run
+from improved_diffusion.personalize.models.encoding import rendered
+from improved_diffusion.personalize.models.tuned import Tuned, load_run
 from improved_diffusion.personalize.studies.sweep_config import DrawGrid, SweepConfig, TrainGrid
 from improved_diffusion.personalize.training.start import open_images
 from improved_diffusion.progress import progress
@@ -95,10 +95,11 @@ def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str,
     drawn: list[Drawn] = []
     with progress(total=total, desc="sweep", unit="picture") as bar:
         for run in runs:
-            references = judge.see(_references(RunDirectory(run).read_config(PersonalizeConfig)))
             for checkpoint in config.draw.checkpoints:
-                for pictures in _draw_checkpoint(config.draw, run, checkpoint, out, device, dtype):
-                    drawn += _score(pictures, judge, references)
+                tuned = load_run(RunDirectory(run), checkpoint, device=device, dtype=dtype)
+                references = _references(tuned, judge)
+                for pictures in _draw_checkpoint(config.draw, tuned, run, out):
+                    drawn += _score(pictures, judge, *references)
                     bar.update(len(pictures))
     return drawn
 
@@ -108,11 +109,8 @@ def _points_per_run(grid: DrawGrid) -> int:
     return len(list(itertools.product(*axes)))
 
 
-def _draw_checkpoint(
-    grid: DrawGrid, run: Path, checkpoint: str, out: Path, device: str, dtype: str
-) -> Iterator[list[Drawn]]:
+def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iterator[list[Drawn]]:
     """For each point of this run and checkpoint its pictures, not yet scored; only what is missing is drawn."""
-    tuned = load_run(RunDirectory(run), checkpoint, device=device, dtype=dtype)
     subject = tuned.config.subject
     prompts = [(number, subject.fill(prompt)) for number, prompt in enumerate(grid.prompts)]
     for unet, text, guidance in itertools.product(grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales):
@@ -133,13 +131,14 @@ def _draw_checkpoint(
         yield pictures
 
 
-def _references(config: PersonalizeConfig) -> list[Image.Image]:
-    """What the run learned from, as squares."""
-    images = [image.load(config.images.background) for image in open_images(config).training]
-    return [fit(image, (min(image.size), min(image.size)))[0] for image in images]
+def _references(tuned: Tuned, judge: Judge) -> tuple[Seen, Seen]:
+    """What the run learned from, and what copies of it would be."""
+    config, side = tuned.config, tuned.config.images.resolution or tuned.base.resolution
+    pictures = [fit(image.load(config.images.background), (side, side))[0] for image in open_images(config).training]
+    return judge.see(pictures), judge.see([rendered(tuned.base, picture) for picture in pictures])
 
 
-def _score(pictures: list[Drawn], judge: Judge, references: Seen) -> list[Drawn]:
+def _score(pictures: list[Drawn], judge: Judge, references: Seen, copies: Seen) -> list[Drawn]:
     seen = judge.see([Image.open(picture.file).convert("RGB") for picture in pictures])
     values: dict[str, torch.Tensor] = {}
     if seen.clip is not None:
@@ -147,8 +146,8 @@ def _score(pictures: list[Drawn], judge: Judge, references: Seen) -> list[Drawn]
         values["clip_i"] = scores.fidelity(seen.clip, references.clip)
     if seen.vision is not None:
         values["likeness"] = scores.fidelity(seen.vision, references.vision)
-    if values and len(references.likeness()) > 1:
-        values["copying"] = scores.copying(seen.likeness(), references.likeness())
+    if judge.compares and len(copies.likeness()) > 1:
+        values["copying"] = scores.copying(seen.likeness(), copies.likeness())
     return [
         Drawn(p.point, p.prompt, p.seed, p.file, {name: value[i].item() for name, value in values.items()})
         for i, p in enumerate(pictures)

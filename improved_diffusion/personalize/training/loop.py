@@ -154,14 +154,14 @@ class PersonalizeLoop:
         self.log.write_look(record, sheet)
         if self.wandb is not None:
             self._to_wandb(record, sheet)
+        said = [f"{name} {score['mean']:.3f}" for name, score in record["scores"].items()]
+        said += [f"held-out loss {record['held_out_loss']:.4f}"] if "held_out_loss" in record else []
+        tqdm.write(f"step {step}: {', '.join(said) or 'drawn'}")
         if (look := to_look(record)) is not None:
             self.looks.append(look)
             self._choose_and_warn()
         elif step > 0:
             self.run.point("best", self.run.checkpoint_file(step))
-        said = ", ".join(f"{name} {score['mean']:.3f}" for name, score in record["scores"].items())
-        held_out = f", held-out loss {record['held_out_loss']:.4f}" if "held_out_loss" in record else ""
-        tqdm.write(f"step {step}: {said}{held_out}")
 
     def _choose_and_warn(self) -> None:
         """Point `best` at the checkpoint of the best look, and say what speaks for overfitting."""

@@ -5,7 +5,7 @@ the real adapters and the arithmetic of a GPU. What is alive at its worst moment
 pass does not need is not counted, and gradient checkpointing counts for what it keeps and what it computes again.
 
 Left out are what a kernel uses within one operation, the fragmentation of the allocator, and what happens before and
-between the steps: encoding the images, and drawing pictures.
+between the steps: encoding the images, drawing pictures, and the networks that measure these.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from improved_diffusion.personalize.models.base import DTYPES, Base
 from improved_diffusion.personalize.models.encoding import encode_texts, latent_moments
 from improved_diffusion.personalize.models.trained import Trained, prepare
 
-ALLOWANCE = 500_000_000  # bytes; measured nowhere, as it differs by GPU and driver
+ALLOWANCE = 500_000_000  # bytes, of CUDA itself above all; a round figure, as it differs by GPU and driver
 MOMENTS = {False: 2 * 4, True: 2 * 1}  # bytes of Adam's two for each parameter, by whether they are kept in 8 bits
 # Bytes of a weight by its bits; in 4 bits, blocks of 64 share a float32 scale (Dettmers et al. 2023, arXiv:2305.14314).
 QUANTIZED = {8: 1, 4: 1 / 2 + 4 / 64}
@@ -61,14 +61,14 @@ class MemoryEstimate:
         return sum(self._parts().values())
 
     def __str__(self) -> str:
-        parts = " + ".join(f"{name} {amount(size)}" for name, size in self._parts().items() if size)
-        return f"{parts} = {amount(self.total)}"
+        parts = " + ".join(f"{name} {_amount(size)}" for name, size in self._parts().items() if size >= 1e6)
+        return f"{parts} = {_amount(self.total)}"
 
     def _parts(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def amount(size: float) -> str:
+def _amount(size: float) -> str:
     """Bytes as GB (10^9) or MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
@@ -80,8 +80,8 @@ def estimate_memory(base: Base, config: PersonalizeConfig, offload: bool = False
 
     Args:
         base: as it was opened, with weights or on the meta device; it is left as it is.
-        offload: the autoencoder and what is not trained of the text encoders are on the GPU only where a step needs
-            them, which it does not if `images.cache` keeps what they gave.
+        offload: the autoencoder and text encoders that are not trained leave the GPU before training, if `images.cache`
+            keeps what they gave.
     """
     model = _without_weights(base)
     training = config.training
@@ -92,10 +92,11 @@ def estimate_memory(base: Base, config: PersonalizeConfig, offload: bool = False
     # The last layer of SDXL's first text encoder, for one, is not used, and has neither gradient nor moments.
     learning = sum(parameter.numel() for parameter in trained.parameters.values() if parameter.grad is not None)
 
+    all_stay = not (offload and config.images.cache)
     on_gpu = [model.unet]
-    if config.trains_text or not (offload and config.images.cache):
+    if all_stay or config.trains_text:
         on_gpu += model.text_encoders.values()
-    if not (offload and config.images.cache):
+    if all_stay:
         on_gpu.append(model.pipeline.vae)
     return MemoryEstimate(
         weights=sum(_weight_bytes(part, config.base_bits if part is model.unet else None) for part in on_gpu),
@@ -106,28 +107,29 @@ def estimate_memory(base: Base, config: PersonalizeConfig, offload: bool = False
     )
 
 
-def require_memory(
-    estimate: MemoryEstimate, available: int, config: PersonalizeConfig, device: str = "the GPU"
-) -> None:
-    """Raise UserError if a run of `config` needs more than `available` bytes; the message says what would need less."""
+def require_memory(estimate: MemoryEstimate, available: int, config: PersonalizeConfig, device: str) -> None:
+    """Raise UserError if a run of `config` needs more than the `available` bytes; it says what would need less.
+
+    available: what is free on `device` before anything of the run is there.
+    """
     if estimate.total <= available:
         return
-    training = config.training
+    training, is_full = config.training, config.method == "full"
     remedies = {
         "training.gradient_checkpointing true": not training.gradient_checkpointing,
-        "training.batch_size 1 with more training.accumulation": training.batch_size > 1,
+        "training.batch_size 1 and more training.accumulation": training.batch_size > 1,
         "training.precision bf16": training.precision == "float32",
         "images.cache true": not config.images.cache,
-        "method lora": config.method == "full",
-        "training.adam_8bit true": config.method == "full" and not training.adam_8bit,
-        "training.ema_rate null": config.method == "full" and training.ema_rate is not None,
+        "base_bits 4": not is_full and config.base_bits != 4,
+        "training.adam_8bit true": is_full and not training.adam_8bit,
+        "training.ema_rate null": is_full and training.ema_rate is not None,
         "train_text_encoder false": config.train_text_encoder,
-        "base_bits 4": config.method != "full" and config.base_bits != 4,
+        "method lora": is_full,
         "a smaller images.resolution": True,
     }
-    advice = ", ".join(remedy for remedy, is_open in remedies.items() if is_open)
     raise UserError(
-        f"this needs about {amount(estimate.total)} and {device} has {amount(available)} free: set {advice}"
+        f"training needs about {_amount(estimate.total)} and {device} has {_amount(available)} free; to need less: "
+        + ", ".join(remedy for remedy, is_open in remedies.items() if is_open)
     )
 
 
@@ -176,7 +178,7 @@ def _loss(model: Base, config: PersonalizeConfig, dtype: torch.dtype) -> Tensor:
     side = resolution // model.pipeline.vae_scale_factor
     if not config.images.cache:
         with _GPUArithmetic():
-            latent_moments(model, torch.empty(count, 3, resolution, resolution, device="meta"))
+            latent_moments(model, torch.empty(config.training.batch_size, 3, resolution, resolution, device="meta"))
     x_t = torch.empty(count, model.unet.config.in_channels, side, side, dtype=dtype, device="meta")
     t, size_ids = torch.empty(count, device="meta"), torch.empty(count, 6, device="meta")
     with _GPUArithmetic(dtype):
@@ -194,23 +196,16 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         given = _storages((args, kwargs))
         result = func(*args, **kwargs)
-        for storage in _storages(result) - given:  # a view of what was given is nothing new
-            if storage not in self._known:
-                self._add(storage)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self._known.add(storage)
-        weakref.finalize(storage, self._free, size)
-        self.now += size
+        for storage in _storages(result) - given:  # what shares the storage of an argument is nothing new
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.now)
+        return result
 
     def _free(self, size: int) -> None:
         self.now -= size
@@ -222,20 +217,21 @@ def _storages(tree: Any) -> set[torch.UntypedStorage]:
 
 
 class _GPUArithmetic(TorchFunctionMode):
-    """What a GPU does with the operations of these networks, and the meta device does not by itself.
+    """What a GPU does with the operations of these networks, and the meta device does not.
 
-    Attention is a fused kernel, which does not make all of its matrix; and with `dtype` there is torch.autocast:
-    convolutions, matrix products and attention are in that type, normalization is in float32, and each trained
-    parameter is cast once.
+    Attention and dropout are fused kernels, which make neither all of the attention matrix nor a mask of numbers. With
+    `dtype` there is torch.autocast: linear layers, convolutions and attention are in that type, normalization is in
+    float32, and each trained parameter is cast once.
     """
+
+    LOWERED = (F.linear, F.conv2d, F.scaled_dot_product_attention)
+    FLOAT32 = (F.group_norm, F.layer_norm)
 
     def __init__(self, dtype: torch.dtype | None = None):
         super().__init__()
-        self._types = (
-            {} if dtype is None else dict.fromkeys((F.linear, F.conv2d, F.scaled_dot_product_attention), dtype)
-        )
+        self._types: dict[Callable, torch.dtype] = {}
         if dtype is not None:
-            self._types |= dict.fromkeys((F.group_norm, F.layer_norm), torch.float32)
+            self._types = {**dict.fromkeys(self.LOWERED, dtype), **dict.fromkeys(self.FLOAT32, torch.float32)}
         self._casts: dict[Tensor, Tensor] = {}
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -243,9 +239,7 @@ class _GPUArithmetic(TorchFunctionMode):
         if func in self._types:
             cast = functools.partial(self._cast, dtype=self._types[func])
             args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
-        if func is F.scaled_dot_product_attention:
-            return _fused_attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        return FUSED.get(func, func)(*args, **kwargs)
 
     def _cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if tensor.dtype == dtype or not tensor.is_floating_point():
@@ -266,6 +260,13 @@ def _fused_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    # Like a GPU's kernels, it keeps the inputs, the output and one number for each row, and it runs on the meta device.
+    # Like a GPU's kernels it keeps the inputs, the output and one number for each row, and it runs on the meta device.
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+FUSED = {F.scaled_dot_product_attention: _fused_attention, F.dropout: _fused_dropout}

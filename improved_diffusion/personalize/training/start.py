@@ -24,7 +24,7 @@ from improved_diffusion.personalize.training.budget import plan
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.prior import prior_images
 from improved_diffusion.personalize.training.trainer import Source, Trainer
-from improved_diffusion.personalize.training.watch import Watch
+from improved_diffusion.personalize.training.watch import Watch, watched_prompts
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.settings import require, to_plain
@@ -98,13 +98,19 @@ def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     """Device, precision and processes, as `accelerate launch` or torchrun started them.
 
     Raises:
-        UserError: fp16 without a CUDA device.
+        UserError: what takes a CUDA device, without one.
     """
     has_cuda = torch.cuda.is_available()
     precision = config.training.precision
+    needs_cuda = {
+        "training.precision fp16": precision == "fp16",
+        "training.adam_8bit": config.training.adam_8bit,
+        f"base_bits {config.base_bits}": config.base_bits is not None,
+    }
+    for setting, is_set in needs_cuda.items():
+        require(has_cuda or not is_set, f"{setting} needs a CUDA device: leave it out here")
     if precision == "auto":
         precision = "bf16" if has_cuda and is_fast_at_bf16(torch.device("cuda")) else "float32"
-    require(precision != "fp16" or has_cuda, "training.precision fp16 needs a CUDA device: use float32 or bf16 here")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     return Accelerator(mixed_precision={"float32": "no"}.get(precision, precision))
 
@@ -128,6 +134,8 @@ def build(
     """
     require(config.base is not None, "which base model? give --base, a folder or a name on the Hugging Face hub")
     learned = open_images(config)
+    captions = [*learned.held_out_texts, *learned.texts]
+    prompts, class_prompts = watched_prompts(config, captions)
     require(
         state is None or state["data_hash"] == learned.content_hash,
         f"{config.data} does not hold the images and captions that {run.path} was trained on",
@@ -137,7 +145,7 @@ def build(
     token = config.subject.token
     if token is not None and (without := sum(token not in text for text in learned.texts)):
         say(f"warning: {without} of {len(learned.texts)} captions do not name the subject: write {token} into them")
-    base = load_base(config.base)
+    base = load_base(config.base, config.base_bits)
     resolution = config.images.resolution or base.resolution
     sizes = buckets(resolution, config.images.buckets)
     stream = MicroBatchStream(
@@ -145,6 +153,7 @@ def build(
     )
     budget = plan(stream, config.training, accelerator.num_processes, with_prior=config.prior.images > 0)
     say(f"budget: {budget}")
+    judge = Judge(config.watch.clip, config.watch.vision, accelerator.device) if accelerator.is_main_process else None
     base.to(accelerator.device, arithmetic(accelerator), config.training.vae_precision)
     prior = _prior(base, config, stream.sizes, resolution, accelerator)
     trained = prepare(base, config)
@@ -158,7 +167,12 @@ def build(
     if learned.held_out:
         of_held_out = choose_sizes(learned.held_out, sizes)
         held_out = Source(Examples(base, learned.held_out, of_held_out, config.images), learned.held_out_texts)
-    watch = _watch(base, config, learned, resolution, run, accelerator) if accelerator.is_main_process else None
+    watch = None
+    if judge is not None:
+        size = (resolution, resolution)
+        references = [fit(image.load(config.images.background), size)[0] for image in learned.training]
+        folder = run.samples / "class_base"
+        watch = Watch(base, config.watch, judge, references, prompts, class_prompts, folder)
     data = {"path": str(config.data), "images": len(learned.training), "content_hash": learned.content_hash}
     if accelerator.is_main_process:
         entry = provenance_entry(data, accelerator.device, accelerator.num_processes, PACKAGES)
@@ -188,21 +202,6 @@ def _prior(
     texts = [config.subject.fill(config.prior.prompt)] * len(found)
     plain = dataclasses.replace(config.images, crops=1, flip=False)
     return {size: Source(Examples(base, found.images, [size] * len(found), plain), texts) for size in set(sizes)}
-
-
-def _watch(
-    base: Base,
-    config: PersonalizeConfig,
-    learned: Learned,
-    resolution: int,
-    run: RunDirectory,
-    accelerator: Accelerator,
-) -> Watch:
-    judge = Judge(config.watch.clip, config.watch.vision, accelerator.device)
-    size = (resolution, resolution)
-    references = [fit(image.load(config.images.background), size)[0] for image in learned.training]
-    captions = [*learned.held_out_texts, *learned.texts]
-    return Watch(base, config, judge, references, captions, run.samples / "class_base")
 
 
 def _wandb(config: PersonalizeConfig, run: RunDirectory, accelerator: Accelerator) -> Any:

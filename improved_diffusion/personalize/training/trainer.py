@@ -231,8 +231,6 @@ def _adamw(groups: list[dict[str, Any]], training: TrainingConfig) -> torch.opti
     settings = {"lr": training.lr, "weight_decay": training.weight_decay}
     if not training.adam_8bit:
         return torch.optim.AdamW(groups, **settings, fused=True)
-    if not torch.cuda.is_available():
-        raise UserError("training.adam_8bit needs a CUDA device: leave it out here")
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, **settings)

@@ -14,7 +14,7 @@ from PIL import Image
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
-from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
 from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.choice import Look
@@ -23,6 +23,7 @@ from improved_diffusion.personalize.measuring.prompts import SUITES
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.base import Base
+from improved_diffusion.personalize.models.encoding import rendered
 from improved_diffusion.personalize.training.trainer import Source, Trainer
 
 HELD_OUT_NOISE = 200  # purpose of a generator, see trainer.py
@@ -34,29 +35,29 @@ class Watch:
 
     Args:
         base: with the weights that are looked at.
-        config: of the run.
+        watch: seeds, scales and so on.
         judge: measures the pictures.
-        references: the training images.
-        captions: of the training set, for a suite of captions.
+        references: the training images, at a size that the base can draw.
+        prompts: what is drawn.
+        class_prompts: what tuned and base should draw alike; may be empty.
         folder: where the base's pictures of the class are kept, for the drift from them.
     """
 
     def __init__(
         self,
         base: Base,
-        config: PersonalizeConfig,
+        watch: WatchConfig,
         judge: Judge,
         references: Sequence[Image.Image],
-        captions: Sequence[str],
+        prompts: list[str],
+        class_prompts: list[str],
         folder: Path,
     ):
-        watch, subject = config.watch, config.subject
         self.base, self.watch, self.judge, self.folder = base, watch, judge, folder
         self.sampling = Sampling(watch.steps, watch.guidance_scale)
-        self.prompts = [subject.fill(prompt) for prompt in watch.prompts or suite(config, captions)]
-        has_class = subject.class_name is not None
-        self.class_prompts = [subject.fill(prompt) for prompt in watch.class_prompts] if has_class else []
+        self.prompts, self.class_prompts = prompts, class_prompts
         self.references = judge.see(references)
+        self.copies = judge.see([rendered(base, picture) for picture in references])
 
     def look(self, step: int) -> tuple[dict[str, Any], np.ndarray]:
         """A record for evaluations.jsonl, and the contact sheet, uint8 (H, W, 3).
@@ -72,7 +73,7 @@ class Watch:
             set_scales(self.base, 1.0, 1.0)
         _require_pictures([*pictures, *of_class], step)
         values = self._measure(self.judge.see(pictures))
-        if of_class:
+        if of_class and self.judge.compares:
             values["drift"] = self._drift(step, of_class)
         per_prompt = len(self.watch.seeds)
         shown = [*pictures, *of_class]
@@ -101,8 +102,8 @@ class Watch:
             values["clip_i"] = scores.fidelity(seen.clip, self.references.clip)
         if seen.vision is not None:
             values["likeness"] = scores.fidelity(seen.vision, self.references.vision)
-        if values and len(self.references.likeness()) > 1:
-            values["copying"] = scores.copying(seen.likeness(), self.references.likeness())
+        if self.judge.compares and len(self.copies.likeness()) > 1:
+            values["copying"] = scores.copying(seen.likeness(), self.copies.likeness())
         return values
 
     def _drift(self, step: int, pictures: list[Image.Image]) -> torch.Tensor:
@@ -119,11 +120,20 @@ class Watch:
         return scores.drift(self.judge.see(pictures).likeness(), self.judge.see(before).likeness())
 
 
-def suite(config: PersonalizeConfig, captions: Sequence[str]) -> Sequence[str]:
-    """The prompts that `watch.suite` names; of a set without a subject, some of its captions."""
-    if config.watch.suite == "captions" or config.subject.token is None:
-        return list(dict.fromkeys(captions))[:CAPTIONS]
-    return SUITES[config.watch.suite]
+def watched_prompts(config: PersonalizeConfig, captions: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The prompts that `watch` asks for, and those of the class, filled in. Of a set without a subject or of the suite
+    `captions`, some of its captions.
+
+    Raises:
+        UserError: one that asks for what is not set.
+    """
+    watch, subject = config.watch, config.subject
+    prompts = watch.prompts
+    if not prompts:
+        by_caption = watch.suite == "captions" or subject.token is None
+        prompts = list(dict.fromkeys(captions))[:CAPTIONS] if by_caption else SUITES[watch.suite]
+    of_class = watch.class_prompts if subject.class_name is not None else ()
+    return [subject.fill(prompt) for prompt in prompts], [subject.fill(prompt) for prompt in of_class]
 
 
 def to_look(record: dict[str, Any]) -> Look | None:

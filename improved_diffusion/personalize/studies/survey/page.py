@@ -33,29 +33,41 @@ REFERENCES = 4
 REFERENCE_SIDE = 512
 
 
+def open_systems(folders: Sequence[Path]) -> dict[str, CaptionedSet]:
+    """The images of each system, under the folder's name, or under its path where names repeat.
+
+    Raises:
+        UserError: a folder twice, one without usable images, or an image without a prompt.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("the same folder is given twice: give one folder for each system")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return {name: open_captioned_set(path, captions_required=True) for name, path in zip(names, folders, strict=True)}
+
+
 def make_survey(
-    folders: Sequence[Path], out: Path, references: Path | None = None, n: int = 50, seed: int = 0, title: str = ""
+    systems: dict[str, CaptionedSet], out: Path, references: CaptionedSet | None, n: int, seed: int, title: str
 ) -> Key:
     """Write the page to `out`, and beside it the key that tells where its images came from.
 
     The same arguments make the same survey.
 
     Args:
-        folders: one of each system, with images and their prompts (`open_captioned_set`).
+        systems: each with its images and their prompts.
         out: an HTML file.
         references: images in the style that was trained; without them that question is not asked.
-        n: images in all, the same number of each system.
+        n: images in all at most, the same number of each system.
         seed: of which images are drawn.
         title: the page's heading.
 
     Raises:
-        UserError: images without a prompt, too few images, or a folder twice.
+        UserError: `n` is less than one image for each system, or a file cannot be written.
     """
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("the same folder is given twice: give one folder for each system")
     rng = np.random.default_rng(seed)
-    drawn = draw_evenly([open_captioned_set(folder, captions_required=True) for folder in folders], n, rng)
-    pairs = [(system, image) for system, images in zip(_names(folders), drawn, strict=True) for image in images]
+    drawn = draw_evenly(list(systems.values()), n, rng)
+    pairs = [(system, image) for system, images in zip(systems, drawn, strict=True) for image in images]
     entries, shown = [], {}
     for place in rng.permutation(len(pairs)):
         system, image = pairs[place]
@@ -64,9 +76,13 @@ def make_survey(
         name = _hash(seed, len(entries), entry)
         entries.append({"id": name, **entry})
         shown[name] = Shown(system, image.name, image.caption)
-    examples = _examples(references, rng) if references else []
+    examples = []
+    if references:
+        chosen = rng.permutation(len(references))[:REFERENCES]
+        examples = [_data_uri(references.images[number], REFERENCE_SIDE) for number in chosen]
     questions = [question for question in QUESTIONS if examples or question is not STYLE]
-    key = Key(_hash(list(shown)), tuple(question.id for question in questions), shown)
+    asked = tuple(question.id for question in questions)
+    key = Key(_hash(list(shown), asked), asked, shown)
     survey = {
         "id": key.survey,
         "title": title,
@@ -97,7 +113,7 @@ def draw_evenly(sets: Sequence[CaptionedSet], n: int, rng: np.random.Generator) 
     rank = dict(zip(every, rng.permutation(len(every)), strict=True))
     drawn = []
     for images in sets:
-        turns: Counter[str] = Counter()
+        turns: Counter[str] = Counter()  # one image of every prompt comes before a second one of any
         ordered = []
         for number in rng.permutation(len(images)):
             image = images.images[number]
@@ -106,17 +122,6 @@ def draw_evenly(sets: Sequence[CaptionedSet], n: int, rng: np.random.Generator) 
         ordered.sort(key=lambda item: item[:3])
         drawn.append([image for *_, image in ordered[:each]])
     return drawn
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """What the report calls the systems: the folders' names, or their whole paths where names repeat."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-
-
-def _examples(folder: Path, rng: np.random.Generator) -> list[str]:
-    images = open_captioned_set(folder).images
-    return [_data_uri(images[number], REFERENCE_SIDE) for number in rng.permutation(len(images))[:REFERENCES]]
 
 
 def _data_uri(image: CaptionedImage, longer_side: int) -> str:

@@ -22,7 +22,8 @@ def crossed_resamples(people: int, items: np.ndarray, replicates: int = 2000, se
 
     The two are drawn independently, and a rating counts as often as its person is drawn times as its image is: the
     pigeonhole bootstrap (Owen 2007, arXiv:0712.1111). It adds up the spread of the people's means and that of the
-    images' means; what neither explains it counts three times, so its intervals are rather too wide than too narrow.
+    images' means; what neither explains it counts three times, which matters little once there are several of both. Of
+    few people's spread no bootstrap knows much: 95 % intervals from five people hold the truth about 90 % of the time.
 
     Args:
         people: how many.

@@ -19,6 +19,8 @@ from improved_diffusion.personalize.studies.survey.ratings import (
     resampled_means,
 )
 
+FEW_PEOPLE = 10
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -114,6 +116,8 @@ def _notes(answers: Sequence[Answers]) -> list[str]:
         notes.append("one person answered: there is no agreement to measure, and the intervals are over images alone")
     else:
         notes.append("intervals: people and images are resampled, independently (pigeonhole bootstrap)")
+        if len(answers) < FEW_PEOPLE:
+            notes.append(f"{len(answers)} people are few: the intervals are rather too narrow")
     return notes
 
 
@@ -130,7 +134,7 @@ def table(report: Report) -> str:
     for difference in report.differences:
         label = f"{difference.first} - {difference.second}"
         lines.append(f"{label:{wide}}  {_cells(difference, asked, '+')}  {difference.pairs:6}")
-    lines += ["", f"{'question':{asked}}  {'agreement (alpha of Krippendorff, interval metric)'}"]
+    lines += ["", f"{'question':{asked}}  agreement: Krippendorff's alpha, interval metric"]
     lines += [f"{question:{asked}}  {_number(alpha)}" for question, alpha in report.agreement.items()]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 

@@ -1,0 +1,196 @@
+"""Memory of fine-tuning: what a step takes, what was estimated, and what Stable Diffusion and SDXL will need.
+
+    python benchmarks/personalize_memory.py
+
+First, one training step of tiny random models on the CPU in float32, on all weights of the UNet (DreamBooth) and with
+LoRA: the tensors that stay and the most that PyTorch's allocator has given out beside them, in MB (10^6), each with the
+estimate.
+
+Then the estimates for the published architectures on a GPU, one image a step, LoRA of rank 16 on attention, bfloat16
+but for what is trained, in GB (10^9). Activations are what does not fit into the room of the gradients, which come when
+they go. The total has 0.5 GB for what is not counted. `text`: the text encoders are trained too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import runpy
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says that it starts
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from improved_diffusion.errors import user_errors_exit
+from improved_diffusion.personalize.config import AdapterConfig, ImagesConfig, PersonalizeConfig, TrainingConfig
+from improved_diffusion.personalize.data.captioned import open_captioned_set
+from improved_diffusion.personalize.data.examples import Examples
+from improved_diffusion.personalize.models.base import Base
+from improved_diffusion.personalize.models.trained import prepare
+from improved_diffusion.personalize.training.memory import estimate_memory
+from improved_diffusion.personalize.training.trainer import Source, Trainer
+
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "tiny_pipeline.py"))
+TINY_RESOLUTION = 64  # four times what the tiny models are made for, so that activations count as they do in real ones
+
+# Settings of the published models where they differ from the defaults of diffusers and transformers.
+SD_UNET = {"sample_size": 64, "cross_attention_dim": 768}
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+OPENCLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+
+
+def published_base(kind: str) -> Base:
+    """SD 1.5 (`sd`) or SDXL (`sdxl`) without weights, on the meta device."""
+    make_tokenizer = TINY["make_tokenizer"]
+    with torch.device("meta"):
+        vae, text_encoder = AutoencoderKL(**VAE), CLIPTextModel(CLIPTextConfig(**CLIP_L))
+        unet = UNet2DConditionModel(**(SDXL_UNET if kind == "sdxl" else SD_UNET))
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**OPENCLIP_G))
+    parts = {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": make_tokenizer("<|endoftext|>"),
+        "scheduler": None,
+    }
+    if kind == "sdxl":
+        parts |= {"text_encoder_2": text_encoder_2, "tokenizer_2": make_tokenizer("!")}
+        return Base("SDXL", StableDiffusionXLPipeline(**parts))
+    parts |= {"safety_checker": None, "feature_extractor": None}
+    return Base("SD 1.5", StableDiffusionPipeline(**parts, requires_safety_checker=False))
+
+
+def measure(base: Base, config: PersonalizeConfig) -> int:
+    """Bytes that a run on the CPU holds at the worst moment of its second step, the first to find moments of Adam."""
+    trained = prepare(base, config)
+    with tempfile.TemporaryDirectory() as folder:
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(Path(folder) / "black.png")
+        images = open_captioned_set(folder).images * config.training.batch_size
+        resolution = config.images.resolution or base.resolution
+        examples = Examples(base, images, [(resolution, resolution)] * len(images), config.images)
+        source = Source(examples, ["a picture"] * len(images))
+        prior = {(resolution, resolution): source} if config.prior.images else None
+        trainer = Trainer(base, trained, config, source, prior, Accelerator(cpu=True, mixed_precision="no"))
+        trainer.train_step()
+        trainer.optimizer.zero_grad()
+        return bytes_that_stay(trainer) + allocator_peak(trainer.train_step)
+
+
+def bytes_that_stay(trainer: Trainer) -> int:
+    base = trainer.base
+    parts = (base.unet, base.pipeline.vae, *base.text_encoders.values())
+    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    tensors += [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+    if trainer.ema is not None:
+        tensors += trainer.ema.weights(trainer.config.training.ema_rate).values()
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def allocator_peak(run: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's CPU allocator has given out at once, of what it gives out during `run`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    now = peak = 0
+    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return peak
+
+
+def compare_with_measurement() -> None:
+    print(f"{'MB':28}{'full':>8}{'estimate':>10}{'LoRA':>8}{'estimate':>10}{'full / LoRA':>13}")
+    for kind, checkpointing in itertools.product(("sd", "sdxl"), (False, True)):
+        bytes_of = {}
+        for method in ("full", "lora"):
+            config = PersonalizeConfig(
+                method=method,
+                images=ImagesConfig(resolution=TINY_RESOLUTION),
+                training=TrainingConfig(precision="float32", gradient_checkpointing=checkpointing),
+            )
+            base = Base(f"tiny {kind}", TINY["make_pipeline"](kind))
+            estimate = estimate_memory(base, config)
+            bytes_of[method] = measure(base, config), estimate.total - estimate.allowance
+        cells = "".join(f"{measured / 1e6:8.1f}{said / 1e6:10.1f}" for measured, said in bytes_of.values())
+        name = f"tiny {kind}{', checkpointing' if checkpointing else ''}"
+        print(f"{name:28}{cells}{bytes_of['full'][0] / bytes_of['lora'][0]:13.2f}")
+
+
+def published_runs() -> Iterator[tuple[str, PersonalizeConfig, bool]]:
+    """Name, settings, and whether what the step does not need is kept off the GPU."""
+    adapter = AdapterConfig(rank=16, alpha=16)
+    for method, text, checkpointing in itertools.product(("full", "lora"), (False, True), (False, True)):
+        training = TrainingConfig(gradient_checkpointing=checkpointing)
+        name = f"{method}{', text' * text}{', checkpointing' * checkpointing}"
+        yield name, PersonalizeConfig(method=method, train_text_encoder=text, adapter=adapter, training=training), False
+    least = PersonalizeConfig(base_bits=4, adapter=adapter, training=TrainingConfig(gradient_checkpointing=True))
+    yield "lora, checkpointing, 4 bits", least, False
+    yield "  and the rest off the GPU", least, True
+
+
+def tabulate_published() -> None:
+    columns = ("weights", "gradients", "optimizer", "activations", "total")
+    for base in map(published_base, ("sd", "sdxl")):
+        parts = {"unet": base.unet, "vae": base.pipeline.vae, **base.text_encoders}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        print(f"\n{base.name} at {base.resolution}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
+        print(f"{'GB':28}{'trained':>15}" + "".join(f"{column:>13}" for column in columns))
+        for name, config, offload in published_runs():
+            estimate = estimate_memory(base, config, offload)
+            cells = "".join(f"{getattr(estimate, column) / 1e9:13.2f}" for column in columns)
+            print(f"{name:28}{estimate.gradients // 4:15,}{cells}")
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity_error()
+    compare_with_measurement()
+    tabulate_published()
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        main()

@@ -1,0 +1,224 @@
+"""`personalize.py train` on tiny random pipelines, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+from accelerate.state import AcceleratorState  # noqa: E402
+
+PROJECT = Path(__file__).parents[3]
+
+FAST = ("--watch.clip=null", "--watch.vision=null", "--watch.steps=2", "--watch.every=100", "--watch.seeds=[0]")
+SUBJECT = ("--subject.token=sks", "--subject.class_name=ball")
+# All that draws from a generator, or keeps a state.
+EVERYTHING = (
+    "--train_text_encoder=true",
+    "--images.crops=2",
+    "--images.flip=true",
+    "--images.held_out=1",
+    "--prior.images=3",
+    "--prior.steps=2",
+    "--adapter.dropout=0.1",
+    "--training.accumulation=2",
+    "--training.ema_rate=0.9",
+    "--training.min_snr_gamma=5",
+    "--training.noise_offset=0.1",
+    "--training.warmup_steps=2",
+    "--training.save_every=2",
+)
+
+
+@pytest.fixture
+def train(run_script, photos, tmp_path, monkeypatch):
+    """Run `personalize.py train` on the photos; the run's directory is `tmp_path / name`."""
+    monkeypatch.setenv("IMPROVED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+
+    def run(base: Path, name: str, *flags: str, steps: int = 2):
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one, and here runs several commands
+        where = (f"--base={base}", f"--data={photos}", f"--out={tmp_path / name}")
+        return run_script("personalize.py", "train", *where, *SUBJECT, *FAST, f"--training.steps={steps}", *flags)
+
+    return run
+
+
+def checkpoint(run: Path, step: int) -> dict:
+    return torch.load(run / "checkpoints" / f"step_{step:07d}.pt", weights_only=True)
+
+
+def assert_equal(one, other) -> None:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(one, dict):
+        assert set(one) == set(other)
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--train_text_encoder=true", "--images.buckets=true", "--training.batch_size=2", "--prior.images=2"),
+        ("--adapter.dora=true", "--adapter.targets=attention+feedforward", "--training.gradient_checkpointing=true"),
+        ("--method=full", "--train_text_encoder=true", "--training.precision=bf16"),
+        ("--method=textual_inversion", "--subject.token=<ball>", "--subject.vectors=2"),
+    ],
+    ids=["lora", "dora", "full", "textual inversion"],
+)
+def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
+    train, run_script, tiny_bases, tmp_path, kind, flags
+):
+    outcome = train(tiny_bases[kind], "run", "--prior.steps=2", *flags)
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "run"
+    planned = re.search(r"epochs: (.*)", outcome.out).group(1)
+    assert re.search(r"done: (.*)", outcome.out).group(1) == planned
+    assert (run / "samples" / "step_0000002.png").is_file()
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(losses).all()
+    exported = run_script("personalize.py", "export", f"--run={run}", f"--out={tmp_path / 'exported'}")
+    assert exported.code == 0, exported.err
+    assert "largest difference of a pixel: 0" in exported.out
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_resumed_run_is_an_unbroken_one(train, run_script, tiny_bases, tmp_path, kind):
+    assert train(tiny_bases[kind], "unbroken", *EVERYTHING, steps=4).code == 0
+    assert train(tiny_bases[kind], "resumed", *EVERYTHING, steps=2).code == 0
+    outcome = run_script("personalize.py", "train", f"--resume={tmp_path / 'resumed'}", "--training.steps=4")
+    assert outcome.code == 0, outcome.err
+    assert "going on at update 2" in outcome.out
+    assert_equal(checkpoint(tmp_path / "resumed", 4), checkpoint(tmp_path / "unbroken", 4))
+    records = [json.loads(line) for line in (tmp_path / "resumed" / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 2, 4]
+    assert all("held_out_loss" in record for record in records)
+
+
+def test_killed_in_the_middle_it_goes_on(train, run_script, tiny_bases, photos, tmp_path):
+    assert train(tiny_bases["sd"], "unbroken", *EVERYTHING, steps=30).code == 0
+    killed = tmp_path / "killed"
+    where = [f"--base={tiny_bases['sd']}", f"--data={photos}", f"--out={killed}"]
+    command = [sys.executable, "personalize.py", "train", *where, *SUBJECT, *FAST, *EVERYTHING, "--training.steps=30"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints" / "latest").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "checkpoints" / "step_0000030.pt").exists()
+    assert run_script("personalize.py", "train", f"--resume={killed}").code == 0
+    assert_equal(checkpoint(killed, 30), checkpoint(tmp_path / "unbroken", 30))
+
+
+def test_what_decides_the_result_cannot_change(train, run_script, tiny_bases, tmp_path):
+    train(tiny_bases["sd"], "run")
+    outcome = run_script("personalize.py", "train", f"--resume={tmp_path / 'run'}", "--adapter.rank=4")
+    assert outcome.is_one_clear_line()
+    assert "cannot change adapter.rank from 8 to 4" in outcome.err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tiny_bases):
+    outcome = train(tiny_bases["sd"], "run", "--training.lr=1e30", "--training.grad_clip=null", steps=9)
+    assert outcome.code == 2
+    assert re.search(r"error: the loss of update \d is not finite; .* lower training.lr", outcome.err)
+
+
+def test_pictures_of_one_colour_stop_the_run(train, tiny_bases, tmp_path):
+    from improved_diffusion.personalize.models.base import load_base
+
+    base = load_base(str(tiny_bases["sd"]))
+    torch.nn.init.zeros_(base.pipeline.vae.decoder.conv_out.weight)
+    torch.nn.init.zeros_(base.pipeline.vae.decoder.conv_out.bias)
+    base.pipeline.save_pretrained(tmp_path / "broken")
+    outcome = train(tmp_path / "broken", "run")
+    assert outcome.code == 2
+    assert "error: at step 0 the model draws pictures of one colour (128, 128, 128)" in outcome.err
+
+
+def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for file in photos.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "broken.jpg").write_bytes((photos / "0.png").read_bytes()[:40])
+    (folder / "manual.pdf").write_bytes(b"%PDF-1.4")
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(folder / "sticker.png")
+    outcome = train(tiny_bases["sd"], "run", f"--data={folder}")
+    assert outcome.code == 0, outcome.err
+    assert "skipped broken.jpg: " in outcome.out
+    assert "skipped manual.pdf: not an image" in outcome.out
+    assert "budget: 6 images" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data=nowhere",), "there is no folder or parquet file of images at nowhere"),
+        (("--data={empty}",), "no usable images in"),
+        (("--subject.token=null",), "have no caption, the first is 1.png: write 1.txt beside it"),
+        (("--base=nowhere",), "the base model nowhere does not exist"),
+        (("--subject.token=zwx",), "the token 'zwx' splits into"),
+        (("--adapter.rank=0",), "adapter.rank must be at least 1, not 0"),
+        (("--training.steps=null",), "how long to train? give training.steps"),
+        (("--training.precision=fp16",), "training.precision fp16 needs a CUDA device"),
+        (("--training.adam_8bit=true",), "training.adam_8bit needs a CUDA device"),
+        (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
+        (("--training.epochs=3",), "either training.steps or training.epochs"),
+        (("--method=textual_inversion",), "knows 'sks' already"),
+        (("--watch.clip=nowhere",), "the CLIP model nowhere does not exist"),
+        (('--watch.prompts=["a {colour} ball"]',), "only {token} and {class} can be filled in"),
+        (("--images.background=mauvish",), "background 'mauvish' is no colour"),
+        (("--images.held_out=5",), "images.held_out is 5, and there are 5 images"),
+        (("--trainin.lr=1",), "trainin.lr"),
+        (("--config=nowhere.yaml",), "no config at nowhere.yaml"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_one_clear_line(train, tiny_bases, tmp_path, flags, message):
+    (tmp_path / "empty").mkdir()
+    outcome = train(
+        tiny_bases["sd"],
+        "run",
+        *(flag.format(empty=tmp_path / "empty") if "{empty}" in flag else flag for flag in flags),
+    )
+    assert outcome.is_one_clear_line(), outcome.err
+    assert message in outcome.err
+
+
+def test_an_interrupt_saves(train, tiny_bases, photos, tmp_path):
+    run = tmp_path / "run"
+    where = [f"--base={tiny_bases['sd']}", f"--data={photos}", f"--out={run}"]
+    command = [sys.executable, "personalize.py", "train", *where, *SUBJECT, *FAST, "--training.steps=100000"]
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err.decode()
+    assert f"go on with: python personalize.py train --resume {run}" in out.decode()
+    assert (run / "checkpoints" / "latest").is_file()
