@@ -81,7 +81,8 @@ def draw(
             settings["image"] = latents.to(base.unet.dtype).expand(len(texts), -1, -1, -1)
         output = pipeline(
             texts,
-            negative_prompt=[sampling.negative_prompt] * len(texts),
+            # For SDXL none at all and an empty one are not the same.
+            negative_prompt=[sampling.negative_prompt] * len(texts) if sampling.negative_prompt else None,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
             **settings,
         )

@@ -1,0 +1,150 @@
+"""Drawing: what a picture depends on, and what it costs nothing to share."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from improved_diffusion.errors import UserError
+
+pytest.importorskip("diffusers")
+from improved_diffusion.personalize.config import AdapterConfig  # noqa: E402
+from improved_diffusion.personalize.generate import Sampling, draw  # noqa: E402
+from improved_diffusion.personalize.models.adapters import adapted_parts, attach_adapters, set_scales  # noqa: E402
+
+FEW_STEPS = Sampling(steps=2)
+
+
+def arrays(pictures) -> list[np.ndarray]:
+    return [np.asarray(picture, dtype=np.int16) for picture in pictures]
+
+
+def test_a_picture_is_what_the_pipeline_draws(base):
+    (found,) = arrays(draw(base, ["a dog"], [7], FEW_STEPS))
+    generator = torch.Generator().manual_seed(7)
+    expected = base.pipeline("a dog", num_inference_steps=2, guidance_scale=7.5, generator=generator).images[0]
+    assert np.array_equal(found, np.asarray(expected))
+
+
+def test_a_picture_does_not_depend_on_its_batch(base):
+    prompts, seeds = ["a dog", "a cat", "a dog"], [1, 1, 2]
+    together = arrays(draw(base, prompts, seeds, FEW_STEPS, batch_size=3))
+    alone = arrays(draw(base, prompts, seeds, FEW_STEPS, batch_size=1))
+    assert all(np.abs(a - b).max() <= 1 for a, b in zip(together, alone, strict=True))
+    assert not np.array_equal(together[0], together[2])
+
+
+def test_from_a_picture_and_no_weight_is_cast_or_copied(base):
+    base.to("cpu", "bf16", "float32")
+    before = {id(parameter): parameter.dtype for parameter in base.unet.parameters()}
+    photo = Image.new("RGB", (100, 60), "red")
+    little, much = (
+        arrays(draw(base, ["a dog"], [0], Sampling(steps=10, strength=strength), start=photo))[0]
+        for strength in (0.1, 1.0)
+    )
+    assert little.shape == (base.resolution, base.resolution, 3)
+    assert not np.array_equal(little, much)
+    assert {id(parameter): parameter.dtype for parameter in base.unet.parameters()} == before
+    assert {parameter.dtype for parameter in base.pipeline.vae.parameters()} == {torch.float32}
+
+
+def test_a_strength_that_leaves_no_step(base):
+    with pytest.raises(UserError, match="leaves none of 2 steps"):
+        next(draw(base, ["a dog"], [0], Sampling(steps=2, strength=0.2), start=Image.new("RGB", (64, 64))))
+
+
+def test_what_is_no_picture_is_said(base):
+    with torch.no_grad():
+        base.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="drew what is no picture"):
+        next(draw(base, ["a dog"], [0], FEW_STEPS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "at least 1 step"),
+        ({"strength": 0}, "above 0"),
+        ({"height": 65}, "height must be a multiple of 8"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**settings)
+
+
+class TestCommandLine:
+    def test_scales_zero_are_the_base(self, base, run_script, tmp_path):
+        from improved_diffusion.personalize.models.export import export_kohya
+
+        attach_adapters(base, AdapterConfig(rank=3, alpha=5.0), text_encoders=True)
+        with torch.no_grad():
+            for part in adapted_parts(base).values():
+                for parameter in part.parameters():
+                    if parameter.requires_grad:
+                        parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        file = export_kohya(base, tmp_path / "adapter")
+        common = ("generate", "a dog", "--n=2", "--steps=2", "--seed=3", f"--base={base.name}")
+        folders = {}
+        for name, flags in {
+            "plain": (),
+            "zero": (f"--adapter={file}", "--unet-scale=0", "--text-encoder-scale=0"),
+            "whole": (f"--adapter={file}",),
+        }.items():
+            outcome = run_script("personalize.py", *common, *flags, f"--out={tmp_path / name}")
+            assert outcome.code == 0, outcome.err
+            folders[name] = [np.asarray(Image.open(tmp_path / name / f"{i:04d}.png")) for i in range(2)]
+            assert (tmp_path / f"{name}.png").is_file()
+        assert np.array_equal(folders["plain"], folders["zero"])
+        assert not np.array_equal(folders["plain"], folders["whole"])
+        set_scales(base, 1.0, 1.0)
+        assert np.array_equal(folders["whole"][1], np.asarray(next(draw(base, ["a dog"], [4], FEW_STEPS))))
+        records = [json.loads(line) for line in (tmp_path / "whole" / "metadata.jsonl").read_text().splitlines()]
+        assert records[1] == {"file_name": "0001.png", "text": "a dog", "seed": 4}
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ((), "which model? give --run, or --base"),
+            (("--base=nowhere",), "the base model nowhere does not exist"),
+            (("--run=nowhere",), "no run directory at nowhere"),
+            (("--base={sd}", "--adapter=nowhere"), "there is no adapter at nowhere"),
+            (("--base={sd}", "--adapter={broken}"), "is damaged, or of another architecture"),
+            (("--base={sd}", "--run=x", "--adapter=y"), "--run has an adapter of its own"),
+            (("--base={sd}", "--n=0"), "--n must be at least 1"),
+            (("--base={sd}", "--steps=0"), "at least 1 step"),
+            (("--base={sd}", "--image=nowhere.jpg"), "cannot read the image nowhere.jpg: there is no such file"),
+            (("--base={sd}", "--device=tpu9"), "--device tpu9 cannot be used here"),
+            (("--base={sd}", "--out={full}"), "is not empty: choose another --out"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    )
+    def test_mistakes_are_one_clear_line(self, run_script, tiny_bases, tmp_path, flags, message):
+        (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "0.png").write_bytes(b"")
+        places = {"sd": tiny_bases["sd"], "broken": tmp_path / "broken.safetensors", "full": tmp_path / "full"}
+        flags = [flag.format(**places) for flag in flags]
+        out = () if any(flag.startswith("--out") for flag in flags) else (f"--out={tmp_path / 'out'}",)
+        outcome = run_script("personalize.py", "generate", "a dog", *out, *flags)
+        assert outcome.is_one_clear_line(), outcome.err
+        assert message in outcome.err
+
+    @pytest.mark.parametrize("form", ["pytorch_lora_weights", "kohya_lora"])
+    def test_an_adapter_of_another_architecture(self, run_script, tiny_bases, tmp_path, form):
+        from improved_diffusion.personalize.models.base import load_base
+        from improved_diffusion.personalize.models.export import export_diffusers, export_kohya
+
+        for kind, other in (("sd", "sdxl"), ("sdxl", "sd")):
+            base = load_base(str(tiny_bases[kind]))
+            attach_adapters(base, AdapterConfig(), text_encoders=False)
+            export_diffusers(base, tmp_path / kind)
+            export_kohya(base, tmp_path / kind)
+            where = (f"--base={tiny_bases[other]}", f"--adapter={tmp_path / kind / form}.safetensors")
+            outcome = run_script("personalize.py", "generate", "a dog", *where, f"--out={tmp_path / 'out'}")
+            assert outcome.is_one_clear_line(), outcome.err
+            assert "of another architecture" in outcome.err

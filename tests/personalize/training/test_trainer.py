@@ -1,0 +1,109 @@
+"""One step, against what diffusers computes, and cached against not cached."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+from accelerate import Accelerator  # noqa: E402
+from diffusers import DDPMScheduler  # noqa: E402
+
+from improved_diffusion.personalize.config import ImagesConfig, PersonalizeConfig, TrainingConfig  # noqa: E402
+from improved_diffusion.personalize.data.captioned import open_captioned_set  # noqa: E402
+from improved_diffusion.personalize.data.examples import Examples  # noqa: E402
+from improved_diffusion.personalize.models.base import Base  # noqa: E402
+from improved_diffusion.personalize.models.trained import prepare  # noqa: E402
+from improved_diffusion.personalize.training.trainer import Source, Trainer  # noqa: E402
+
+TEXTS = ("a photo of a sks ball", "a sks ball on a lawn", "red", "green", "blue")
+SIZE = (64, 64)
+
+
+def make_trainer(base: Base, photos, **settings) -> Trainer:
+    images = settings.pop("images", ImagesConfig())
+    config = PersonalizeConfig(images=images, training=TrainingConfig(steps=9, **settings))
+    found = open_captioned_set(photos).images
+    trained = prepare(base, config)
+    source = Source(Examples(base, found, [SIZE] * len(found), images), TEXTS)
+    return Trainer(base, trained, config, source, None, Accelerator(cpu=True))
+
+
+def test_the_loss_is_what_diffusers_computes(base, photos):
+    """The noise, the text and SDXL's further conditions by way of the pipeline's own functions."""
+    trainer = make_trainer(base, photos)
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    t = torch.tensor([10, 700])
+    size_ids = torch.tensor([[100.0, 80.0, 0.0, 3.0, 64.0, 64.0], [64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])
+    pipeline = base.pipeline
+    with torch.no_grad():
+        found = trainer.denoising_losses(x_0, noise, t, TEXTS[:2], size_ids)
+        x_t = DDPMScheduler.from_config(pipeline.scheduler.config).add_noise(x_0, noise, t)
+        encoded = pipeline.encode_prompt(
+            list(TEXTS[:2]), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        added = None
+        if base.is_sdxl:
+            ids = [
+                pipeline._get_add_time_ids(
+                    tuple(row[:2]), tuple(row[2:4]), tuple(row[4:]), dtype=torch.float32, text_encoder_projection_dim=32
+                )
+                for row in size_ids.tolist()
+            ]
+            added = {"text_embeds": encoded[2], "time_ids": torch.cat(ids)}
+        predicted = base.unet(x_t, t, encoder_hidden_states=encoded[0], added_cond_kwargs=added).sample
+    expected = (predicted - noise).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_depends_on_what_is_cached(base, photos):
+    images = ImagesConfig(crops=2, flip=True)
+    losses = []
+    for cache in (True, False):
+        from improved_diffusion.personalize.models.base import load_base
+
+        fresh = load_base(base.name)
+        trainer = make_trainer(fresh, photos, images=dataclasses.replace(images, cache=cache), batch_size=2)
+        losses.append([trainer.train_step()["loss"].item() for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_each_part_has_its_own_learning_rate_and_warms_up(base, photos):
+    images = ImagesConfig()
+    config = PersonalizeConfig(
+        train_text_encoder=True,
+        images=images,
+        training=TrainingConfig(steps=9, lr=3e-4, lr_text_encoder=1e-4, lr_text_encoder_2=5e-5, warmup_steps=4),
+    )
+    found = open_captioned_set(photos).images
+    trained = prepare(base, config)
+    source = Source(Examples(base, found, [SIZE] * len(found), images), TEXTS)
+    trainer = Trainer(base, trained, config, source, None, Accelerator(cpu=True))
+    trainer.train_step()
+    peaks = {"unet": 3e-4, "text_encoder": 1e-4, "text_encoder_2": 5e-5}
+    rates = dict(zip(trained.parts, (group["lr"] for group in trainer.optimizer.param_groups), strict=True))
+    assert rates == pytest.approx({part: peaks[part] / 4 for part in trained.parts})
+    assert set(rates) == {"unet", *base.text_encoders}
+
+
+def test_frozen_weights_stay_and_trained_ones_move(base, photos):
+    trainer = make_trainer(base, photos, lr=1e-2)
+    before = {name: p.detach().clone() for name, p in base.unet.named_parameters()}
+    for _ in range(2):
+        trainer.train_step()
+    learned = {name.removeprefix("unet/") for name in trainer.trained.parameters}
+    for name, parameter in base.unet.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in learned)
+
+
+@pytest.mark.parametrize("batches", [{"accumulation": 2}, {"batch_size": 5}])
+def test_it_counts_what_it_has_seen(base, photos, batches):
+    trainer = make_trainer(base, photos, **batches)
+    for _ in range(3):
+        trainer.train_step()
+    assert trainer.counters.updates == 3
+    assert trainer.counters.images_seen == {"accumulation": 6, "batch_size": 15}[next(iter(batches))]
