@@ -19,6 +19,8 @@ COMMANDS = {  # each is a module of improved_diffusion.personalize.commands
     "sweep": "a grid over tokens, scales, guidance, seeds and prompts, scored",
     "evaluate": "CLIP-T, CLIP-I, DINO, KID, FID, Inception Score and LPIPS of a folder of pictures",
     "export": "an adapter for diffusers, ComfyUI and others, verified",
+    "survey": "a blind survey among people about generated images: its page, a server, a report",
+    "caption": "captions for a folder of images, by BLIP",
     "tokens": "which rare token can stand for a subject",
 }
 LIBRARIES = {  # their remarks on their own inner workings would hide ours

@@ -100,7 +100,7 @@ def published_base(kind: str) -> Base:
 
 
 def measure(base: Base, config: PersonalizeConfig) -> int:
-    """Bytes that a run on the CPU holds at the worst moment of its second step, the first to find moments of Adam."""
+    """Bytes that a run on the CPU holds at the worst moment of its second step; the first makes the moments of Adam."""
     trained = prepare(base, config)
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(Path(folder) / "black.png")
@@ -158,16 +158,15 @@ def compare_with_measurement() -> None:
         print(f"{name:28}{cells}{bytes_of['full'][0] / bytes_of['lora'][0]:13.2f}")
 
 
-def published_runs() -> Iterator[tuple[str, PersonalizeConfig, bool]]:
-    """Name, settings, and whether what the step does not need is kept off the GPU."""
+def published_runs() -> Iterator[tuple[str, PersonalizeConfig]]:
+    """Names and settings."""
     adapter = AdapterConfig(rank=16, alpha=16)
     for method, text, checkpointing in itertools.product(("full", "lora"), (False, True), (False, True)):
         training = TrainingConfig(gradient_checkpointing=checkpointing)
         name = f"{method}{', text' * text}{', checkpointing' * checkpointing}"
-        yield name, PersonalizeConfig(method=method, train_text_encoder=text, adapter=adapter, training=training), False
+        yield name, PersonalizeConfig(method=method, train_text_encoder=text, adapter=adapter, training=training)
     least = PersonalizeConfig(base_bits=4, adapter=adapter, training=TrainingConfig(gradient_checkpointing=True))
-    yield "lora, checkpointing, 4 bits", least, False
-    yield "  and the rest off the GPU", least, True
+    yield "lora, checkpointing, 4 bits", least
 
 
 def tabulate_published() -> None:
@@ -177,8 +176,8 @@ def tabulate_published() -> None:
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         print(f"\n{base.name} at {base.resolution}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
         print(f"{'GB':28}{'trained':>15}" + "".join(f"{column:>13}" for column in columns))
-        for name, config, offload in published_runs():
-            estimate = estimate_memory(base, config, offload)
+        for name, config in published_runs():
+            estimate = estimate_memory(base, config)
             cells = "".join(f"{getattr(estimate, column) / 1e9:13.2f}" for column in columns)
             print(f"{name:28}{estimate.gradients // 4:15,}{cells}")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,23 +9,37 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def _tiny_pipeline():
-    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "scripts" / "tiny_pipeline.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def tiny_bases(tmp_path_factory) -> dict[str, Path]:
-    """{kind: folder} of random pipelines with CLIP's own vocabulary."""
+def scripts() -> Iterator[None]:
+    """Lets tests import what is in scripts/."""
     pytest.importorskip("diffusers")
     if importlib.util.find_spec("open_clip") is None:
         pytest.skip("needs CLIP's vocabulary: pip install --no-deps open_clip_torch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory, scripts) -> dict[str, Path]:
+    """{kind: folder} of random pipelines with CLIP's own vocabulary."""
+    from tiny_pipeline import make_pipeline
+
     folder = tmp_path_factory.mktemp("bases")
     for kind in ("sd", "sdxl"):
-        _tiny_pipeline().make_pipeline(kind).save_pretrained(folder / kind)
+        make_pipeline(kind).save_pretrained(folder / kind)
     return {kind: folder / kind for kind in ("sd", "sdxl")}
+
+
+@pytest.fixture(scope="session")
+def tiny_judges(tmp_path_factory, scripts) -> dict[str, Path]:
+    """{kind: folder} of a random CLIP, DINO and BLIP."""
+    from tiny_judges import KINDS, save_judge
+
+    folder = tmp_path_factory.mktemp("judges")
+    for kind in KINDS:
+        save_judge(kind, folder / kind)
+    return {kind: folder / kind for kind in KINDS}
 
 
 @pytest.fixture(params=["sd", "sdxl"])

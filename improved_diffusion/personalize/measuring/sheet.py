@@ -30,7 +30,7 @@ def contact_sheet(
     largest = max(max(picture.size) for row in rows for picture in row if picture is not None)
     scale = SIDE / largest
     font = ImageFont.load_default(FONT)
-    titles = [textwrap.fill(title, LETTERS) for title in titles]
+    titles = [textwrap.fill(title, LETTERS, break_on_hyphens=False) for title in titles]
     columns = [textwrap.fill(title, int(SIDE / FONT * 2)) for title in columns]
     left = 2 * MARGIN + max(round(font.getlength(line)) for title in titles for line in title.split("\n"))
     top = MARGIN + max((title.count("\n") + 1) * (FONT + 5) for title in columns) if columns else 0

@@ -86,7 +86,9 @@ def _load(
     with opening(name, what, "config.json", setting) as local_files_only:
         kind = AutoConfig.from_pretrained(name, local_files_only=local_files_only).model_type
         if kind not in openers:
-            raise UserError(f"{name} is no {what}: its config.json says {kind!r}, not {' or '.join(map(repr, openers))}")
+            raise UserError(
+                f"{name} is no {what}: its config.json says {kind!r}, not {' or '.join(map(repr, openers))}"
+            )
         model, report = openers[kind](
             name, dtype=torch.float32, output_loading_info=True, local_files_only=local_files_only
         )

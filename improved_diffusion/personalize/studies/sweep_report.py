@@ -71,7 +71,7 @@ def write_results(drawn: Sequence[Drawn], summary: Sequence[dict[str, Any]], out
     ]
     _write_csv(out / "scores.csv", rows)
     _write_csv(out / "summary.csv", summary)
-    _draw_sheets(drawn, out)
+    _draw_sheets(drawn, [f"{number}: {_title(row)}" for number, row in enumerate(summary)], out)
     if "on_front" in summary[0]:
         _plot_front(summary, out / "pareto.png")
 
@@ -85,10 +85,9 @@ def _write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         temporary.write_text(text.getvalue())
 
 
-def _draw_sheets(drawn: Sequence[Drawn], out: Path) -> None:
+def _draw_sheets(drawn: Sequence[Drawn], titles: Sequence[str], out: Path) -> None:
     """One with all prompts, of the first seed; and one for each prompt with all seeds."""
     grouped = by_point(drawn)
-    titles = [f"{number}: {point.name}" for number, point in enumerate(grouped)]
     first = next(iter(grouped.values()))
     seeds = list(dict.fromkeys(picture.seed for picture in first))
     opened = [[Image.open(picture.file) for picture in pictures] for pictures in grouped.values()]

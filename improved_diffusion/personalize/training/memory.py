@@ -73,15 +73,16 @@ def _amount(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def estimate_memory(base: Base, config: PersonalizeConfig, offload: bool = False) -> MemoryEstimate:
+def estimate_memory(base: Base, config: PersonalizeConfig) -> MemoryEstimate:
     """The memory of a run of `config` on one GPU.
 
     A precision of `auto` is taken for bf16, and buckets for the square, which is the largest of them.
 
     Args:
         base: as it was opened, with weights or on the meta device; it is left as it is.
-        offload: the autoencoder and text encoders that are not trained leave the GPU before training, if `images.cache`
-            keeps what they gave.
+
+    Raises:
+        UserError: a token that does not fit, see `prepare`.
     """
     model = _without_weights(base)
     training = config.training
@@ -92,12 +93,8 @@ def estimate_memory(base: Base, config: PersonalizeConfig, offload: bool = False
     # The last layer of SDXL's first text encoder, for one, is not used, and has neither gradient nor moments.
     learning = sum(parameter.numel() for parameter in trained.parameters.values() if parameter.grad is not None)
 
-    all_stay = not (offload and config.images.cache)
-    on_gpu = [model.unet]
-    if all_stay or config.trains_text:
-        on_gpu += model.text_encoders.values()
-    if all_stay:
-        on_gpu.append(model.pipeline.vae)
+    # The looks at a run draw pictures, so that all parts stay there.
+    on_gpu = (model.unet, *model.text_encoders.values(), model.pipeline.vae)
     return MemoryEstimate(
         weights=sum(_weight_bytes(part, config.base_bits if part is model.unet else None) for part in on_gpu),
         gradients=4 * learning,

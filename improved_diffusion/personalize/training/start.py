@@ -22,6 +22,7 @@ from improved_diffusion.personalize.models.base import Base, load_base
 from improved_diffusion.personalize.models.trained import prepare
 from improved_diffusion.personalize.training.budget import plan
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
+from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
 from improved_diffusion.personalize.training.prior import prior_images
 from improved_diffusion.personalize.training.trainer import Source, Trainer
 from improved_diffusion.personalize.training.watch import Watch, watched_prompts
@@ -120,6 +121,11 @@ def arithmetic(accelerator: Accelerator) -> str:
     return {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a GPU; None for a CPU, whose memory can be swapped."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def build(
     config: PersonalizeConfig,
     run: RunDirectory,
@@ -145,6 +151,8 @@ def build(
     token = config.subject.token
     if token is not None and (without := sum(token not in text for text in learned.texts)):
         say(f"warning: {without} of {len(learned.texts)} captions do not name the subject: write {token} into them")
+    device = accelerator.device
+    free = free_memory(device)  # before anything of the run is there
     base = load_base(config.base, config.base_bits)
     resolution = config.images.resolution or base.resolution
     sizes = buckets(resolution, config.images.buckets)
@@ -153,6 +161,10 @@ def build(
     )
     budget = plan(stream, config.training, accelerator.num_processes, with_prior=config.prior.images > 0)
     say(f"budget: {budget}")
+    estimate = estimate_memory(base, config)
+    say(f"memory: {estimate}, on a GPU")
+    if free is not None:
+        require_memory(estimate, free, config, str(device))
     judge = Judge(config.watch.clip, config.watch.vision, accelerator.device) if accelerator.is_main_process else None
     base.to(accelerator.device, arithmetic(accelerator), config.training.vae_precision)
     prior = _prior(base, config, stream.sizes, resolution, accelerator)

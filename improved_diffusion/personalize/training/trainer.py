@@ -79,8 +79,8 @@ class Trainer:
         self.ema = EMA(trained.parameters, (training.ema_rate,)) if training.ema_rate is not None else None
         if training.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
-            for encoder in base.text_encoders.values():
-                encoder.gradient_checkpointing_enable()
+            for name in trained.parts.keys() - {"unet"}:
+                base.text_encoders[name].gradient_checkpointing_enable()
         self.step = self.images_seen = self.prior_seen = 0
 
     @property

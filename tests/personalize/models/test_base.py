@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -31,6 +32,14 @@ def test_what_is_no_base_is_one_line(tmp_path, tiny_bases):
         with pytest.raises(UserError, match=message) as caught:
             load_base(name)
         assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_not_passed_over(tmp_path, tiny_bases):
+    shutil.copytree(tiny_bases["sdxl"], tmp_path, dirs_exist_ok=True)
+    for name, load in (("tokenizer_2", load_base), ("tokenizer", load_tokenizer)):
+        (tmp_path / name / "tokenizer.json").unlink()
+        with pytest.raises(UserError, match="cannot be read: the files of its tokenizer are missing"):
+            load(str(tmp_path))
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_download(monkeypatch):

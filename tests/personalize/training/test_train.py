@@ -222,3 +222,14 @@ def test_an_interrupt_saves(train, tiny_bases, photos, tmp_path):
     assert process.returncode == 130, err.decode()
     assert f"go on with: python personalize.py train --resume {run}" in out.decode()
     assert (run / "checkpoints" / "latest").is_file()
+
+
+def test_a_gpu_too_small_is_said_before_anything_starts(train, tiny_bases, tmp_path, monkeypatch):
+    """As on a GPU with 400 MB free; the comparison needs none."""
+    from improved_diffusion.personalize.training import start
+
+    monkeypatch.setattr(start, "free_memory", lambda device: 400_000_000)
+    outcome = train(tiny_bases["sd"], "run", "--method=full")
+    assert outcome.is_one_clear_line(), outcome.err
+    assert re.search(r"needs about 5\d\d MB and cpu has 400 MB free; to need less: .*method lora", outcome.err)
+    assert not (tmp_path / "run").exists()

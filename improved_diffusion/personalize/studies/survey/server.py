@@ -40,7 +40,7 @@ class SurveyServer(ThreadingHTTPServer):
             self.page = page.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read the page {page}: {error.strerror}") from error
-        if self.key.survey.encode() not in self.page:
+        if f'{{"id": "{self.key.survey}"'.encode() not in self.page:
             raise UserError(f"{key_path(page)} is the key of another survey than {page}")
         self.folder = folder
         self._writing = threading.Lock()
