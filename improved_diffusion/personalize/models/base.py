@@ -88,7 +88,7 @@ def load_base(name: str, bits: int | None = None) -> Base:
             kind = type(pipeline).__name__
             raise UserError(f"{name} is a {kind}: only Stable Diffusion 1 and 2 and SDXL are supported")
         base = Base(name, pipeline)
-        for tokenizer in base.tokenizers[:1]:
+        for tokenizer in base.tokenizers:
             require_vocabulary(tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     return base
