@@ -28,6 +28,7 @@ LIBRARIES = {  # their remarks on their own inner workings would hide ours
     "DIFFUSERS_VERBOSITY": "critical",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+EXTRAS = {"wandb": "wandb", "bitsandbytes": "few-bits"}  # of setup.py, for what `personalize` has not
 
 
 def main(arguments: list[str]) -> None:
@@ -42,11 +43,11 @@ def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")  # of the libraries, on their own future
     for variable, value in LIBRARIES.items():
         os.environ.setdefault(variable, value)
-    command = importlib.import_module(f"improved_diffusion.personalize.commands.{options.command}")
     try:
-        command.run(options.arguments)
+        importlib.import_module(f"improved_diffusion.personalize.commands.{options.command}").run(options.arguments)
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is missing: pip install 'improved_diffusion[personalize]'") from error
+        extra = EXTRAS.get(error.name, "personalize")
+        raise UserError(f"{error.name} is missing: pip install 'improved_diffusion[{extra}]'") from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
+    package_data={"improved_diffusion.personalize.studies.survey": ["page.html"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -37,6 +38,8 @@ setup(
     extras_require={
         "similarity": SIMILARITY,
         "personalize": PERSONALIZE,
+        "wandb": ["wandb>=0.18"],  # personalize.py train --wandb PROJECT
+        "few-bits": ["bitsandbytes>=0.45"],  # 8-bit Adam, and a base of 4 or 8 bits, on a GPU
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

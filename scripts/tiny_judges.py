@@ -18,7 +18,6 @@ from tiny_pipeline import make_tokenizer
 
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
 
-KINDS = ("clip", "dino", "blip")
 IMAGE_SIZE = 32  # pixels
 LAYERS = {
     "hidden_size": 32,
@@ -60,12 +59,12 @@ def make_blip():
         file = Path(folder) / "vocab.txt"
         file.write_text("\n".join(vocabulary) + "\n")
         tokenizer = BertTokenizer.from_pretrained(folder)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "sep")}
     text = {
         **LAYERS,
-        **ids,
         "vocab_size": len(vocabulary),
         "encoder_hidden_size": 32,
+        "pad_token_id": tokenizer.pad_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
         "bos_token_id": tokenizer.cls_token_id,
         "eos_token_id": tokenizer.sep_token_id,
     }
@@ -74,18 +73,21 @@ def make_blip():
     return BlipForConditionalGeneration(config), BlipProcessor(images, tokenizer)
 
 
+JUDGES = {"clip": make_clip, "dino": make_dino, "blip": make_blip}
+
+
 def save_judge(kind: str, folder: Path, seed: int = 0) -> None:
     """Write a random model of that kind, and its processor, to `folder`."""
     import torch
 
     torch.manual_seed(seed)
-    for part in {"clip": make_clip, "dino": make_dino, "blip": make_blip}[kind]():
+    for part in JUDGES[kind]():
         part.save_pretrained(folder)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=JUDGES)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -34,12 +34,12 @@ def tiny_bases(tmp_path_factory, scripts) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_judges(tmp_path_factory, scripts) -> dict[str, Path]:
     """{kind: folder} of a random CLIP, DINO and BLIP."""
-    from tiny_judges import KINDS, save_judge
+    from tiny_judges import JUDGES, save_judge
 
     folder = tmp_path_factory.mktemp("judges")
-    for kind in KINDS:
+    for kind in JUDGES:
         save_judge(kind, folder / kind)
-    return {kind: folder / kind for kind in KINDS}
+    return {kind: folder / kind for kind in JUDGES}
 
 
 @pytest.fixture(params=["sd", "sdxl"])

@@ -140,7 +140,7 @@ def _of_folder(path: Path, caption_column: str | None, skipped: list[str]) -> It
             continue
         caption = captions.pop(name, None)
         beside = str(PurePosixPath(name).with_suffix(".txt"))
-        if caption is None and beside in texts:
+        if not caption and beside in texts:
             caption = _read_text(path / beside)
         yield CaptionedImage(name, caption or None, lambda name=name: folder.read(name))
     skipped += [f"{name}: listed in the metadata, but not there" for name in captions]

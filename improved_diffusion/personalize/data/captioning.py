@@ -16,7 +16,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.personalize.data.captioned import METADATA, CaptionedImage, CaptionedSet, open_captioned_set
 
-# As the authors caption images. Nothing is sampled: the same image and prefix always get the same caption.
+# That of the authors' demonstration (github.com/salesforce/BLIP). Nothing is sampled: captions can be repeated.
 BEAM_SEARCH = {"do_sample": False, "num_beams": 3, "min_length": 5, "max_new_tokens": 20}
 
 

@@ -34,7 +34,7 @@ class Seen:
         """
         found = self.vision if self.vision is not None else self.clip
         if found is None:
-            raise UserError("pictures can only be compared by a model: set watch.vision to inception, say")
+            raise UserError("pictures can only be compared by a model: set vision to inception, say")
         return found
 
 
@@ -45,12 +45,13 @@ class Judge:
         clip: name or folder of a CLIP model.
         vision: name or folder of a DINO model, or `inception`, which is in this project and needs no download.
         device: where they run.
+        group: of the settings `clip` and `vision`, which messages name: `watch.` or none.
     """
 
-    def __init__(self, clip: str | None, vision: str | None, device: torch.device | str):
+    def __init__(self, clip: str | None, vision: str | None, device: torch.device | str, group: str = ""):
         self.clip_name, self.vision_name = clip, vision
-        self._clip: tuple[Any, Any] | None = load_clip(clip, device) if clip is not None else None
-        self._vision = _vision(vision, device) if vision is not None else None
+        self._clip: tuple[Any, Any] | None = load_clip(clip, device, f"--{group}clip") if clip is not None else None
+        self._vision = _vision(vision, device, f"--{group}vision") if vision is not None else None
 
     @property
     def compares(self) -> bool:
@@ -70,9 +71,9 @@ class Judge:
         return text_embeddings(list(texts), *self._clip) if self._clip else None
 
 
-def _vision(name: str, device: torch.device | str) -> Callable[[list[Image.Image]], Tensor]:
+def _vision(name: str, device: torch.device | str, setting: str) -> Callable[[list[Image.Image]], Tensor]:
     if name != INCEPTION:
-        model, processor = load_vision(name, device)
+        model, processor = load_vision(name, device, setting)
         return lambda pictures: dino_embeddings(pictures, model, processor)
     extractor = FeatureExtractor((2048,), device)
 

@@ -41,9 +41,12 @@ def opening(name: str, what: str, index: str, setting: str) -> Iterator[bool]:
         problem = f"is no folder of one: it has no {index}" if folder.exists() else "does not exist"
         raise UserError(f"the {what} {name} {problem}; give a folder that save_pretrained wrote, or a name on the hub")
     unreachable = None if local else _why_unreachable(name)
+    is_local = local or unreachable is not None
+    # A download has a progress bar; those of a second's work on local files are hidden.
+    quiet = contextlib.redirect_stderr(io.StringIO()) if is_local else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars of a second's work
-            yield local or unreachable is not None
+        with quiet:
+            yield is_local
     except UserError:
         raise
     except Exception as error:  # diffusers, transformers and the hub's library raise almost anything

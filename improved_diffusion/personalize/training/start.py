@@ -113,7 +113,7 @@ def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if has_cuda and is_fast_at_bf16(torch.device("cuda")) else "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
-    return Accelerator(mixed_precision={"float32": "no"}.get(precision, precision))
+    return Accelerator(cpu=not has_cuda, mixed_precision={"float32": "no"}.get(precision, precision))
 
 
 def arithmetic(accelerator: Accelerator) -> str:
@@ -165,7 +165,7 @@ def build(
     say(f"memory: {estimate}, on a GPU")
     if free is not None:
         require_memory(estimate, free, config, str(device))
-    judge = Judge(config.watch.clip, config.watch.vision, accelerator.device) if accelerator.is_main_process else None
+    judge = Judge(config.watch.clip, config.watch.vision, device, "watch.") if accelerator.is_main_process else None
     base.to(accelerator.device, arithmetic(accelerator), config.training.vae_precision)
     prior = _prior(base, config, stream.sizes, resolution, accelerator)
     trained = prepare(base, config)

@@ -64,17 +64,7 @@ def summarise(answers: Sequence[Answers], key: Key) -> Report:
     resamples = crossed_resamples(len(answers), items)
     own = {(s, q): np.where(system_of == s, ratings[q], np.nan) for s in systems for q in key.questions}
     replicates = {pair: resampled_means(of_pair, resamples) for pair, of_pair in own.items()}
-    means = {}
-    for (system, question), of_pair in own.items():
-        given = ~np.isnan(of_pair)
-        means[system, question] = Mean(
-            system,
-            question,
-            float(of_pair[given].mean()) if given.any() else None,
-            percentile_interval(replicates[system, question]),
-            images=int(given.any(axis=0).sum()),
-            people=int(given.any(axis=1).sum()),
-        )
+    means = {pair: _mean(*pair, of_pair, replicates[pair]) for pair, of_pair in own.items()}
     differences = []
     for first, second in itertools.combinations(systems, 2):
         pairs = len(set(items[system_of == first]) & set(items[system_of == second]))
@@ -85,6 +75,18 @@ def summarise(answers: Sequence[Answers], key: Key) -> Report:
             differences.append(Difference(first, second, question, mean, interval, pairs))
     agreement = {question: krippendorff_alpha(ratings[question]) for question in key.questions}
     return Report(list(means.values()), differences, agreement, _notes(answers))
+
+
+def _mean(system: str, question: str, ratings: np.ndarray, replicates: np.ndarray) -> Mean:
+    given = ~np.isnan(ratings)
+    return Mean(
+        system,
+        question,
+        float(ratings[given].mean()) if given.any() else None,
+        percentile_interval(replicates),
+        images=int(given.any(axis=0).sum()),
+        people=int(given.any(axis=1).sum()),
+    )
 
 
 def to_ratings(answers: Sequence[Answers], key: Key) -> dict[str, np.ndarray]:
