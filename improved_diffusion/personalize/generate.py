@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -79,17 +80,27 @@ def draw(
         texts = list(prompts[batch])
         if start is not None:
             settings["image"] = latents.to(base.unet.dtype).expand(len(texts), -1, -1, -1)
-        output = pipeline(
-            texts,
-            # For SDXL none at all and an empty one are not the same.
-            negative_prompt=[sampling.negative_prompt] * len(texts) if sampling.negative_prompt else None,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
-            **settings,
-        )
+        with _arithmetic(base):
+            output = pipeline(
+                texts,
+                # For SDXL none at all and an empty one are not the same.
+                negative_prompt=[sampling.negative_prompt] * len(texts) if sampling.negative_prompt else None,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
+                **settings,
+            )
         drawn: Tensor = output.images
         if not torch.isfinite(drawn).all():
             raise UserError(f"the network drew what is no picture (NaN) for {texts[0]!r}: use bf16 or float32")
         yield from decode_latents(base, drawn)
+
+
+def _arithmetic(base: Base) -> contextlib.AbstractContextManager:
+    """Autocast where the parts have several types: what is being trained is float32, whatever the rest is."""
+    types = {part.dtype for part in (base.unet, *base.text_encoders.values())}
+    shorter = types - {torch.float32}
+    if len(types) == 1:
+        return contextlib.nullcontext()
+    return torch.autocast(base.unet.device.type, dtype=shorter.pop())
 
 
 def _image_to_image(base: Base) -> StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline:

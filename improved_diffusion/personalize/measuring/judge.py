@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from improved_diffusion.metrics.similarity import dino_embeddings, image_embeddi
 from improved_diffusion.personalize.models.judges import load_clip, load_vision
 
 INCEPTION = "inception"
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,14 @@ class Judge:
         """Whether there is a model by which pictures can be compared."""
         return self._clip is not None or self._vision is not None
 
-    def see(self, pictures: Sequence[Image.Image]) -> Seen:
-        """What the models make of pictures of any sizes."""
-        pictures = list(pictures)
-        return Seen(
-            clip=image_embeddings(pictures, *self._clip) if self._clip else None,
-            vision=self._vision(pictures) if self._vision else None,
-        )
+    def see(self, pictures: Iterable[Image.Image]) -> Seen:
+        """What the models make of pictures of any sizes, of which only a few are held at a time."""
+        clip, vision = [], []
+        pictures = iter(pictures)
+        while batch := list(itertools.islice(pictures, BATCH)):
+            clip += [image_embeddings(batch, *self._clip)] if self._clip else []
+            vision += [self._vision(batch)] if self._vision else []
+        return Seen(clip=torch.cat(clip) if clip else None, vision=torch.cat(vision) if vision else None)
 
     def read(self, texts: Sequence[str]) -> Tensor | None:
         """CLIP's embeddings of N texts, float32 (N, d) of length 1; None without CLIP."""

@@ -7,23 +7,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
-from improved_diffusion.personalize.data.crops import fit
+from improved_diffusion.personalize.data.learned import open_images
 from improved_diffusion.personalize.generate import Sampling, draw
-from improved_diffusion.personalize.measuring import scores
-from improved_diffusion.personalize.measuring.judge import Judge, Seen
+from improved_diffusion.personalize.measuring.judge import Judge
+from improved_diffusion.personalize.measuring.references import References, measure, see_training
 from improved_diffusion.personalize.models.adapters import set_scales
-from improved_diffusion.personalize.models.encoding import rendered
 from improved_diffusion.personalize.models.tuned import Tuned, load_run
 from improved_diffusion.personalize.studies.sweep_config import DrawGrid, SweepConfig, TrainGrid
-from improved_diffusion.personalize.training.start import open_images
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
 
@@ -99,7 +96,7 @@ def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str,
                 tuned = load_run(RunDirectory(run), checkpoint, device=device, dtype=dtype)
                 references = _references(tuned, judge)
                 for pictures in _draw_checkpoint(config.draw, tuned, run, out):
-                    drawn += _score(pictures, judge, *references)
+                    drawn += _score(pictures, judge, references)
                     bar.update(len(pictures))
     return drawn
 
@@ -131,24 +128,17 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
         yield pictures
 
 
-def _references(tuned: Tuned, judge: Judge) -> tuple[Seen, Seen]:
-    """What the run learned from, and what copies of it would be."""
-    config, side = tuned.config, tuned.config.images.resolution or tuned.base.resolution
-    pictures = [fit(image.load(config.images.background), (side, side))[0] for image in open_images(config).training]
-    return judge.see(pictures), judge.see([rendered(tuned.base, picture) for picture in pictures])
+def _references(tuned: Tuned, judge: Judge) -> References:
+    config, images = tuned.config, open_images(tuned.config).training.images
+    return see_training(
+        tuned.base, judge, images, config.images.background, config.images.resolution or tuned.base.resolution
+    )
 
 
-def _score(pictures: list[Drawn], judge: Judge, references: Seen, copies: Seen) -> list[Drawn]:
-    seen = judge.see([Image.open(picture.file).convert("RGB") for picture in pictures])
-    values: dict[str, torch.Tensor] = {}
-    if seen.clip is not None:
-        values["clip_t"] = scores.prompt_match(seen.clip, judge.read([picture.prompt for picture in pictures]))
-        values["clip_i"] = scores.fidelity(seen.clip, references.clip)
-    if seen.vision is not None:
-        values["likeness"] = scores.fidelity(seen.vision, references.vision)
-    if judge.compares and len(copies.likeness()) > 1:
-        values["copying"] = scores.copying(seen.likeness(), copies.likeness())
+def _score(pictures: list[Drawn], judge: Judge, references: References) -> list[Drawn]:
+    seen = judge.see(Image.open(picture.file).convert("RGB") for picture in pictures)
+    values = measure(seen, judge.read([picture.prompt for picture in pictures]), references)
     return [
-        Drawn(p.point, p.prompt, p.seed, p.file, {name: value[i].item() for name, value in values.items()})
-        for i, p in enumerate(pictures)
+        replace(picture, scores={name: value[i].item() for name, value in values.items()})
+        for i, picture in enumerate(pictures)
     ]

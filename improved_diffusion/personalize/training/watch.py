@@ -18,12 +18,12 @@ from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
 from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.choice import Look
-from improved_diffusion.personalize.measuring.judge import Judge, Seen
+from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.prompts import SUITES
+from improved_diffusion.personalize.measuring.references import References, measure
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.personalize.models.encoding import rendered
 from improved_diffusion.personalize.training.trainer import Source, Trainer
 
 HELD_OUT_NOISE = 200  # purpose of a generator, see trainer.py
@@ -37,7 +37,7 @@ class Watch:
         base: with the weights that are looked at.
         watch: seeds, scales and so on.
         judge: measures the pictures.
-        references: the training images, at a size that the base can draw.
+        references: the training images.
         prompts: what is drawn.
         class_prompts: what tuned and base should draw alike; may be empty.
         folder: where the base's pictures of the class are kept, for the drift from them.
@@ -48,16 +48,15 @@ class Watch:
         base: Base,
         watch: WatchConfig,
         judge: Judge,
-        references: Sequence[Image.Image],
+        references: References,
         prompts: list[str],
         class_prompts: list[str],
         folder: Path,
     ):
-        self.base, self.watch, self.judge, self.folder = base, watch, judge, folder
+        self.base, self.watch, self.judge = base, watch, judge
+        self.references, self.folder = references, folder
         self.sampling = Sampling(watch.steps, watch.guidance_scale)
         self.prompts, self.class_prompts = prompts, class_prompts
-        self.references = judge.see(references)
-        self.copies = judge.see([rendered(base, picture) for picture in references])
 
     def look(self, step: int) -> tuple[dict[str, Any], np.ndarray]:
         """A record for evaluations.jsonl, and the contact sheet, uint8 (H, W, 3).
@@ -72,7 +71,8 @@ class Watch:
         finally:
             set_scales(self.base, 1.0, 1.0)
         _require_pictures([*pictures, *of_class], step)
-        values = self._measure(self.judge.see(pictures))
+        texts = self.judge.read([prompt for prompt in self.prompts for _ in self.watch.seeds])
+        values = measure(self.judge.see(pictures), texts, self.references)
         if of_class and self.judge.compares:
             values["drift"] = self._drift(step, of_class)
         per_prompt = len(self.watch.seeds)
@@ -93,18 +93,6 @@ class Watch:
         seeds = list(self.watch.seeds) * len(prompts)
         texts = [prompt for prompt in prompts for _ in self.watch.seeds]
         return list(draw(self.base, texts, seeds, self.sampling, self.watch.batch_size))
-
-    def _measure(self, seen: Seen) -> dict[str, torch.Tensor]:
-        values = {}
-        if seen.clip is not None:
-            texts = self.judge.read(self.prompts).repeat_interleave(len(self.watch.seeds), dim=0)
-            values["clip_t"] = scores.prompt_match(seen.clip, texts)
-            values["clip_i"] = scores.fidelity(seen.clip, self.references.clip)
-        if seen.vision is not None:
-            values["likeness"] = scores.fidelity(seen.vision, self.references.vision)
-        if self.judge.compares and len(self.copies.likeness()) > 1:
-            values["copying"] = scores.copying(seen.likeness(), self.copies.likeness())
-        return values
 
     def _drift(self, step: int, pictures: list[Image.Image]) -> torch.Tensor:
         """How far the pictures of the class are from the base's, which are those of step 0."""

@@ -80,10 +80,11 @@ def assert_equal(one, other) -> None:
     [
         ("--train_text_encoder=true", "--images.buckets=true", "--training.batch_size=2", "--prior.images=2"),
         ("--adapter.dora=true", "--adapter.targets=attention+feedforward", "--training.gradient_checkpointing=true"),
-        ("--method=full", "--train_text_encoder=true", "--training.precision=bf16"),
-        ("--method=textual_inversion", "--subject.token=<ball>", "--subject.vectors=2"),
+        ("--method=full", "--train_text_encoder=true"),
+        ("--method=full", "--training.precision=bf16"),
+        ("--method=textual_inversion", "--subject.token=<ball>", "--subject.vectors=2", "--training.precision=bf16"),
     ],
-    ids=["lora", "dora", "full", "textual inversion"],
+    ids=["lora", "dora", "full", "full, bf16", "textual inversion, bf16"],
 )
 def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
     train, run_script, tiny_bases, tmp_path, kind, flags

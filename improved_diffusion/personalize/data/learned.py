@@ -1,0 +1,77 @@
+"""The images of a run: those it trains on and those held out, each with the text that it is learned with."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from improved_diffusion.diffusion.noise import seeded_generator
+from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.data.captioned import CaptionedImage, CaptionedSet, open_captioned_set
+from improved_diffusion.settings import require
+
+HELD_OUT = 300  # purpose of a generator, see training/trainer.py
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Images, and the text that each is learned with."""
+
+    images: tuple[CaptionedImage, ...]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The images of a run."""
+
+    training: Captioned
+    held_out: Captioned
+    skipped: tuple[str, ...]  # what could not be used: one line each
+    content_hash: str  # of all images and captions
+
+
+def open_images(config: PersonalizeConfig) -> Learned:
+    """The images that `config` names, with their texts.
+
+    Raises:
+        UserError: no images, a missing caption where there is no subject to name instead, or all of them held out.
+    """
+    require(config.data is not None, "which images? give --data, a folder or a parquet file")
+    found = open_captioned_set(
+        config.data,
+        background=config.images.background,
+        captions_required=config.subject.token is None,
+        caption_column=config.images.caption_column,
+    )
+    count = config.images.held_out
+    require(count < len(found), f"images.held_out is {count}, and there are {len(found)} images in {config.data}")
+    order = torch.randperm(len(found), generator=seeded_generator(config.seed, HELD_OUT)).tolist()
+    held_out = set(order[:count])
+    training, apart = (
+        tuple(image for i, image in enumerate(found.images) if (i in held_out) == is_apart)
+        for is_apart in (False, True)
+    )
+    return Learned(_with_texts(training, config), _with_texts(apart, config), found.skipped, _content_hash(found))
+
+
+def _with_texts(images: tuple[CaptionedImage, ...], config: PersonalizeConfig) -> Captioned:
+    """Each with its caption, or else with the subject's prompt."""
+    subject = config.subject
+
+    def text(image: CaptionedImage) -> str:
+        if image.caption is None or not config.images.captions:
+            return subject.fill(subject.prompt)
+        return image.caption if subject.token is None else subject.fill(image.caption)
+
+    return Captioned(images, tuple(text(image) for image in images))
+
+
+def _content_hash(found: CaptionedSet) -> str:
+    digest = hashlib.sha256()
+    for image in found.images:
+        digest.update(hashlib.sha256(image.read()).digest())
+        digest.update((image.caption or "").encode() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""The images that the subject was learned from, as pictures are compared with them, and all scores of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from improved_diffusion.personalize.data.captioned import CaptionedImage
+from improved_diffusion.personalize.data.crops import fit
+from improved_diffusion.personalize.measuring import scores
+from improved_diffusion.personalize.measuring.judge import Judge, Seen
+from improved_diffusion.personalize.models.base import Base
+from improved_diffusion.personalize.models.encoding import rendered
+
+
+@dataclass(frozen=True)
+class References:
+    """The training images, and what copies of them would be."""
+
+    real: Seen
+    copies: Seen  # as the autoencoder renders them: a copy is no sharper
+
+
+def see_training(
+    base: Base, judge: Judge, images: Sequence[CaptionedImage], background: str, resolution: int
+) -> References:
+    """Squares of the training images, `resolution` pixels a side, before and after the autoencoder of `base`."""
+
+    def squares() -> Iterator[Image.Image]:
+        return (fit(image.load(background), (resolution, resolution))[0] for image in images)
+
+    if not judge.compares:
+        return References(Seen(None, None), Seen(None, None))
+    return References(judge.see(squares()), judge.see(rendered(base, square) for square in squares()))
+
+
+def measure(seen: Seen, texts: Tensor | None, references: References) -> dict[str, Tensor]:
+    """{score: one value for each of N pictures, (N,)}, of all scores for which there is a model.
+
+    `clip_t` and `clip_i` by CLIP, `likeness` by the vision model, `copying` by it or else by CLIP; see scores.py.
+
+    Args:
+        seen: the pictures.
+        texts: CLIP's embeddings of their prompts, (N, d).
+        references: the training images; of a single one, copies cannot be told.
+    """
+    values = {}
+    if seen.clip is not None:
+        values["clip_t"] = scores.prompt_match(seen.clip, texts)
+        values["clip_i"] = scores.fidelity(seen.clip, references.real.clip)
+    if seen.vision is not None:
+        values["likeness"] = scores.fidelity(seen.vision, references.real.vision)
+    if values and len(references.copies.likeness()) > 1:
+        values["copying"] = scores.copying(seen.likeness(), references.copies.likeness())
+    return values
