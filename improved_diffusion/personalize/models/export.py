@@ -1,7 +1,8 @@
 """Writing adapters for other programs: the diffusers form, and kohya's, which ComfyUI and others read.
 
-Both carry the true alpha. In kohya's form a layer is named by its path with underscores, and in SDXL's UNet by the path
-in the original implementation, whose blocks are numbered through:
+Both carry the true alpha, though ComfyUI finds it in kohya's alone, and of the diffusers form skips the UNet's attention.
+In kohya's a layer is named by its path with underscores, and in SDXL's UNet by the path in the original implementation,
+whose blocks are numbered through:
 
     diffusers   unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
     kohya, SD   lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
-from improved_diffusion.personalize.models.adapters import adapted_parts, adapter_config, adapter_state
+from improved_diffusion.personalize.models.adapters import ADAPTER, adapted_parts, adapter_config, adapter_state
 from improved_diffusion.personalize.models.base import Base
 
 FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya_lora.safetensors"}
@@ -53,24 +54,30 @@ def export_kohya(base: Base, folder: Path) -> Path:
     state = {
         key: tensor
         for name, part in adapted_parts(base).items()
-        for key, tensor in kohya_state(base, name, adapter_state(part), adapter_config(part).lora_alpha).items()
+        for key, tensor in kohya_state(base, name, adapter_state(part)).items()
     }
     with atomic_write(file) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
     return file
 
 
-def kohya_state(base: Base, part: str, state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """The adapter `state` of one part under kohya's names, each layer with its alpha."""
+def kohya_state(base: Base, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter `state` of the component of that `name` under kohya's names, each layer with its alpha.
+
+    Raises:
+        UserError: a layer for which that form has no name.
+    """
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if base.is_sdxl else "lora_te"}
-    prefix = prefixes.get(part, "lora_te2")
+    prefix = prefixes.get(name, "lora_te2")
+    part = adapted_parts(base)[name]
     renamed = {}
     for key, tensor in state.items():
         match = LORA_KEY.fullmatch(key)
         if match is None:
             raise UserError(f"the adapter has {key}, which kohya's form has no name for (DoRA: use the diffusers form)")
         module = match["module"]
-        if part == "unet" and base.is_sdxl:
+        alpha = part.get_submodule(module).lora_alpha[ADAPTER]  # its own: an adapter of another program can have many
+        if name == "unet" and base.is_sdxl:
             module = original_name(module, base.unet.config.layers_per_block)
         layer = f"{prefix}_{module.replace('.', '_')}"
         renamed[f"{layer}.{KOHYA_PARTS[match['part']]}"] = tensor

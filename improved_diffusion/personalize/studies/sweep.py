@@ -93,8 +93,8 @@ def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str,
     with progress(total=total, desc="sweep", unit="picture") as bar:
         for run in runs:
             for checkpoint in config.draw.checkpoints:
-                tuned = load_run(RunDirectory(run), checkpoint, device=device, dtype=dtype)
-                references = _references(tuned, judge)
+                tuned = load_run(RunDirectory(run), checkpoint, config.base, device, dtype)
+                references = _references(tuned, judge, config.data)
                 for pictures in _draw_checkpoint(config.draw, tuned, run, out):
                     drawn += _score(pictures, judge, references)
                     bar.update(len(pictures))
@@ -128,11 +128,10 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
         yield pictures
 
 
-def _references(tuned: Tuned, judge: Judge) -> References:
-    config, images = tuned.config, open_images(tuned.config).training.images
-    return see_training(
-        tuned.base, judge, images, config.images.background, config.images.resolution or tuned.base.resolution
-    )
+def _references(tuned: Tuned, judge: Judge, data: str | None) -> References:
+    config = replace(tuned.config, data=data or tuned.config.data)
+    resolution = config.images.resolution or tuned.base.resolution
+    return see_training(tuned.base, judge, open_images(config).training.images, config.images.background, resolution)
 
 
 def _score(pictures: list[Drawn], judge: Judge, references: References) -> list[Drawn]:

@@ -58,6 +58,10 @@ class SweepConfig:
 
     runs: tuple[str, ...] = ()
     """Directories of runs; or train them, see `train`."""
+    base: str | None = None
+    """Where the base of the runs is now; by default where they had it."""
+    data: str | None = None
+    """Where the training images of the runs are now; by default where they had them."""
     clip: str | None = "openai/clip-vit-large-patch14"
     """CLIP model, by name or folder, that scores prompts; null for none."""
     vision: str | None = "facebook/dino-vits16"

@@ -234,3 +234,21 @@ def test_a_gpu_too_small_is_said_before_anything_starts(train, tiny_bases, tmp_p
     assert outcome.is_one_clear_line(), outcome.err
     assert re.search(r"needs about 5\d\d MB and cpu has 400 MB free; to need less: .*method lora", outcome.err)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_are_one_that_accumulates(train, tiny_bases, photos, tmp_path):
+    """As many micro-batches an update, in two processes or one after the other: the same weights, up to rounding."""
+    flags = ("--train_text_encoder=true", "--prior.images=2", "--prior.steps=2", "--training.lr=1e-2")
+    assert train(tiny_bases["sd"], "one", *flags, "--training.accumulation=4", steps=3).code == 0
+    where = [f"--base={tiny_bases['sd']}", f"--data={photos}", f"--out={tmp_path / 'two'}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "personalize.py", "train", *where, *SUBJECT, *FAST, *flags]
+    command += ["--training.accumulation=2", "--training.steps=3"]
+    done = subprocess.run(
+        command, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (checkpoint(tmp_path / name, 3) for name in ("one", "two"))
+    assert (two["images_seen"], two["prior_seen"]) == (one["images_seen"], one["prior_seen"]) == (12, 12)
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=1e-3, atol=1e-4)

@@ -12,10 +12,16 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator  # noqa: E402
 from diffusers import DDPMScheduler  # noqa: E402
 
-from improved_diffusion.personalize.config import ImagesConfig, PersonalizeConfig, TrainingConfig  # noqa: E402
+from improved_diffusion.personalize.config import (  # noqa: E402
+    ImagesConfig,
+    PersonalizeConfig,
+    PriorConfig,
+    SubjectConfig,
+    TrainingConfig,
+)
 from improved_diffusion.personalize.data.captioned import open_captioned_set  # noqa: E402
 from improved_diffusion.personalize.data.examples import Examples  # noqa: E402
-from improved_diffusion.personalize.models.base import Base  # noqa: E402
+from improved_diffusion.personalize.models.base import Base, load_base  # noqa: E402
 from improved_diffusion.personalize.models.trained import prepare  # noqa: E402
 from improved_diffusion.personalize.training.trainer import Source, Trainer  # noqa: E402
 
@@ -64,8 +70,6 @@ def test_nothing_depends_on_what_is_cached(base, photos):
     images = ImagesConfig(crops=2, flip=True)
     losses = []
     for cache in (True, False):
-        from improved_diffusion.personalize.models.base import load_base
-
         fresh = load_base(base.name)
         trainer = make_trainer(fresh, photos, images=dataclasses.replace(images, cache=cache), batch_size=2)
         losses.append([trainer.train_step()["loss"].item() for _ in range(3)])
@@ -98,6 +102,39 @@ def test_frozen_weights_stay_and_trained_ones_move(base, photos):
     learned = {name.removeprefix("unet/") for name in trainer.trained.parameters}
     for name, parameter in base.unet.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in learned)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_prior_and_min_snr_by_hand(base, photos, batch_size, monkeypatch):
+    """Each sample, of the subject or the prior, has the weight of its own timestep; then the two are averaged apart."""
+    config = PersonalizeConfig(
+        subject=SubjectConfig(token="sks", class_name="ball"),
+        prior=PriorConfig(images=3, weight=0.7),
+        training=TrainingConfig(steps=9, batch_size=batch_size, min_snr_gamma=5.0),
+    )
+    found = open_captioned_set(photos).images
+    examples = Examples(base, found, [SIZE] * len(found), config.images)
+    prior = Source(Examples(base, found[:3], [SIZE] * 3, config.images), ["a photo of a ball"] * 3)
+    trained = prepare(base, config)
+    trainer = Trainer(base, trained, config, Source(examples, TEXTS), {SIZE: prior}, Accelerator(cpu=True))
+    errors = torch.linspace(0.2, 1.1, 2 * batch_size, requires_grad=True)
+    seen = {}
+
+    def denoising_losses(x_0, noise, t, texts, size_ids):
+        seen.update(t=t, texts=texts)
+        return errors
+
+    monkeypatch.setattr(trainer, "denoising_losses", denoising_losses)
+    losses = trainer._losses(0)
+    assert seen["texts"][batch_size:] == ["a photo of a ball"] * batch_size
+    weighted = []
+    for error, t in zip(errors.tolist(), seen["t"].tolist(), strict=True):
+        abar = base.pipeline.scheduler.alphas_cumprod[t].item()
+        snr = abar / (1 - abar)
+        weighted.append(error * min(snr, 5.0) / snr)
+    own, of_prior = weighted[:batch_size], weighted[batch_size:]
+    expected = sum(own) / batch_size + 0.7 * sum(of_prior) / batch_size
+    assert losses["loss"].item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("batches", [{"accumulation": 2}, {"batch_size": 5}])

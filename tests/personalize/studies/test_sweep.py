@@ -1,0 +1,156 @@
+"""Sweeps through the command line: the grid, its scores, and going on with what is there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+pytest.importorskip("diffusers")
+from improved_diffusion.personalize.generate import Sampling, draw  # noqa: E402
+from improved_diffusion.personalize.measuring.choice import on_front  # noqa: E402
+from improved_diffusion.personalize.models.adapters import set_scales  # noqa: E402
+from improved_diffusion.personalize.models.tuned import load_run  # noqa: E402
+from improved_diffusion.run_directory import RunDirectory  # noqa: E402
+
+GRID = (
+    "--draw.unet_scales=[0,1]",
+    "--draw.text_encoder_scales=[0.5]",
+    "--draw.guidance_scales=[3,7.5]",
+    "--draw.seeds=[4,5]",
+    "--draw.steps=2",
+    '--draw.prompts=["a {token} {class}","a {class} in the snow"]',
+)
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+@pytest.fixture
+def sweep(run_script, trained_run, tiny_judges, tmp_path):
+    def run(*flags: str):
+        judges = (f"--clip={tiny_judges['clip']}", f"--vision={tiny_judges['dino']}")
+        where = (f"--runs=[{trained_run}]", f"--out={tmp_path / 'sweep'}")
+        return run_script("personalize.py", "sweep", *where, *judges, *GRID, *flags)
+
+    return run
+
+
+def test_every_point_is_drawn_scored_and_shown(sweep, trained_run, tmp_path):
+    outcome = sweep()
+    assert outcome.code == 0, outcome.err
+    out = tmp_path / "sweep"
+    rows, summary = rows_of(out / "scores.csv"), rows_of(out / "summary.csv")
+    assert len(rows) == 16
+    assert {row["prompt"] for row in rows} == {"a sks ball", "a ball in the snow"}
+    assert len({(row["unet_scale"], row["guidance_scale"], row["prompt"], row["seed"]) for row in rows}) == 16
+    for point in summary:
+        own = [row for row in rows if all(row[key] == point[key] for key in ("unet_scale", "guidance_scale"))]
+        for score in ("clip_t", "clip_i", "likeness", "copying"):
+            assert float(point[score]) == pytest.approx(np.mean([float(row[score]) for row in own]), abs=1e-5)
+            assert float(point[f"{score}_low"]) <= float(point[score]) <= float(point[f"{score}_high"])
+    front = on_front([(float(row["likeness"]), float(row["clip_t"])) for row in summary])
+    assert [row["on_front"] == "True" for row in summary] == front.tolist()
+    for picture in ("sheet.png", "pareto.png", "sheets/00.png", "sheets/01.png"):
+        assert Image.open(out / picture).size > (100, 100)
+
+
+def test_a_picture_can_be_drawn_again_from_its_row(sweep, trained_run, tmp_path):
+    sweep()
+    row = rows_of(tmp_path / "sweep" / "scores.csv")[-1]
+    tuned = load_run(RunDirectory(trained_run), row["checkpoint"])
+    set_scales(tuned.base, float(row["unet_scale"]), float(row["text_encoder_scale"]))
+    sampling = Sampling(2, float(row["guidance_scale"]))
+    (again,) = draw(tuned.base, [row["prompt"]], [int(row["seed"])], sampling)
+    found = np.asarray(Image.open(tmp_path / "sweep" / row["file"]), dtype=np.int16)
+    assert np.abs(found - np.asarray(again, dtype=np.int16)).max() <= 1  # alone, and in a batch of four
+
+
+def test_scale_zero_is_the_base(sweep, trained_run, tmp_path):
+    sweep("--draw.text_encoder_scales=[0]")
+    pictures = {}
+    for row in rows_of(tmp_path / "sweep" / "scores.csv"):
+        if row["guidance_scale"] == "3.0" and row["seed"] == "4" and row["prompt"] == "a sks ball":
+            pictures[row["unet_scale"]] = Image.open(tmp_path / "sweep" / row["file"]).tobytes()
+    tuned = load_run(RunDirectory(trained_run))
+    from improved_diffusion.personalize.models.base import load_base
+
+    plain = load_base(tuned.base.name)
+    prompts, seeds = ["a sks ball", "a sks ball", "a ball in the snow", "a ball in the snow"], [4, 5, 4, 5]
+    expected = next(draw(plain, prompts, seeds, Sampling(2, 3.0)))
+    assert pictures["0.0"] == expected.tobytes()
+    assert pictures["1.0"] != expected.tobytes()
+
+
+def test_interrupted_it_draws_only_what_is_missing(sweep, tmp_path):
+    sweep()
+    pictures = sorted((tmp_path / "sweep" / "pictures").rglob("*.png"))
+    times = {file: file.stat().st_mtime_ns for file in pictures}
+    pictures[3].unlink()
+    assert sweep().code == 0
+    changed = [file for file in pictures if file.stat().st_mtime_ns != times[file]]
+    assert changed == [pictures[3]]
+
+
+def test_runs_are_trained_for_each_combination(run_script, tiny_bases, tiny_judges, photos, tmp_path):
+    settings = {
+        "base": str(tiny_bases["sd"]),
+        "data": str(photos),
+        "subject": {"token": "sks", "class_name": "ball"},
+        "training": {"steps": 1},
+        "watch": {"clip": None, "vision": None, "steps": 2, "seeds": [0]},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    study = {
+        "clip": str(tiny_judges["clip"]),
+        "vision": None,
+        "train": {"config": "run.yaml", "grid": {"subject.token": ["sks", "oue"]}},
+        "draw": {"prompts": ["a {token} {class}"], "seeds": [0], "steps": 2},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    flags = (f"--config={tmp_path / 'study.yaml'}", f"--out={tmp_path / 'out'}", "--", "--training.steps=2")
+    outcome = run_script("personalize.py", "sweep", *flags)
+    assert outcome.code == 0, outcome.err
+    rows = rows_of(tmp_path / "out" / "scores.csv")
+    assert [(row["run"], row["prompt"]) for row in rows] == [("token-sks", "a sks ball"), ("token-oue", "a oue ball")]
+    for run in (tmp_path / "out" / "runs").iterdir():
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--runs=[]",), "a sweep draws from runs that are there (runs), or trains them"),
+        (("--runs=[nowhere]",), "no run directory at nowhere"),
+        (("--draw.seeds=[]",), "draw.seeds must not be empty"),
+        (("--draw.seeds=[1,1]",), "draw.seeds names something twice"),
+        (('--draw.prompts=["a {colour} ball"]',), "only {token} and {class}"),
+        (('--draw.checkpoints=["step_0000099.pt"]',), "no checkpoint at"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_one_clear_line(sweep, flags, message):
+    outcome = sweep(*flags)
+    assert outcome.is_one_clear_line(), outcome.err
+    assert message in outcome.err
+
+
+def test_training_images_that_have_gone(sweep, trained_run, tmp_path, run_script, photos, tiny_judges):
+    """A run that was copied without its photos is told where they are."""
+    run = tmp_path / "copied"
+    shutil.copytree(trained_run, run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**settings, "data": str(tmp_path / "gone")}))
+    outcome = sweep(f"--runs=[{run}]")
+    assert outcome.is_one_clear_line()
+    assert f"there is no folder or parquet file of images at {tmp_path / 'gone'}" in outcome.err
+    outcome = sweep(f"--runs=[{run}]", f"--data={photos}")
+    assert outcome.code == 0, outcome.err
