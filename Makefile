@@ -37,3 +37,5 @@ bench: install
 	$(BIN)/python benchmarks/fid.py
 	$(BIN)/python benchmarks/pack.py
 	$(BIN)/python benchmarks/synthetic.py
+	$(BIN)/python benchmarks/personalize_cache.py
+	$(BIN)/python benchmarks/personalize_memory.py

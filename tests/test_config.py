@@ -9,9 +9,10 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.settings import parse_arguments, settings_parser, to_settings
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+PIXEL = [file for file in CONFIGS if file.stem.startswith(("food101", "demo"))]  # the others are of personalize.py
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", PIXEL, ids=lambda file: file.stem)
 def test_every_config_that_ships_can_be_loaded(file):
     assert load_config(file).training.steps > 0
 

@@ -102,7 +102,8 @@ class TestCommandLine:
         assert np.array_equal(folders["plain"], folders["zero"])
         assert not np.array_equal(folders["plain"], folders["whole"])
         set_scales(base, 1.0, 1.0)
-        assert np.array_equal(folders["whole"][1], np.asarray(next(draw(base, ["a dog"], [4], FEW_STEPS))))
+        (alone,) = arrays(draw(base, ["a dog"], [4], FEW_STEPS))
+        assert np.abs(alone - folders["whole"][1]).max() <= 1  # a batch of one and one of two
         records = [json.loads(line) for line in (tmp_path / "whole" / "metadata.jsonl").read_text().splitlines()]
         assert records[1] == {"file_name": "0001.png", "text": "a dog", "seed": 4}
 

@@ -29,9 +29,10 @@ def run(arguments: list[str]) -> None:
     # Imported only now: torch takes seconds, and typos are answered at once.
     from improved_diffusion.personalize.verify import export, largest_difference
 
-    base, subject = open_model(parser, options)
-    written = export(base, subject.token, options.format, options.out)
-    difference = largest_difference(base, written, subject.token)
+    base, config = open_model(parser, options)
+    word = config.subject.token
+    written = export(base, word, options.format, options.out)
+    difference = largest_difference(base, written, word)
     if difference:
         raise UserError(f"read back, {written} draws something else: a pixel differs by {difference}")
     print(f"{written}: read back, it draws the same picture; largest difference of a pixel: 0")

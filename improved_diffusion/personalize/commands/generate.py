@@ -6,6 +6,7 @@ python personalize.py generate "a sticker" --base BASE --adapter lora.safetensor
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def run(arguments: list[str]) -> None:
     add("--steps", type=int, default=30, help="sampling steps (default: %(default)s)")
     add("--guidance-scale", type=float, default=7.5, help="classifier-free guidance (default: %(default)s)")
     add("--negative-prompt", default="", help="what the pictures should not be")
-    add("--height", type=int, help="pixels (default: what the base was made for)")
-    add("--width", type=int, help="pixels (default: what the base was made for)")
+    add("--height", type=int, help="pixels (default: the run's, or what the base was made for)")
+    add("--width", type=int, help="pixels (default: the run's, or what the base was made for)")
     add("--image", type=Path, help="a picture to start from (image-to-image)")
     add("--strength", type=float, default=0.6, help="with --image: 0 leaves it, 1 forgets it (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="pictures at once; changes speed and memory only")
@@ -45,23 +46,20 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.personalize.generate import Sampling, draw
     from improved_diffusion.personalize.measuring.sheet import contact_sheet
     from improved_diffusion.personalize.models.adapters import set_scales
+    from improved_diffusion.personalize.models.trained import resolution_of
     from improved_diffusion.progress import progress
     from improved_diffusion.training.grids import save_png
 
-    sampling = Sampling(
-        options.steps,
-        options.guidance_scale,
-        options.negative_prompt,
-        options.height,
-        options.width,
-        options.strength,
-    )
+    how = (options.steps, options.guidance_scale, options.negative_prompt)
+    sampling = Sampling(*how, options.height, options.width, options.strength)
     start = load_image(options.image) if options.image is not None else None
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(f"{options.out} is not empty: choose another --out")
-    base, subject = open_model(parser, options)
+    base, config = open_model(parser, options)
+    side = resolution_of(config, base)
+    sampling = dataclasses.replace(sampling, height=options.height or side, width=options.width or side)
     set_scales(base, options.unet_scale, options.text_encoder_scale, options.text_encoder_2_scale)
-    prompts = [subject.fill(prompt) for prompt in options.prompts]
+    prompts = [config.subject.fill(prompt) for prompt in options.prompts]
     texts = [prompt for prompt in prompts for _ in range(options.n)]
     seeds = [options.seed + i for i in range(options.n)] * len(prompts)
     pictures: list[Image.Image] = []

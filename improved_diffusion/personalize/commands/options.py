@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from improved_diffusion.errors import ArgumentParser
 
 if TYPE_CHECKING:
-    from improved_diffusion.personalize.config import SubjectConfig
+    from improved_diffusion.personalize.config import PersonalizeConfig
     from improved_diffusion.personalize.models.base import Base
 
 
@@ -30,15 +30,15 @@ def add_scale_options(parser: ArgumentParser) -> None:
     add("--text-encoder-2-scale", type=float, help="of SDXL's second one (default: as the first)")
 
 
-def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Base, SubjectConfig]:
-    """The model that the flags name, and what its prompts call the subject.
+def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Base, PersonalizeConfig]:
+    """The model that the flags name, and the settings of its run (the defaults, if it comes from none).
 
     Raises:
         UserError: flags that do not go together, or what `load_run` and `load_adapter` raise.
     """
     import torch
 
-    from improved_diffusion.personalize.config import SubjectConfig
+    from improved_diffusion.personalize.config import PersonalizeConfig
     from improved_diffusion.personalize.models.base import load_base
     from improved_diffusion.personalize.models.tuned import load_adapter, load_run
     from improved_diffusion.run_directory import RunDirectory
@@ -52,8 +52,8 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
     precision = options.precision or ("bf16" if device.type == "cuda" else "float32")
     if options.run is not None:
         tuned = load_run(RunDirectory(options.run), options.checkpoint, options.base, device, precision)
-        return tuned.base, tuned.config.subject
+        return tuned.base, tuned.config
     base = load_base(options.base).to(device, precision)
     if options.adapter is not None:
         load_adapter(base, options.adapter)
-    return base, SubjectConfig()
+    return base, PersonalizeConfig()

@@ -1,8 +1,8 @@
 """Writing adapters for other programs: the diffusers form, and kohya's, which ComfyUI and others read.
 
-Both carry the true alpha, though ComfyUI finds it in kohya's alone, and of the diffusers form skips the UNet's attention.
-In kohya's a layer is named by its path with underscores, and in SDXL's UNet by the path in the original implementation,
-whose blocks are numbered through:
+Both carry the true alpha. ComfyUI reads the diffusers form only in part: without the UNet's attention, and without the
+alpha. In kohya's form a layer is named by its path with underscores, and in SDXL's UNet by the path in the original
+implementation, whose blocks are numbered through:
 
     diffusers   unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
     kohya, SD   lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight
@@ -62,7 +62,10 @@ def export_kohya(base: Base, folder: Path) -> Path:
 
 
 def kohya_state(base: Base, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter `state` of the component of that `name` under kohya's names, each layer with its alpha.
+    """The adapter `state` of the component of that `name` under kohya's names, each layer with the alpha.
+
+    Where layers have alphas of their own, as adapters of other programs may, they are written with the common one and
+    scaled weights: the form allows several, but diffusers reads the most frequent for all.
 
     Raises:
         UserError: a layer for which that form has no name.
@@ -70,18 +73,20 @@ def kohya_state(base: Base, name: str, state: dict[str, Tensor]) -> dict[str, Te
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if base.is_sdxl else "lora_te"}
     prefix = prefixes.get(name, "lora_te2")
     part = adapted_parts(base)[name]
+    alpha = float(adapter_config(part).lora_alpha)
     renamed = {}
     for key, tensor in state.items():
         match = LORA_KEY.fullmatch(key)
         if match is None:
             raise UserError(f"the adapter has {key}, which kohya's form has no name for (DoRA: use the diffusers form)")
         module = match["module"]
-        alpha = part.get_submodule(module).lora_alpha[ADAPTER]  # its own: an adapter of another program can have many
+        if match["part"] == "lora_B":
+            tensor = tensor * (part.get_submodule(module).lora_alpha[ADAPTER] / alpha)
         if name == "unet" and base.is_sdxl:
             module = original_name(module, base.unet.config.layers_per_block)
         layer = f"{prefix}_{module.replace('.', '_')}"
         renamed[f"{layer}.{KOHYA_PARTS[match['part']]}"] = tensor
-        renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
+        renamed[f"{layer}.alpha"] = torch.tensor(alpha)
     return renamed
 
 

@@ -54,6 +54,11 @@ class Trained:
             parameter.copy_(state[name])
 
 
+def resolution_of(config: PersonalizeConfig, base: Base) -> int:
+    """Pixels a side at which a run trains and draws."""
+    return config.images.resolution or base.resolution
+
+
 def prepare(base: Base, config: PersonalizeConfig) -> Trained:
     """Make trainable what `config` says, in place, and freeze the rest.
 

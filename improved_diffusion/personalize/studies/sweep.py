@@ -19,6 +19,7 @@ from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import References, measure, see_training
 from improved_diffusion.personalize.models.adapters import set_scales
+from improved_diffusion.personalize.models.trained import resolution_of
 from improved_diffusion.personalize.models.tuned import Tuned, load_run
 from improved_diffusion.personalize.studies.sweep_config import DrawGrid, SweepConfig, TrainGrid
 from improved_diffusion.progress import progress
@@ -108,7 +109,7 @@ def _points_per_run(grid: DrawGrid) -> int:
 
 def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iterator[list[Drawn]]:
     """For each point of this run and checkpoint its pictures, not yet scored; only what is missing is drawn."""
-    subject = tuned.config.subject
+    subject, side = tuned.config.subject, resolution_of(tuned.config, tuned.base)
     prompts = [(number, subject.fill(prompt)) for number, prompt in enumerate(grid.prompts)]
     for unet, text, guidance in itertools.product(grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales):
         # The file's own name: `best` may name another one after a resume.
@@ -120,7 +121,7 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
         ]
         missing = [picture for picture in pictures if not picture.file.is_file()]
         set_scales(tuned.base, unet, text)
-        sampling = Sampling(grid.steps, guidance, grid.negative_prompt)
+        sampling = Sampling(grid.steps, guidance, grid.negative_prompt, height=side, width=side)
         images = draw(tuned.base, [p.prompt for p in missing], [p.seed for p in missing], sampling, grid.batch_size)
         for picture, image in zip(missing, images, strict=True):
             with atomic_write(picture.file) as temporary:
@@ -130,8 +131,8 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
 
 def _references(tuned: Tuned, judge: Judge, data: str | None) -> References:
     config = replace(tuned.config, data=data or tuned.config.data)
-    resolution = config.images.resolution or tuned.base.resolution
-    return see_training(tuned.base, judge, open_images(config).training.images, config.images.background, resolution)
+    images = open_images(config).training.images
+    return see_training(tuned.base, judge, images, config.images.background, resolution_of(config, tuned.base))
 
 
 def _score(pictures: list[Drawn], judge: Judge, references: References) -> list[Drawn]:

@@ -19,7 +19,7 @@ from improved_diffusion.personalize.data.stream import MicroBatchStream
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
 from improved_diffusion.personalize.models.base import Base, load_base
-from improved_diffusion.personalize.models.trained import prepare
+from improved_diffusion.personalize.models.trained import prepare, resolution_of
 from improved_diffusion.personalize.training.budget import plan
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
@@ -95,7 +95,7 @@ def build(
     prompts, class_prompts = watched_prompts(config, (*learned.held_out.texts, *learned.training.texts))
     free = free_memory(accelerator.device)  # before anything of the run is there
     base = load_base(config.base, config.base_bits)
-    resolution = config.images.resolution or base.resolution
+    resolution = resolution_of(config, base)
     sizes = buckets(resolution, config.images.buckets)
     of_images = choose_sizes(learned.training.images, sizes)
     stream = MicroBatchStream(of_images, config.images.repeats, config.training.batch_size, config.seed)
@@ -122,7 +122,8 @@ def build(
     watch = None
     if judge is not None:
         references = see_training(base, judge, learned.training.images, config.images.background, resolution)
-        watch = Watch(base, config.watch, judge, references, prompts, class_prompts, run.samples / "class_base")
+        folder = run.samples / "class_base"
+        watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder)
         _record_provenance(run, config, learned, accelerator)
     wandb = _wandb(config, run, accelerator)
     return PersonalizeLoop(trainer, watch, held_out, budget, run, config, learned.content_hash, wandb)

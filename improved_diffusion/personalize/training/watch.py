@@ -40,6 +40,7 @@ class Watch:
         references: the training images.
         prompts: what is drawn.
         class_prompts: what tuned and base should draw alike; may be empty.
+        resolution: pixels a side of the pictures.
         folder: where the base's pictures of the class are kept, for the drift from them.
     """
 
@@ -51,11 +52,12 @@ class Watch:
         references: References,
         prompts: list[str],
         class_prompts: list[str],
+        resolution: int,
         folder: Path,
     ):
         self.base, self.watch, self.judge = base, watch, judge
         self.references, self.folder = references, folder
-        self.sampling = Sampling(watch.steps, watch.guidance_scale)
+        self.sampling = Sampling(watch.steps, watch.guidance_scale, height=resolution, width=resolution)
         self.prompts, self.class_prompts = prompts, class_prompts
 
     def look(self, step: int) -> tuple[dict[str, Any], np.ndarray]:

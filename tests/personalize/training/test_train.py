@@ -157,6 +157,36 @@ def test_pictures_of_one_colour_stop_the_run(train, tiny_bases, tmp_path):
     assert "error: at step 0 the model draws pictures of one colour (128, 128, 128)" in outcome.err
 
 
+def test_copying_is_noticed_and_the_choice_precedes_it(train, tiny_bases, photos, tmp_path, monkeypatch):
+    """From update 3 on the sampler returns training images, as a model that has learned them by heart would."""
+    from improved_diffusion.personalize.data.captioned import open_captioned_set
+    from improved_diffusion.personalize.data.crops import fit
+    from improved_diffusion.personalize.models.encoding import rendered
+    from improved_diffusion.personalize.training import watch
+
+    images = [image.load() for image in open_captioned_set(photos).images]
+    looks = []
+
+    def draw(base, prompts, seeds, sampling, batch_size):
+        looks.append(prompts)
+        if len(looks) <= 6 or "sks" not in prompts[0]:  # of the base, and of updates 1 and 2: subject and class
+            return draw_really(base, prompts, seeds, sampling, batch_size)
+        return [rendered(base, fit(images[seed % len(images)], (64, 64))[0]) for seed in seeds]
+
+    draw_really = watch.draw
+    monkeypatch.setattr(watch, "draw", draw)
+    vision = ("--watch.vision=inception", "--watch.every=1", "--watch.seeds=[0,1,2]", "--images.resolution=64")
+    outcome = train(tiny_bases["sd"], "run", *vision, steps=4)
+    assert outcome.code == 0, outcome.err
+    warnings = [line for line in outcome.out.splitlines() if line.startswith("warning: step")]
+    assert [line.split(":")[1].strip() for line in warnings] == ["step 3", "step 4"]
+    chosen = (tmp_path / "run" / "checkpoints" / "best").read_text().strip()
+    assert chosen in ("step_0000001.pt", "step_0000002.pt")
+    assert all(f"the best checkpoint is that of step {int(chosen[5:12])}" in line for line in warnings)
+    records = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["scores"]["copying"]["mean"] > 0.9 for record in records] == [False, False, False, True, True]
+
+
 def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()

@@ -1,0 +1,115 @@
+"""The settings that ship are those of the published experiments; others are refused with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.config import PersonalizeConfig, PriorConfig, SubjectConfig, TrainingConfig
+from improved_diffusion.personalize.studies.sweep_config import SweepConfig
+from improved_diffusion.settings import load_settings, parse_arguments, read_settings, settings_parser, to_settings
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def load(name: str) -> PersonalizeConfig:
+    return load_settings(PersonalizeConfig, CONFIGS / f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "scale"), [("dog_dreambooth_lora", 1300, 0.4), ("dog5_dreambooth_lora", 450, 0.64)]
+)
+def test_the_dog(name, steps, scale):
+    config = load(name)
+    training, watch = config.training, config.watch
+    assert (config.method, config.train_text_encoder, config.seed) == ("lora", True, 42)
+    assert (training.steps, training.batch_size, training.lr, training.lr_text_encoder) == (steps, 1, 3e-4, 1e-4)
+    assert (watch.unet_scale, watch.text_encoder_scale, watch.guidance_scale) == (scale, scale, 6.4)
+
+
+def test_the_cartoon_character():
+    config = load("cartoon_dreambooth_lora")
+    assert (config.training.epochs, config.training.batch_size, config.seed) == (500, 1, 123)
+    assert (config.training.lr, config.training.lr_text_encoder) == (3e-4, 1e-5)
+    assert (config.watch.unet_scale, config.watch.text_encoder_scale, config.images.resolution) == (0.5, 0.1, 512)
+
+
+def test_the_pokemon():
+    config = load("pokemon_sdxl_lora")
+    training = config.training
+    assert "xl" in config.base
+    assert training.steps * training.accumulation == 5000
+    assert (training.batch_size, training.accumulation, training.lr) == (1, 4, 1e-5)
+    assert (training.precision, training.tf32, training.vae_precision) == ("fp16", True, "float32")
+    assert config.images.caption_column == "en_text"
+
+
+def test_the_stickers():
+    config = load("stickers_dreambooth")
+    assert (config.method, config.subject.token, config.subject.class_name) == ("full", "sks", "sticker")
+    assert config.prior.images > 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--runs=[x]"]], ids=["rare_tokens", "cartoon_scales"])
+def test_the_studies(flags):
+    file = CONFIGS / ("cartoon_scales.yaml" if flags else "rare_tokens.yaml")
+    parser = settings_parser(SweepConfig)
+    config = to_settings(SweepConfig, parser, parse_arguments(parser, flags, read_settings(file), str(file)))
+    if flags:
+        assert (min(config.draw.guidance_scales), max(config.draw.guidance_scales)) == (9, 15)
+        assert (min(config.draw.unet_scales), max(config.draw.unet_scales)) == (0.5, 0.9)
+        assert (min(config.draw.text_encoder_scales), max(config.draw.text_encoder_scales)) == (0.1, 0.5)
+    else:
+        grid = {"subject.token": ["sks", "http", "hta", "oue"], "train_text_encoder": [True, False]}
+        assert config.train.grid == grid
+        assert (file.parent / config.train.config).is_file()
+        assert (len(config.draw.seeds), config.draw.guidance_scales) == (4, (6.4,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "textual_inversion"}, "name it with subject.token"),
+        ({"method": "textual_inversion", "subject": SubjectConfig("<x>")}, "name it with subject.class_name"),
+        (
+            {"method": "textual_inversion", "subject": SubjectConfig("<x>", "dog"), "train_text_encoder": True},
+            "trains embeddings alone",
+        ),
+        ({"method": "full", "base_bits": 4}, "cannot be trained in full"),
+        ({"prior": PriorConfig(images=2)}, "needs {class}: set subject.token and subject.class_name"),
+        ({"seed": -1}, "seed must not be negative"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(UserError, match=message):
+        PersonalizeConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 1, "epochs": 1.0},
+        {"steps": 0},
+        {"epochs": 0},
+        {"lr": 0},
+        {"ema_rate": 1},
+        {"noise_offset": -1},
+        {"min_snr_gamma": 0},
+    ],
+    ids=str,
+)
+def test_training_settings_out_of_range(settings):
+    with pytest.raises(UserError, match="training"):
+        TrainingConfig(**settings)
+
+
+def test_prompts_are_filled_in():
+    subject = SubjectConfig("sks", "dog")
+    assert subject.fill("a photo of {token}  {class}") == "a photo of sks dog"
+    assert SubjectConfig().fill("plain") == "plain"
+    with pytest.raises(UserError, match=r"needs \{token\}: set subject.token"):
+        SubjectConfig().fill("a {token}")
+    with pytest.raises(UserError, match="cannot be filled in"):
+        subject.fill("a { dog")
