@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,18 @@ def tiny_judges(tmp_path_factory, scripts) -> dict[str, Path]:
     for kind in JUDGES:
         save_judge(kind, folder / kind)
     return {kind: folder / kind for kind in JUDGES}
+
+
+@pytest.fixture(scope="session")
+def lose_vocabulary() -> Callable[[Path], None]:
+    """Deletes the vocabularies in a folder, be they as transformers 5 writes them or as 4 does."""
+
+    def lose(folder: Path) -> None:
+        for name in ("tokenizer.json", "vocab.json", "vocab.txt"):
+            for file in folder.rglob(name):
+                file.unlink()
+
+    return lose
 
 
 @pytest.fixture(params=["sd", "sdxl"])

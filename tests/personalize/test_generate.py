@@ -117,6 +117,7 @@ class TestCommandLine:
             (("--base={sd}", "--adapter={broken}"), "is damaged, or of another architecture"),
             (("--base={sd}", "--run=x", "--adapter=y"), "--run has an adapter of its own"),
             (("--base={sd}", "--n=0"), "--n must be at least 1"),
+            (("--base={sd}", "--unet-scale=0.5"), "the scales weigh adapters, and this model has none"),
             (("--base={sd}", "--steps=0"), "at least 1 step"),
             (("--base={sd}", "--image=nowhere.jpg"), "cannot read the image nowhere.jpg: there is no such file"),
             (("--base={sd}", "--device=tpu9"), "--device tpu9 cannot be used here"),

@@ -81,13 +81,20 @@ def adapter_config(part: nn.Module) -> LoraConfig:
 
 
 def set_scales(base: Base, unet: float, text_encoder: float, text_encoder_2: float | None = None) -> None:
-    """Weigh the adapters; 0 is the base as it was. Without a third number, both text encoders have the second."""
+    """Weigh the adapters; 0 is the base as it was. Without a third number, both text encoders have the second.
+
+    Raises:
+        UserError: there is no adapter, and a scale other than 1.
+    """
+    parts = adapted_parts(base)
+    if not parts and {unet, text_encoder, text_encoder_2} - {1.0, None}:
+        raise UserError("the scales weigh adapters, and this model has none: leave them at 1")
     scales = {
         "unet": unet,
         "text_encoder": text_encoder,
         "text_encoder_2": text_encoder if text_encoder_2 is None else text_encoder_2,
     }
-    for name, part in adapted_parts(base).items():
+    for name, part in parts.items():
         for module in part.modules():
             if isinstance(module, BaseTunerLayer):
                 module.set_scale(ADAPTER, scales[name])

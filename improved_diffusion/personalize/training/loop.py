@@ -105,6 +105,8 @@ class PersonalizeLoop:
         trainer, now = self.trainer, time.monotonic()
         updates = trainer.step - self.logged_step
         means = {name: (value / updates).item() for name, value in self.sums.items()}
+        # In fp16 a gradient may overflow, whereupon the update is left out and the scale lowered.
+        means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         record = {
             "step": trainer.step,
             "images_seen": trainer.images_seen,

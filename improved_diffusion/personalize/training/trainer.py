@@ -126,9 +126,8 @@ class Trainer:
         little is trained as a rule."""
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
-                if parameter.grad is None:  # a micro-batch that did not use it
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+                if parameter.grad is not None:  # the last layer of SDXL's first text encoder is never used
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def _losses(self, number: int) -> dict[str, Tensor]:
         """The loss of micro-batch `number` and its parts, scalars."""

@@ -86,6 +86,19 @@ def published_base(scripts):
     return runpy.run_path(str(BENCHMARK))["published_base"]
 
 
+def published_layers(kind: str, targets: str) -> set[str]:
+    layers = ATTENTION if targets == "attention" else ATTENTION + FEEDFORWARD
+    return {
+        f"lora_unet_{block}_transformer_blocks_{i}_{layer}"
+        for block, depth in UNETS[kind].items()
+        for i, layer in product(range(depth), layers)
+    } | {
+        f"{prefix}_text_model_encoder_layers_{i}_self_attn_{layer}"
+        for prefix, depth in TEXT_ENCODERS[kind].items()
+        for i, layer in product(range(depth), TEXT_ATTENTION)
+    }
+
+
 @pytest.mark.parametrize(
     ("kind", "targets", "modules"),
     [
@@ -101,17 +114,7 @@ def test_published_architectures_have_the_names_that_others_look_for(published_b
     state = {}
     for name, part in adapted_parts(base).items():
         state |= kohya_state(base, name, get_peft_model_state_dict(part, adapter_name=ADAPTER))
-
-    layers = ATTENTION if targets == "attention" else ATTENTION + FEEDFORWARD
-    expected = {
-        f"lora_unet_{block}_transformer_blocks_{i}_{layer}"
-        for block, depth in UNETS[kind].items()
-        for i, layer in product(range(depth), layers)
-    } | {
-        f"{prefix}_text_model_encoder_layers_{i}_self_attn_{layer}"
-        for prefix, depth in TEXT_ENCODERS[kind].items()
-        for i, layer in product(range(depth), TEXT_ATTENTION)
-    }
+    expected = published_layers(kind, targets)
     assert len(expected) == modules
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
     assert set(state) == {f"{module}.{part}" for module, part in product(expected, parts)}
@@ -170,6 +173,7 @@ def test_layers_with_ranks_and_alphas_of_their_own(base, tmp_path):
         target_modules=["to_q", "to_k", "to_v"],
         init_lora_weights=False,
     )
+    torch.manual_seed(0)
     base.unet.add_adapter(lora, adapter_name=ADAPTER)
     read = read_by_diffusers(fresh, export_kohya(base, tmp_path))
     torch.testing.assert_close(read, weight_changes(base))
