@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
@@ -61,7 +64,11 @@ def load_adapter(base: Base, file: Path) -> None:
     if not file.is_file():
         raise UserError(f"there is no adapter at {file}")
     try:
-        base.pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER)
+        state = load_file(file)
+        if len(_alphas(state)) > 1:
+            base.pipeline.load_lora_weights(_with_one_alpha(state), adapter_name=ADAPTER)
+        else:  # the file, for in diffusers' form the alpha is in its header
+            base.pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER)
     except Exception as error:  # diffusers and PEFT raise almost anything
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         kind = "SDXL" if base.is_sdxl else "Stable Diffusion 1 or 2"
@@ -70,3 +77,21 @@ def load_adapter(base: Base, file: Path) -> None:
         ) from error
     if not adapted_parts(base):
         raise UserError(f"the adapter {file} fits no layer of {base.name}: it is of another architecture")
+
+
+def _alphas(state: dict[str, Tensor]) -> Counter[float]:
+    """How many layers of a file in kohya's form have each alpha; in diffusers' form there are none."""
+    return Counter(tensor.item() for name, tensor in state.items() if name.endswith(".alpha"))
+
+
+def _with_one_alpha(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same adapter with the commonest alpha for all layers, for diffusers takes that for all of them, whatever
+    theirs are: the others' weights are scaled instead."""
+    common = _alphas(state).most_common(1)[0][0]
+    changed = dict(state)
+    for name, tensor in state.items():
+        if name.endswith(".alpha"):
+            up = f"{name.removesuffix('.alpha')}.lora_up.weight"
+            changed[up] = state[up] * (tensor.item() / common)
+            changed[name] = torch.tensor(common)
+    return changed
