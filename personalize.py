@@ -45,6 +45,11 @@ def main(arguments: list[str]) -> None:
         os.environ.setdefault(variable, value)
     try:
         importlib.import_module(f"improved_diffusion.personalize.commands.{options.command}").run(options.arguments)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        advice = "smaller batches, a smaller resolution, or for train training.gradient_checkpointing true"
+        raise UserError(f"the GPU has no memory left: try {advice}") from error
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name, "personalize")
         raise UserError(f"{error.name} is missing: pip install 'improved_diffusion[{extra}]'") from error

@@ -225,8 +225,8 @@ class WatchConfig:
     """Weight of the UNet's adapter."""
     text_encoder_scale: float = 1.0
     """Weight of the text encoders' adapters."""
-    batch_size: int = 4
-    """Pictures drawn at once."""
+    batch_size: int = 1
+    """Pictures drawn at once; more are faster and take more memory."""
     clip: str | None = "openai/clip-vit-large-patch14"
     """CLIP model, by name or folder, that measures CLIP-T and CLIP-I; null for none."""
     vision: str | None = "facebook/dino-vits16"

@@ -60,7 +60,10 @@ def rendered(base: Base, picture: Image.Image) -> Image.Image:
 
 @torch.no_grad()
 def decode_latents(base: Base, latents: Tensor) -> list[Image.Image]:
-    """Latents (N, 4, H / 8, W / 8) to N pictures, in the autoencoder's own arithmetic."""
-    vae = base.pipeline.vae
-    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-    return base.pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
+    """Latents (N, 4, H / 8, W / 8) to N pictures, in the autoencoder's own arithmetic; one by one, for decoding takes
+    more memory than all else."""
+    vae, pictures = base.pipeline.vae, []
+    for latent in latents.to(vae.dtype).split(1):
+        decoded = vae.decode(latent / vae.config.scaling_factor).sample
+        pictures += base.pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
+    return pictures
