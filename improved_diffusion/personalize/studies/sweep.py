@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import subprocess
@@ -110,12 +111,15 @@ def _points_per_run(grid: DrawGrid) -> int:
 def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iterator[list[Drawn]]:
     """For each point of this run and checkpoint its pictures, not yet scored; only what is missing is drawn."""
     subject, side = tuned.config.subject, resolution_of(tuned.config, tuned.base)
+    started = [entry["started"] for entry in RunDirectory(run).read_provenance()[:1]]  # another run may have this name
+    what = (started, side, grid.steps, grid.negative_prompt)
     prompts = [(number, subject.fill(prompt)) for number, prompt in enumerate(grid.prompts)]
     for unet, text, guidance in itertools.product(grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales):
         # The file's own name: `best` may name another one after a resume.
         point = Point(run, tuned.checkpoint.name, unet, text, guidance)
+        folder = out / "pictures" / point.name
         pictures = [
-            Drawn(point, prompt, seed, out / "pictures" / point.name / f"{number:02d}_seed{seed}.png", {})
+            Drawn(point, prompt, seed, folder / f"{number:02d}_seed{seed}_{_digest(*what, prompt)}.png", {})
             for number, prompt in prompts
             for seed in grid.seeds
         ]
@@ -127,6 +131,11 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
             with atomic_write(picture.file) as temporary:
                 image.save(temporary, format="png")
         yield pictures
+
+
+def _digest(*what: object) -> str:
+    """Of what decides a picture beside its point and seed, for its name: changed settings draw it anew."""
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
 def _references(tuned: Tuned, judge: Judge, data: str | None) -> References:

@@ -99,6 +99,16 @@ def test_interrupted_it_draws_only_what_is_missing(sweep, tmp_path):
     assert changed == [pictures[3]]
 
 
+def test_changed_settings_do_not_find_old_pictures(sweep, tmp_path):
+    sweep()
+    first = {row["file"] for row in rows_of(tmp_path / "sweep" / "scores.csv")}
+    sweep("--draw.steps=3")
+    assert not first & {row["file"] for row in rows_of(tmp_path / "sweep" / "scores.csv")}
+    sweep('--draw.prompts=["a {class} in the snow","a {token} {class}"]')
+    for row in rows_of(tmp_path / "sweep" / "scores.csv"):
+        assert row["file"] not in first  # the prompts have changed places
+
+
 def test_runs_are_trained_for_each_combination(run_script, tiny_bases, tiny_judges, photos, tmp_path):
     settings = {
         "base": str(tiny_bases["sd"]),
