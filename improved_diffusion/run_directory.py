@@ -82,7 +82,7 @@ class RunDirectory:
             UserError: `path` is not a run directory, or its config is damaged.
         """
         if not self.path.is_dir():
-            raise UserError(f"no run directory at {self.path}: train one with python train.py --out {self.path}")
+            raise UserError(f"no run directory at {self.path}: train one first, or look at the spelling")
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
         return load_settings(kind, self.config_file)
@@ -109,6 +109,12 @@ class RunDirectory:
         for old in self.checkpoint_files()[:-keep]:
             if old != best and _step(old) < _step(latest) and _step(old) not in spared:
                 old.unlink()
+
+    def discard(self, step: int) -> None:
+        """Remove the checkpoint of `step`, if there is one, and let `latest` name the newest of the others."""
+        self.checkpoint_file(step).unlink(missing_ok=True)
+        if files := self.checkpoint_files():
+            self.point("latest", files[-1])
 
     def remove_leftovers(self) -> None:
         """Remove what a kill in the middle of a save left of it."""
@@ -189,7 +195,8 @@ def read_checkpoint(file: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
             some of `keys`.
     """
     if not file.is_file():
-        raise UserError(f"no checkpoint at {file}")
+        there = ", ".join(sorted(other.name for other in file.parent.glob("step_*.pt")))
+        raise UserError(f"no checkpoint at {file}" + (f"; there are {there}" if there else ""))
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (*DAMAGE, pickle.UnpicklingError) as error:

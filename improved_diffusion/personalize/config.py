@@ -12,6 +12,13 @@ from typing import Literal
 from improved_diffusion.errors import UserError
 from improved_diffusion.settings import require
 
+FILLED = ("token", "class")
+
+
+def is_seed(number: int) -> bool:
+    """Whether PyTorch's generators take it."""
+    return 0 <= number < 2**63
+
 
 @dataclass(frozen=True)
 class ImagesConfig:
@@ -73,10 +80,10 @@ class SubjectConfig:
         try:
             text = template.format_map(_Set({"token": self.token, "class": self.class_name}))
         except KeyError as error:
-            known = "set subject.token and subject.class_name" if error.args[0] in ("token", "class") else ""
+            known = "set subject.token and subject.class_name (a run has them)" if error.args[0] in FILLED else ""
             advice = known or "only {token} and {class} can be filled in"
             raise UserError(f"the prompt {template!r} needs {{{error.args[0]}}}: {advice}") from error
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, AttributeError) as error:
             raise UserError(f"the prompt {template!r} cannot be filled in: {error}") from error
         return " ".join(text.split())
 
@@ -199,7 +206,8 @@ class TrainingConfig:
             self.ema_rate is None or 0 <= self.ema_rate < 1, f"training.ema_rate must be in [0, 1), not {self.ema_rate}"
         )
         require(
-            self.steps is None or self.epochs is None, "give either training.steps or training.epochs, and not both"
+            self.steps is None or self.epochs is None,
+            "training.steps and training.epochs are both given: set one of them to null",
         )
 
 
@@ -242,8 +250,9 @@ class WatchConfig:
             require(getattr(self, name) >= 1, f"watch.{name} must be at least 1, not {getattr(self, name)}")
         require(len(self.seeds) >= 1, "watch.seeds must not be empty")
         require(len(set(self.seeds)) == len(self.seeds), "watch.seeds must differ from each other")
-        require(all(seed >= 0 for seed in self.seeds), "watch.seeds must not be negative")
+        require(all(is_seed(seed) for seed in self.seeds), "watch.seeds must be from 0 to 2^63 - 1")
         require(len(self.loss_timesteps) >= 1, "watch.loss_timesteps must not be empty")
+        require(all(t >= 0 for t in self.loss_timesteps), "watch.loss_timesteps must not be negative")
 
 
 @dataclass(frozen=True)
@@ -272,7 +281,7 @@ class PersonalizeConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
+        require(is_seed(self.seed), f"seed must be from 0 to 2^63 - 1, not {self.seed}")
         require(
             self.method != "textual_inversion" or self.subject.token is not None,
             "textual inversion learns a new word: name it with subject.token",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.data.crops import cut
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.encoding import decode_latents, latent_moments
+
+
+class BrokenPicture(UserError):
+    """What was drawn is no picture: the weights, or the arithmetic, are broken."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"sampling takes at least 1 step, not {self.steps}")
+        if not math.isfinite(self.guidance_scale):
+            raise UserError(f"the guidance scale must be a number, not {self.guidance_scale}")
         if not 0 < self.strength <= 1:
             raise UserError(f"the strength must be above 0 and at most 1, not {self.strength}")
         for name in ("height", "width"):
@@ -90,7 +97,7 @@ def draw(
             )
         drawn: Tensor = output.images
         if not torch.isfinite(drawn).all():
-            raise UserError(f"the network drew what is no picture (NaN) for {texts[0]!r}: use bf16 or float32")
+            raise BrokenPicture(f"the network drew what is no picture (NaN) for {texts[0]!r}: use bf16 or float32")
         yield from decode_latents(base, drawn)
 
 

@@ -114,6 +114,13 @@ def is_fast_at_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
+def drawing_precision(device: torch.device) -> str:
+    """In which published models are drawn from there: float32 on a CPU, else bf16 where it is fast, else fp16."""
+    if device.type == "cpu":
+        return "float32"
+    return "bf16" if is_fast_at_bf16(device) else "fp16"
+
+
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:
     """The type that the settings' `precision` (auto, bf16, float32) means on `device`."""
     if precision == "bf16" or (precision == "auto" and is_fast_at_bf16(device)):

@@ -79,7 +79,7 @@ def test_the_studies(flags):
         ),
         ({"method": "full", "base_bits": 4}, "cannot be trained in full"),
         ({"prior": PriorConfig(images=2)}, "needs {class}: set subject.token and subject.class_name"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, "seed must be from 0"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):

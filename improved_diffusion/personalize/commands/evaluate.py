@@ -53,12 +53,8 @@ def run(arguments: list[str]) -> None:
     by_vision = {"likeness", "copying"} & set(similar)
     judge = Judge(options.clip if by_clip else None, options.vision if by_vision else None, device)
     found, measurements = [], []
-    refused = evaluate.each(
-        similar,
-        lambda metric: found.append(
-            evaluate.measure_similarity(metric, generated, references, judge, options.lpips_weights)
-        ),
-    )
+    similarities = evaluate.Similarities(generated, references, judge, options.lpips_weights, device)
+    refused = evaluate.each(similar, lambda metric: found.append(similarities.measure(metric)))
     refused += evaluate.each(
         [metric for metric in chosen if metric in evaluate.INCEPTION_METRICS],
         lambda metric: measurements.extend(evaluate.measure_inception([metric], generated, references, str(device))),

@@ -24,7 +24,9 @@ def run(arguments: list[str]) -> None:
     add_model_options(parser)
     options = parser.parse_args(arguments)
 
-    options.precision = options.precision or "float32"  # in which the file is written, and read back exactly
+    if options.precision not in (None, "float32"):
+        parser.error("a file is written, and read back exactly, in float32: leave out --precision")
+    options.precision, options.device = "float32", options.device or "cpu"
 
     # Imported only now: torch takes seconds, and typos are answered at once.
     from improved_diffusion.personalize.verify import export, largest_difference

@@ -35,8 +35,8 @@ def run(arguments: list[str]) -> None:
     for name in ("n", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
-    if options.seed < 0:
-        parser.error(f"--seed must not be negative, not {options.seed}")
+    if not 0 <= options.seed < 2**62:
+        parser.error(f"--seed must be from 0 to 2^62, not {options.seed}")
 
     # Imported only now: torch takes seconds, and typos are answered at once.
     from PIL import Image

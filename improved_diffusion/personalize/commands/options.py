@@ -20,7 +20,7 @@ def add_model_options(parser: ArgumentParser) -> None:
     add("--base", help="base model, a folder or a name on the hub (default: the run's)")
     add("--adapter", type=Path, help="a .safetensors file of LoRA for --base, in diffusers' or kohya's form")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--precision", choices=("float32", "bf16", "fp16"), help="default: bf16 on a GPU, float32 on a CPU")
+    add("--precision", choices=("float32", "bf16", "fp16"), help="default: float32 on a CPU, else bf16 or fp16")
 
 
 def add_scale_options(parser: ArgumentParser) -> None:
@@ -42,14 +42,14 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
     from improved_diffusion.personalize.models.base import load_base
     from improved_diffusion.personalize.models.tuned import load_adapter, load_run
     from improved_diffusion.run_directory import RunDirectory
-    from improved_diffusion.training.devices import usable_device
+    from improved_diffusion.training.devices import drawing_precision, usable_device
 
     if options.run is None and options.base is None:
         parser.error("which model? give --run, or --base and perhaps --adapter")
     if options.run is not None and options.adapter is not None:
         parser.error("--run has an adapter of its own: give --base with --adapter, or --run alone")
     device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = options.precision or ("bf16" if device.type == "cuda" else "float32")
+    precision = options.precision or drawing_precision(device)
     if options.run is not None:
         tuned = load_run(RunDirectory(options.run), options.checkpoint, options.base, device, precision)
         return tuned.base, tuned.config

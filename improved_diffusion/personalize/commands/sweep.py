@@ -34,14 +34,14 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from improved_diffusion.personalize.studies import sweep, sweep_report
-    from improved_diffusion.training.devices import usable_device
+    from improved_diffusion.training.devices import drawing_precision, usable_device
 
     device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     out = Path(options.out)
     runs = [Path(run) for run in config.runs]
     if not runs:
         runs = sweep.train_runs(config.train, out / "runs", Path(options.config or "."), flags)
-    drawn = sweep.draw_grid(config, runs, out, str(device), "bf16" if device.type == "cuda" else "float32")
+    drawn = sweep.draw_grid(config, runs, out, str(device), drawing_precision(device))
     summary = sweep_report.summarise(drawn)
     sweep_report.write_results(drawn, summary, out)
     print(sweep_report.table(summary))

@@ -11,6 +11,8 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--base", required=True, help="base model: a folder, or a name on the Hugging Face hub")
     parser.add_argument("--count", type=int, default=10, help="suggestions (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.count < 1:
+        parser.error(f"--count must be at least 1, not {options.count}")
 
     # Imported only now: transformers takes seconds, and --help should not.
     from improved_diffusion.personalize.models.base import load_tokenizer

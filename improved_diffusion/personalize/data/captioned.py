@@ -17,10 +17,10 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from improved_diffusion.data.decode import EXTENSIONS, FORMATS, to_rgb
 from improved_diffusion.data.sources import Folder, is_hidden
@@ -38,6 +38,7 @@ class CaptionedImage:
     name: str
     caption: str | None
     read: Callable[[], bytes]
+    size: tuple[int, int] | None = None  # (width, height), upright; known once the image was found to be whole
 
     def load(self, background: str = "white") -> Image.Image:
         """RGB, upright, of its own size; raises whatever Pillow raises for a damaged file."""
@@ -55,7 +56,8 @@ def load_image(path: Path, background: str = "white") -> Image.Image:
     try:
         return CaptionedImage(path.name, None, path.read_bytes).load(background)
     except Exception as error:  # Pillow raises almost anything on a damaged file
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        reasons = {FileNotFoundError: "there is no such file", UnidentifiedImageError: "it is no image, or damaged"}
+        reason = reasons.get(type(error)) or " ".join(str(error).split())
         raise UserError(f"cannot read the image {path}: {reason}") from error
 
 
@@ -102,15 +104,15 @@ def open_captioned_set(
         candidates = list(_of_folder(path, caption_column, skipped))
     else:
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        candidates = [image for file in files for image in _of_parquet(file, caption_column)]
+        candidates = [image for file in files for image in _of_parquet(file, caption_column, captions_required)]
     images = []
     for image in candidates:
         try:
-            image.load(background)
+            size = image.load(background).size
         except Exception as error:  # Pillow raises almost anything on a damaged file
             skipped.append(f"{image.name}: {' '.join(str(error).split()) or type(error).__name__}")
         else:
-            images.append(image)
+            images.append(replace(image, size=size))
     if not images:
         first = f"; the first that was skipped is {skipped[0]}" if skipped else ""
         raise UserError(f"no usable images in {path}{first}")
@@ -181,7 +183,7 @@ def _metadata(path: Path, caption_column: str | None) -> dict[str, str]:
 # Parquet
 
 
-def _of_parquet(file: Path, caption_column: str | None) -> Iterator[CaptionedImage]:
+def _of_parquet(file: Path, caption_column: str | None, captions_required: bool) -> Iterator[CaptionedImage]:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -191,10 +193,12 @@ def _of_parquet(file: Path, caption_column: str | None) -> Iterator[CaptionedIma
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {file}: it is damaged or no parquet file ({error})") from error
     image_column = _column(file, table.column_names, IMAGE_COLUMNS, None, "images")
-    caption_column = _column(file, table.column_names, CAPTION_COLUMNS, caption_column, "captions")
-    images, captions = table.column(image_column), table.column(caption_column)
+    images, captions = table.column(image_column), None
+    if caption_column or captions_required or set(CAPTION_COLUMNS) & set(table.column_names):
+        caption_column = _column(file, table.column_names, CAPTION_COLUMNS, caption_column, "captions")
+        captions = table.column(caption_column)
     for row in range(table.num_rows):
-        caption = captions[row].as_py()
+        caption = captions[row].as_py() if captions is not None else None
         if caption is not None and not isinstance(caption, str):
             raise UserError(f"{file}: column {caption_column!r} holds {type(caption).__name__}, not text")
         yield CaptionedImage(

@@ -60,16 +60,15 @@ class MicroBatchStream:
 
 
 class PriorStream:
-    """Which images of the prior a micro-batch sees beside its own: all once, shuffled, before any comes again."""
+    """Which images of the prior are seen beside the others: all once, shuffled, before any comes again."""
 
-    def __init__(self, images: int, batch_size: int, seed: int):
-        self.images = images
-        self.batch_size = batch_size
+    def __init__(self, count: int, seed: int):
+        self.count = count
         self._order = functools.lru_cache(maxsize=2)(
-            lambda epoch: torch.randperm(images, generator=seeded_generator(seed, PRIOR_ORDER, epoch)).tolist()
+            lambda epoch: torch.randperm(count, generator=seeded_generator(seed, PRIOR_ORDER, epoch)).tolist()
         )
 
-    def micro_batch(self, number: int, count: int) -> list[int]:
-        """Indices of `count` images, at most the batch size, for micro-batch `number`."""
-        positions = range(number * self.batch_size, number * self.batch_size + count)
-        return [self._order(position // self.images)[position % self.images] for position in positions]
+    def images(self, first: int, count: int) -> list[int]:
+        """Indices of those that are seen from number `first` on, counted over all epochs."""
+        positions = range(first, first + count)
+        return [self._order(position // self.count)[position % self.count] for position in positions]

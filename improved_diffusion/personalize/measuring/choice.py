@@ -77,7 +77,7 @@ def overfitting(looks: Sequence[Look], copy_cap: float) -> list[str]:
             continue
         gained = _change(earlier.fidelity, last.fidelity)
         lost = _change(earlier.prompt, last.prompt)
-        if gained.low > 0 and lost.high < 0:
+        if gained.n > 1 and gained.low > 0 and lost.high < 0:
             signs.append(
                 f"step {last.step}: since step {earlier.step} fidelity rose by {gained.mean:.3f} while "
                 f"prompt-following fell by {-lost.mean:.3f}: it overfits"

@@ -14,6 +14,7 @@ from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.judge import Judge, Seen
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.encoding import rendered
+from improved_diffusion.progress import progress
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,10 @@ def see_training(
     """Squares of the training images, `resolution` pixels a side, before and after the autoencoder of `base`."""
 
     def squares() -> Iterator[Image.Image]:
-        return (fit(image.load(background), (resolution, resolution))[0] for image in images)
+        with progress(total=len(images), desc="looking at the training images", unit="image", leave=False) as bar:
+            for image in images:
+                yield fit(image.load(background), (resolution, resolution))[0]
+                bar.update()
 
     if not judge.compares:
         return References(Seen(None, None), Seen(None, None))

@@ -51,20 +51,18 @@ def drift(tuned: Tensor, base: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over pictures, and where it would fall 95 % of the time were the pictures drawn anew."""
+    """A mean over pictures, and where it would fall 95 % of the time were the pictures drawn anew; a single picture
+    cannot tell."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
 
 
 def mean_score(values: Tensor) -> Score:
     """The mean of one value for each picture, with a bootstrap interval over the pictures."""
     array = values.double().numpy()
     estimate = Estimate(float(array.mean()), (Influence(array),))
-    low, high = bootstrap_interval(estimate)
+    low, high = bootstrap_interval(estimate) if len(array) > 1 else (None, None)
     return Score(estimate.value, low, high, len(array))

@@ -84,7 +84,8 @@ def set_scales(base: Base, unet: float, text_encoder: float, text_encoder_2: flo
     """Weigh the adapters; 0 is the base as it was. Without a third number, both text encoders have the second.
 
     Raises:
-        UserError: there is no adapter, and a scale other than 1.
+        UserError: a scale other than 1 where there is no adapter, or between 0 and 1 of DoRA, which has no such thing:
+            its magnitudes are not scaled with the update.
     """
     parts = adapted_parts(base)
     if not parts and {unet, text_encoder, text_encoder_2} - {1.0, None}:
@@ -95,6 +96,10 @@ def set_scales(base: Base, unet: float, text_encoder: float, text_encoder_2: flo
         "text_encoder_2": text_encoder if text_encoder_2 is None else text_encoder_2,
     }
     for name, part in parts.items():
+        scale = scales[name]
+        if scale not in (0, 1) and adapter_config(part).use_dora:
+            raise UserError(f"DoRA cannot be weighed by {scale:g}: it is there (1) or not (0)")
         for module in part.modules():
             if isinstance(module, BaseTunerLayer):
-                module.set_scale(ADAPTER, scales[name])
+                module.enable_adapters(scale != 0)  # for DoRA a scale of 0 would leave its magnitudes
+                module.set_scale(ADAPTER, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from improved_diffusion.personalize.models.hub import opening, require_vocabular
 
 _opening = functools.partial(opening, what="base model", index="model_index.json", setting="--base")
 
+PREDICTIONS = ("epsilon", "v_prediction")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,6 +62,16 @@ class Base:
         """float32 (T,): of the schedule that it was trained with."""
         return self.pipeline.scheduler.alphas_cumprod
 
+    def fingerprint(self) -> str:
+        """SHA-256 of a few numbers of every weight that decides what is drawn: of the same model the same, wherever its
+        folder lies."""
+        digest = hashlib.sha256()
+        for part in (self.unet, *self.text_encoders.values()):
+            for name, weight in part.state_dict().items():
+                digest.update(f"{name} {tuple(weight.shape)}".encode())
+                digest.update(weight.flatten()[:16].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def to(self, device: torch.device | str, dtype: str = "float32", vae_dtype: str = "float32") -> Base:
         """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32. A UNet of few bits
         stays as it was loaded, on the GPU."""
@@ -70,32 +82,42 @@ class Base:
         return self
 
 
-def load_base(name: str, bits: int | None = None) -> Base:
-    """The pipeline in a folder, or of that name on the Hugging Face hub, in float32 on the CPU.
+def load_base(name: str, bits: int | None = None, dtype: str = "float32") -> Base:
+    """The pipeline in a folder, or of that name on the Hugging Face hub, on the CPU, without its safety checker.
 
     Args:
         name: the folder or the name.
         bits: hold the UNet in 4 (NF4; Dettmers et al. 2023, arXiv:2305.14314) or 8 bits, which takes a GPU.
+        dtype: of the weights; with `bits`, of what the UNet computes in.
 
     Raises:
         UserError: no such folder, a folder that is none, another kind of pipeline, or a hub that cannot be reached; the
             message says what to download and where to put it.
     """
     with _opening(name) as local_files_only:
-        settings = {} if bits is None else {"quantization_config": _few_bits(bits)}
-        pipeline = DiffusionPipeline.from_pretrained(name, local_files_only=local_files_only, **settings)
+        settings = {} if bits is None else {"quantization_config": _few_bits(bits, DTYPES[dtype])}
+        pipeline = DiffusionPipeline.from_pretrained(
+            name,
+            local_files_only=local_files_only,
+            torch_dtype=DTYPES[dtype],
+            safety_checker=None,  # a network of 1.2 GB that nothing here asks
+            requires_safety_checker=False,
+            **settings,
+        )
         if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
             kind = type(pipeline).__name__
             raise UserError(f"{name} is a {kind}: only Stable Diffusion 1 and 2 and SDXL are supported")
         base = Base(name, pipeline)
+        if base.prediction not in PREDICTIONS or not hasattr(pipeline.scheduler, "alphas_cumprod"):
+            raise UserError(f"{name} predicts {base.prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
         for tokenizer in base.tokenizers:
             require_vocabulary(tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     return base
 
 
-def _few_bits(bits: int) -> PipelineQuantizationConfig:
-    details = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16} if bits == 4 else {}
+def _few_bits(bits: int, dtype: torch.dtype) -> PipelineQuantizationConfig:
+    details = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype} if bits == 4 else {}
     return PipelineQuantizationConfig(
         quant_backend=f"bitsandbytes_{bits}bit",
         quant_kwargs={f"load_in_{bits}bit": True, **details},

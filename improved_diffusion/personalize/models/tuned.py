@@ -52,6 +52,8 @@ def load_run(
     opened = load_base(base or config.base).to(device, dtype, config.training.vae_precision)
     trained = prepare(opened, config)
     trained.load_state_dict(next(iter(state["ema"].values())) if state["ema"] else state["model"])
+    if config.method == "full":
+        opened.to(device, dtype, config.training.vae_precision)  # float32 was for training
     return Tuned(opened, config, state["step"], file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.personalize.data.captioned import CaptionedSet
 from improved_diffusion.personalize.data.crops import fit
 from improved_diffusion.personalize.measuring import scores
-from improved_diffusion.personalize.measuring.judge import Judge
+from improved_diffusion.personalize.measuring.judge import Judge, Seen
 
 INCEPTION_METRICS = ("kid", "fid", "inception-score")
 SIMILARITY_METRICS = ("clip-t", "clip-i", "likeness", "copying", "lpips")
@@ -79,71 +80,103 @@ class CaptionedSource:
         return CaptionedSource(self.found, rows)
 
 
-def measure_similarity(
-    metric: str, generated: CaptionedSet, references: CaptionedSet | None, judge: Judge, lpips_weights: Path | None
-) -> Similarity:
-    """One of SIMILARITY_METRICS.
+class Similarities:
+    """The SIMILARITY_METRICS of a set of pictures. Each set is looked at once, when the first metric asks.
 
-    Raises:
-        UserError: it needs references, prompts or weights that are not there.
+    Args:
+        generated: pictures with their prompts.
+        references: real pictures, or None.
+        judge: of both.
+        lpips_weights: torchvision's AlexNet, or None.
+        device: where LPIPS runs.
     """
-    if metric == "lpips":
-        return _diversity(generated, lpips_weights)
-    pictures = judge.see([image.load() for image in generated.images])
-    if metric == "clip-t":
-        if pictures.clip is None:
-            raise UserError("clip-t needs a CLIP model: give --clip")
-        if missing := generated.without_caption():
+
+    def __init__(
+        self,
+        generated: CaptionedSet,
+        references: CaptionedSet | None,
+        judge: Judge,
+        lpips_weights: Path | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.generated, self.references, self.judge = generated, references, judge
+        self.lpips_weights, self.device = lpips_weights, device
+
+    @functools.cached_property
+    def _pictures(self) -> Seen:
+        return self.judge.see(image.load() for image in self.generated.images)
+
+    @functools.cached_property
+    def _real(self) -> Seen:
+        return self.judge.see(_square(image.load()) for image in self.references.images)
+
+    def measure(self, metric: str) -> Similarity:
+        """One of SIMILARITY_METRICS.
+
+        Raises:
+            UserError: it needs references, prompts or weights that are not there.
+        """
+        if metric in ("clip-i", "likeness", "copying") and self.references is None:
+            raise UserError(f"{metric} compares with real pictures: give --references")
+        measures = {
+            "clip-t": self._prompt_match,
+            "clip-i": self._clip_i,
+            "likeness": self._likeness,
+            "copying": self._copying,
+            "lpips": self._diversity,
+        }
+        return measures[metric]()
+
+    def _prompt_match(self) -> Similarity:
+        if missing := self.generated.without_caption():
             raise UserError(
-                f"clip-t compares pictures with their prompts, and {missing[0]} has none in {generated.path}"
+                f"clip-t compares pictures with their prompts, and {missing[0]} has none in {self.generated.path}"
             )
-        values = scores.prompt_match(pictures.clip, judge.read([image.caption for image in generated.images]))
-        return Similarity("CLIP-T", scores.mean_score(values), None, judge.clip_name)
-    if references is None:
-        raise UserError(f"{metric} compares with real pictures: give --references")
-    real = judge.see([_square(image.load()) for image in references.images])
-    if metric == "clip-i":
-        if pictures.clip is None:
-            raise UserError("clip-i needs a CLIP model: give --clip")
-        values, name, model = scores.fidelity(pictures.clip, real.clip), "CLIP-I", judge.clip_name
-    elif metric == "likeness":
-        if pictures.vision is None:
-            raise UserError("likeness needs a vision model: give --vision")
-        values, model = scores.fidelity(pictures.vision, real.vision), judge.vision_name
+        texts = self.judge.read([image.caption for image in self.generated.images])
+        values = scores.prompt_match(self._pictures.clip, texts)
+        return Similarity("CLIP-T", scores.mean_score(values), None, self.judge.clip_name)
+
+    def _clip_i(self) -> Similarity:
+        values = scores.fidelity(self._pictures.clip, self._real.clip)
+        return Similarity("CLIP-I", scores.mean_score(values), len(self.references), self.judge.clip_name)
+
+    def _likeness(self) -> Similarity:
+        values, model = scores.fidelity(self._pictures.vision, self._real.vision), self.judge.vision_name
         name = "DINO" if "dino" in model.lower() else "likeness"
-    else:
-        if len(references) < 2:
+        return Similarity(name, scores.mean_score(values), len(self.references), model)
+
+    def _copying(self) -> Similarity:
+        """Against the real pictures themselves: unlike a look at a run, there is no autoencoder to render them by."""
+        if len(self.references) < 2:
             raise UserError("copying needs at least two references, to know how close is close")
-        values, name = scores.copying(pictures.likeness(), real.likeness()), "copying"
-        model = judge.vision_name or judge.clip_name
-    return Similarity(name, scores.mean_score(values), len(references), model)
+        values = scores.copying(self._pictures.likeness(), self._real.likeness())
+        return Similarity("copying", scores.mean_score(values), len(self.references), self.judge.vision_name)
+
+    def _diversity(self) -> Similarity:
+        """The mean LPIPS between pictures of one prompt (DIV; Ruiz et al. 2022, DreamBooth, section 4.3): for each
+        picture, its mean distance to the others of its prompt. Pictures that all look alike have little."""
+        if self.lpips_weights is None:
+            raise UserError(
+                "lpips needs torchvision's AlexNet weights: download alexnet-owt-7be5be79.pth from "
+                "download.pytorch.org/models and give --lpips-weights FILE"
+            )
+        network = load_lpips(self.lpips_weights, device=self.device)
+        of_prompt: dict[str | None, list[Image.Image]] = {}
+        for image in self.generated.images:
+            picture = fit(image.load(), (LPIPS_SIDE, LPIPS_SIDE))[0]
+            of_prompt.setdefault(image.caption, []).append(picture)
+        values = []
+        for pictures in of_prompt.values():
+            for i, picture in enumerate(pictures):
+                if others := pictures[:i] + pictures[i + 1 :]:
+                    values.append(lpips([picture] * len(others), others, network).mean())
+        if not values:
+            raise UserError("lpips measures how pictures of one prompt differ, and no prompt has two")
+        return Similarity("LPIPS", scores.mean_score(torch.stack(values)), None, "AlexNet")
 
 
 def _square(image: Image.Image) -> Image.Image:
     return fit(image, (min(image.size), min(image.size)))[0]
-
-
-def _diversity(generated: CaptionedSet, weights: Path | None) -> Similarity:
-    """The mean LPIPS between pictures of one prompt (DIV; Ruiz et al. 2022, DreamBooth, section 4.3): each picture's
-    mean distance to the others of its prompt. Pictures that all look alike have little."""
-    if weights is None:
-        raise UserError(
-            "lpips needs torchvision's AlexNet weights: download alexnet-owt-7be5be79.pth from "
-            "download.pytorch.org/models and give --lpips-weights FILE"
-        )
-    network = load_lpips(weights)
-    of_prompt: dict[str | None, list[Image.Image]] = {}
-    for image in generated.images:
-        of_prompt.setdefault(image.caption, []).append(fit(image.load(), (LPIPS_SIDE, LPIPS_SIDE))[0])
-    values = []
-    for pictures in of_prompt.values():
-        for i, picture in enumerate(pictures):
-            others = pictures[:i] + pictures[i + 1 :]
-            if others:
-                values.append(lpips([picture] * len(others), others, network).mean())
-    if not values:
-        raise UserError("lpips measures how pictures of one prompt differ, and no prompt has two")
-    return Similarity("LPIPS", scores.mean_score(torch.stack(values)), None, "AlexNet")
 
 
 def measure_inception(
@@ -168,7 +201,7 @@ def similarity_table(found: Sequence[Similarity]) -> str:
     """One line for each number, with its interval, n and model."""
     lines = [f"{'':10}  {'value':>8}  {'95% interval':>20}  {'n':>6}  {'references':>10}  model"]
     for row in found:
-        interval = f"{row.score.low:.4f} to {row.score.high:.4f}"
+        interval = "" if row.score.low is None else f"{row.score.low:.4f} to {row.score.high:.4f}"
         references = "" if row.n_references is None else f"{row.n_references:,}"
         lines.append(
             f"{row.metric:10}  {row.score.mean:8.4f}  {interval:>20}  {row.score.n:6,}  {references:>10}  {row.model}"

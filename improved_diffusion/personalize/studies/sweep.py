@@ -15,6 +15,7 @@ from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
+from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.learned import open_images
 from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.measuring.judge import Judge
@@ -89,14 +90,18 @@ def train_runs(train: TrainGrid, folder: Path, sweep_file: Path, flags: Sequence
 
 def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str, dtype: str) -> list[Drawn]:
     """Draw and score every picture of the grid, in its order."""
+    for run in runs:  # what is wrong with a prompt is said before anything is drawn
+        for prompt in config.draw.prompts:
+            RunDirectory(run).read_config(PersonalizeConfig).subject.fill(prompt)
     judge = Judge(config.clip, config.vision, device)
     total = len(runs) * _points_per_run(config.draw) * len(config.draw.prompts) * len(config.draw.seeds)
     drawn: list[Drawn] = []
+    known: dict[tuple, References] = {}
     with progress(total=total, desc="sweep", unit="picture") as bar:
         for run in runs:
             for checkpoint in config.draw.checkpoints:
                 tuned = load_run(RunDirectory(run), checkpoint, config.base, device, dtype)
-                references = _references(tuned, judge, config.data)
+                references = _references(tuned, judge, config.data, known)
                 for pictures in _draw_checkpoint(config.draw, tuned, run, out):
                     drawn += _score(pictures, judge, references)
                     bar.update(len(pictures))
@@ -111,8 +116,8 @@ def _points_per_run(grid: DrawGrid) -> int:
 def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iterator[list[Drawn]]:
     """For each point of this run and checkpoint its pictures, not yet scored; only what is missing is drawn."""
     subject, side = tuned.config.subject, resolution_of(tuned.config, tuned.base)
-    started = [entry["started"] for entry in RunDirectory(run).read_provenance()[:1]]  # another run may have this name
-    what = (started, side, grid.steps, grid.negative_prompt)
+    weights = tuned.checkpoint.stat()
+    what = (weights.st_size, weights.st_mtime_ns, tuned.base.name, side, grid.steps, grid.negative_prompt)
     prompts = [(number, subject.fill(prompt)) for number, prompt in enumerate(grid.prompts)]
     for unet, text, guidance in itertools.product(grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales):
         # The file's own name: `best` may name another one after a resume.
@@ -138,10 +143,15 @@ def _digest(*what: object) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
-def _references(tuned: Tuned, judge: Judge, data: str | None) -> References:
+def _references(tuned: Tuned, judge: Judge, data: str | None, known: dict[tuple, References]) -> References:
+    """The training images of a run; those that several runs share are looked at once."""
     config = replace(tuned.config, data=data or tuned.config.data)
-    images = open_images(config).training.images
-    return see_training(tuned.base, judge, images, config.images.background, resolution_of(config, tuned.base))
+    side = resolution_of(config, tuned.base)
+    key = (tuned.base.name, side, config.data, config.images, config.seed)
+    if key not in known:
+        images = open_images(config).training.images
+        known[key] = see_training(tuned.base, judge, images, config.images.background, side)
+    return known[key]
 
 
 def _score(pictures: list[Drawn], judge: Judge, references: References) -> list[Drawn]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from improved_diffusion.personalize.config import is_seed
 from improved_diffusion.personalize.measuring.prompts import SHORT
 from improved_diffusion.settings import require
 
@@ -47,7 +48,7 @@ class DrawGrid:
             values = getattr(self, name)
             require(len(values) > 0, f"draw.{name} must not be empty")
             require(len(set(values)) == len(values), f"draw.{name} names something twice")
-        require(all(seed >= 0 for seed in self.seeds), "draw.seeds must not be negative")
+        require(all(is_seed(seed) for seed in self.seeds), "draw.seeds must be from 0 to 2^63 - 1")
         for name in ("steps", "batch_size"):
             require(getattr(self, name) >= 1, f"draw.{name} must be at least 1, not {getattr(self, name)}")
 

@@ -109,10 +109,10 @@ def _plot_front(summary: Sequence[dict[str, Any]], file: Path) -> None:
     ax = figure.subplots()
     for number, row in enumerate(summary):
         x, y = row["clip_t"], row[fidelity]
-        error = {
-            "xerr": [[max(0, x - row["clip_t_low"])], [max(0, row["clip_t_high"] - x)]],
-            "yerr": [[max(0, y - row[f"{fidelity}_low"])], [max(0, row[f"{fidelity}_high"] - y)]],
-        }
+        error = {}
+        if row["n"] > 1:
+            error["xerr"] = [[max(0, x - row["clip_t_low"])], [max(0, row["clip_t_high"] - x)]]
+            error["yerr"] = [[max(0, y - row[f"{fidelity}_low"])], [max(0, row[f"{fidelity}_high"] - y)]]
         ax.errorbar(x, y, **error, fmt="o", color="C1" if row["on_front"] else "C0", alpha=0.8, elinewidth=0.8)
         ax.annotate(str(number), (x, y), textcoords="offset points", xytext=(5, 5))
     front = sorted((row["clip_t"], row[fidelity]) for row in summary if row["on_front"])

@@ -8,10 +8,12 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.generate import BrokenPicture
 from improved_diffusion.personalize.measuring.choice import Look, candidates, choose, overfitting
 from improved_diffusion.personalize.training.budget import Budget
 from improved_diffusion.personalize.training.trainer import Source, Trainer
@@ -56,7 +58,8 @@ class PersonalizeLoop:
         self.log = RunLog(run, trainer.step) if self.is_first else contextlib.nullcontext()
         records = self.log.evaluations() if self.is_first else []
         self.looks = [look for record in records if (look := to_look(record)) is not None]
-        self.looked_at = trainer.step if any(record["step"] == trainer.step for record in records) else -1
+        looked_at = trainer.step if any(record["step"] == trainer.step for record in records) else -1
+        self.looked_at = broadcast_object_list([looked_at])[0]  # the others have no records, and wait for a look
         self.saved_step = trainer.step if trainer.step else -1
         self.logged_step, self.logged_images, self.logged_time = trainer.step, trainer.images_seen, time.monotonic()
         self.sums: dict[str, torch.Tensor] = {}
@@ -91,11 +94,11 @@ class PersonalizeLoop:
         return bool(self.trainer.accelerator.reduce(asked, "sum") > 0)
 
     def _add(self, terms: dict[str, torch.Tensor]) -> None:
-        if not math.isfinite(terms["loss"].item()):
+        if not self.trainer.is_sound(terms):
             saved = f"the last checkpoint is of step {self.saved_step}" if self.saved_step > 0 else "nothing was saved"
             raise UserError(
-                f"the loss of update {self.trainer.step} is not finite; {saved}: use a lower training.lr, or "
-                "training.precision bf16 or float32"
+                f"the loss or its gradient at update {self.trainer.step} is not finite; {saved}: use a lower "
+                "training.lr, or training.precision bf16 or float32"
             )
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value
@@ -148,7 +151,11 @@ class PersonalizeLoop:
     def _look(self) -> None:
         trainer, step = self.trainer, self.trainer.step
         with self._averaged():
-            record, sheet = self.watch.look(step)
+            try:
+                record, sheet = self.watch.look(step)
+            except BrokenPicture:
+                self.run.discard(step)  # or a resumed run would begin with broken weights
+                raise
             timesteps = self.config.watch.loss_timesteps
             if self.held_out is not None:
                 record["held_out_loss"] = fixed_loss(trainer, self.held_out, timesteps)

@@ -18,18 +18,27 @@ from improved_diffusion.progress import progress
 DESCRIPTION = "prior.json"
 
 
-def prior_images(base: Base, config: PersonalizeConfig, resolution: int, batch_size: int = 4) -> CaptionedSet:
+def prior_images(
+    base: Base, fingerprint: str, config: PersonalizeConfig, resolution: int, batch_size: int = 4
+) -> CaptionedSet:
     """The first `prior.images` images of the folder of the prior; those that are missing are drawn.
 
     Image number i is drawn from seed `config.seed + i`, so that an interrupted run goes on where it stopped. A folder
     of one's own, which has no prior.json, is taken as it is.
+
+    Args:
+        base: draws them.
+        fingerprint: of the base, by which another one's images are told.
+        config: of the run.
+        resolution: pixels a side.
+        batch_size: images at once.
 
     Raises:
         UserError: the folder holds a prior drawn with other settings, or too few images of one's own.
     """
     prior = config.prior
     settings = {
-        "base": config.base,
+        "base": fingerprint,
         "prompt": config.subject.fill(prior.prompt),
         "seed": config.seed,
         "steps": prior.steps,

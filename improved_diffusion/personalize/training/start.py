@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
@@ -60,7 +62,12 @@ def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if has_cuda and is_fast_at_bf16(torch.device("cuda")) else "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
-    return Accelerator(cpu=not has_cuda, mixed_precision={"float32": "no"}.get(precision, precision))
+    return Accelerator(
+        cpu=not has_cuda,
+        mixed_precision={"float32": "no"}.get(precision, precision),
+        # The others wait while the first process draws the prior, or looks at the run.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
 
 
 def arithmetic(accelerator: Accelerator) -> str:
@@ -94,10 +101,17 @@ def build(
     _say_what_was_found(learned, config, say)
     prompts, class_prompts = watched_prompts(config, (*learned.held_out.texts, *learned.training.texts))
     free = free_memory(accelerator.device)  # before anything of the run is there
-    base = load_base(config.base, config.base_bits)
+    base = load_base(config.base, config.base_bits, arithmetic(accelerator) if config.base_bits else "float32")
+    fingerprint = base.fingerprint()  # before it is cast
+    timesteps = len(base.alphas_cumprod)
+    require(
+        max(config.watch.loss_timesteps) < timesteps,
+        f"watch.loss_timesteps must be below {timesteps}, the timesteps of {config.base}",
+    )
     resolution = resolution_of(config, base)
     sizes = buckets(resolution, config.images.buckets)
     of_images = choose_sizes(learned.training.images, sizes)
+    _say_what_is_small(learned.training.images, of_images, say)
     stream = MicroBatchStream(of_images, config.images.repeats, config.training.batch_size, config.seed)
     budget = plan(stream, config.training, accelerator.num_processes, with_prior=config.prior.images > 0)
     say(f"budget: {budget}")
@@ -110,7 +124,7 @@ def build(
         judge = Judge(config.watch.clip, config.watch.vision, accelerator.device, "watch.")
 
     base.to(accelerator.device, arithmetic(accelerator), config.training.vae_precision)
-    prior = _prior(base, config, of_images, resolution, accelerator)  # drawn by the base as it came
+    prior = _prior(base, fingerprint, config, of_images, resolution, accelerator)  # drawn by the base as it came
     trained = prepare(base, config)
     say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}; {arithmetic(accelerator)}")
     trainer = Trainer(base, trained, config, _encode(base, learned.training, of_images, config), prior, accelerator)
@@ -137,9 +151,18 @@ def _say_what_was_found(learned: Learned, config: PersonalizeConfig, say: Callab
         say(f"warning: {without} of {len(texts)} captions do not name the subject: write {token} into them")
 
 
+def _say_what_is_small(
+    images: Sequence[CaptionedImage], sizes: Sequence[tuple[int, int]], say: Callable[[str], None]
+) -> None:
+    pairs = zip(images, sizes, strict=True)
+    small = [image.name for image, (height, width) in pairs if image.size[0] < width or image.size[1] < height]
+    if small:
+        say(f"warning: {len(small)} of {len(images)} images are smaller than they are trained at, {small[0]} for one")
+
+
 def choose_sizes(images: Sequence[CaptionedImage], sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Of each image, the (height, width) among `sizes` whose shape is nearest to its own."""
-    return [choose_bucket(*image.load().size, sizes) for image in images]
+    return [choose_bucket(*image.size, sizes) for image in images]
 
 
 def _encode(base: Base, found: Captioned, sizes: Sequence[tuple[int, int]], config: PersonalizeConfig) -> Source:
@@ -148,6 +171,7 @@ def _encode(base: Base, found: Captioned, sizes: Sequence[tuple[int, int]], conf
 
 def _prior(
     base: Base,
+    fingerprint: str,
     config: PersonalizeConfig,
     sizes: Sequence[tuple[int, int]],
     resolution: int,
@@ -157,7 +181,7 @@ def _prior(
     if not config.prior.images:
         return None
     with accelerator.main_process_first():
-        found = prior_images(base, config, resolution)
+        found = prior_images(base, fingerprint, config, resolution)
     texts = [config.subject.fill(config.prior.prompt)] * len(found)
     plain = dataclasses.replace(config.images, crops=1, flip=False)
     return {size: Source(Examples(base, found.images, [size] * len(found), plain), texts) for size in set(sizes)}

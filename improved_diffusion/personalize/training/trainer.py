@@ -68,7 +68,7 @@ class Trainer:
         self.base, self.trained, self.config, self.accelerator = base, trained, config, accelerator
         self.source, self.prior = source, prior
         self.stream = MicroBatchStream(source.examples.sizes, config.images.repeats, training.batch_size, config.seed)
-        self.prior_stream = PriorStream(config.prior.images, training.batch_size, config.seed) if prior else None
+        self.prior_stream = PriorStream(config.prior.images, config.seed) if prior else None
         self.conditions = Conditions(base, keep=config.images.cache and not config.trains_text)
         self.alphas_cumprod = base.alphas_cumprod.to(accelerator.device)
         groups = [
@@ -89,7 +89,8 @@ class Trainer:
         return Counters(self.step, self.images_seen, self.prior_seen)
 
     def train_step(self) -> dict[str, Tensor]:
-        """One update. Returns what is logged of it, averaged over its micro-batches and the processes."""
+        """One update, unless it is not sound. Returns what is logged of it, averaged over its micro-batches and the
+        processes."""
         training, accelerator = self.config.training, self.accelerator
         parameters = list(self.trained.parameters.values())
         for group in self.optimizer.param_groups:
@@ -109,13 +110,20 @@ class Trainer:
         self._share_gradients(parameters)
         limit = float("inf") if training.grad_clip is None else training.grad_clip
         means["grad_norm"] = accelerator.clip_grad_norm_(parameters, limit)
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.step)
+        if self.is_sound(means):
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.step)
         for part in self.trained.parts:
             getattr(self.base.pipeline, part).eval()
         self.step += 1
         return accelerator.reduce(means, "mean")
+
+    def is_sound(self, terms: dict[str, Tensor]) -> bool:
+        """Whether loss and gradient of an update are finite. In fp16 the gradient may overflow: then the scaler leaves
+        the update out, and lowers its scale."""
+        scales = self.accelerator.scaler is not None
+        return bool(torch.isfinite(terms["loss"]) and (scales or torch.isfinite(terms["grad_norm"])))
 
     def _count(self, images: int) -> None:
         self.images_seen += images
@@ -137,7 +145,8 @@ class Trainer:
         draws = [self._draw(self.source, indices, generator)]
         if self.prior:
             prior = self.prior[self.source.examples.sizes[indices[0]]]
-            draws.append(self._draw(prior, self.prior_stream.micro_batch(number, len(indices)), generator))
+            of_prior = self.prior_stream.images(self.stream.images_in(number), len(indices))
+            draws.append(self._draw(prior, of_prior, generator))
         latents = Latents(*(torch.cat(tensors) for tensors in zip(*(latents for latents, _ in draws), strict=True)))
         texts = [text for _, of_source in draws for text in of_source]
         x_0 = latents.mean + latents.std * torch.randn(latents.mean.shape, generator=generator)

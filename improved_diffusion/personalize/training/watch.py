@@ -15,7 +15,7 @@ from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
-from improved_diffusion.personalize.generate import Sampling, draw
+from improved_diffusion.personalize.generate import BrokenPicture, Sampling, draw
 from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.choice import Look
 from improved_diffusion.personalize.measuring.judge import Judge
@@ -118,12 +118,11 @@ def watched_prompts(config: PersonalizeConfig, captions: Sequence[str]) -> tuple
         UserError: one that asks for what is not set.
     """
     watch, subject = config.watch, config.subject
-    prompts = watch.prompts
-    if not prompts:
-        by_caption = watch.suite == "captions" or subject.token is None
-        prompts = list(dict.fromkeys(captions))[:CAPTIONS] if by_caption else SUITES[watch.suite]
     of_class = watch.class_prompts if subject.class_name is not None else ()
-    return [subject.fill(prompt) for prompt in prompts], [subject.fill(prompt) for prompt in of_class]
+    class_prompts = [subject.fill(prompt) for prompt in of_class]
+    if not watch.prompts and (watch.suite == "captions" or subject.token is None):
+        return list(dict.fromkeys(captions))[:CAPTIONS], class_prompts
+    return [subject.fill(prompt) for prompt in watch.prompts or SUITES[watch.suite]], class_prompts
 
 
 def to_look(record: dict[str, Any]) -> Look | None:
@@ -154,7 +153,7 @@ def _require_pictures(pictures: Sequence[Image.Image], step: int) -> None:
     for picture in pictures:
         extremes = picture.getextrema()
         if all(high - low <= 1 for low, high in extremes):
-            raise UserError(
+            raise BrokenPicture(
                 f"at step {step} the model draws pictures of one colour {tuple(low for low, _ in extremes)}: its "
                 "weights or its autoencoder overflow; use training.precision bf16 and training.vae_precision float32, "
                 "or a lower training.lr"

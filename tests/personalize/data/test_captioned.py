@@ -125,6 +125,17 @@ def test_a_parquet_file_as_the_hub_has_it(tmp_path, as_struct):
         open_captioned_set(tmp_path)
 
 
+def test_a_parquet_file_of_images_alone(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    buffer = io.BytesIO()
+    photo().save(buffer, format="png")
+    parquet.write_table(pyarrow.table({"image": [buffer.getvalue()]}), tmp_path / "a.parquet")
+    (image,) = open_captioned_set(tmp_path).images
+    assert (image.caption, image.size) == (None, (40, 20))
+    with pytest.raises(UserError, match="has no column of captions"):
+        open_captioned_set(tmp_path, captions_required=True)
+
+
 def test_nothing_to_train_on(tmp_path):
     with pytest.raises(UserError, match="no folder or parquet file"):
         open_captioned_set(tmp_path / "missing")

@@ -81,6 +81,19 @@ def test_scales_weigh_each_part_and_zero_is_the_base(adapted, tiny_bases):
     assert len({image.numpy().tobytes() for image in (plain, full, unet_only, text_only)}) == 4
 
 
+def test_dora_is_there_or_not(base):
+    plain = picture(base)
+    attach_adapters(base, AdapterConfig(rank=3, dora=True), text_encoders=False)
+    disturb(base)
+    whole = picture(base)
+    set_scales(base, 0.0, 0.0)
+    assert torch.equal(picture(base), plain)
+    set_scales(base, 1.0, 1.0)
+    assert torch.equal(picture(base), whole)
+    with pytest.raises(UserError, match=r"DoRA cannot be weighed by 0.5"):
+        set_scales(base, 0.5, 1.0)
+
+
 @pytest.mark.parametrize(
     ("export", "dora"),
     [(export_diffusers, False), (export_diffusers, True), (export_kohya, False)],

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from improved_diffusion.errors import UserError
 
@@ -47,3 +48,27 @@ def test_a_hub_that_cannot_be_reached_says_what_to_download(monkeypatch):
     for load in (load_base, load_tokenizer):
         with pytest.raises(UserError, match=r"hf download nobody/nothing-here --local-dir DIR.*--base DIR"):
             load("nobody/nothing-here")
+
+
+def test_the_safety_checker_is_left_out(tiny_bases, tmp_path):
+    """Nothing asks it, and in some versions of diffusers the pipeline takes its device for that of all."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=small, vision_config=vision, projection_dim=8)
+    pipeline = load_base(str(tiny_bases["sd"])).pipeline
+    pipeline.register_modules(safety_checker=StableDiffusionSafetyChecker(config))
+    pipeline.save_pretrained(tmp_path / "checked")
+    assert (tmp_path / "checked" / "safety_checker").is_dir()
+    assert load_base(str(tmp_path / "checked")).pipeline.safety_checker is None
+
+
+def test_the_fingerprint_is_that_of_the_weights(tiny_bases, tmp_path):
+    base = load_base(str(tiny_bases["sd"]))
+    base.pipeline.save_pretrained(tmp_path / "moved")
+    assert load_base(str(tmp_path / "moved")).fingerprint() == base.fingerprint()
+    with torch.no_grad():
+        base.unet.conv_in.weight[0, 0, 0, 0] += 1
+    assert load_base(str(tmp_path / "moved")).fingerprint() != base.fingerprint()

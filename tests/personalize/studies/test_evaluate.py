@@ -123,9 +123,9 @@ def test_diversity_is_the_mean_distance_within_a_prompt(generated, monkeypatch):
         def forward(self, a, b):
             return self.scale * (a - b).abs().mean(dim=(1, 2, 3))
 
-    monkeypatch.setattr(evaluate, "load_lpips", lambda weights: Difference().eval())
+    monkeypatch.setattr(evaluate, "load_lpips", lambda weights, device: Difference().eval())
     monkeypatch.setattr(evaluate, "LPIPS_SIDE", 64)
-    found = evaluate.measure_similarity("lpips", open_captioned_set(generated), None, None, generated)
+    found = evaluate.Similarities(open_captioned_set(generated), None, None, generated).measure("lpips")
     arrays = [np.asarray(Image.open(generated / f"{i}.png"), dtype=np.float64) / 127.5 for i in range(4)]
     expected = np.mean([np.abs(arrays[0] - arrays[1]).mean(), np.abs(arrays[2] - arrays[3]).mean()])
     assert found.score.mean == pytest.approx(expected, rel=1e-4)

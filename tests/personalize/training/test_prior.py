@@ -32,11 +32,11 @@ def pixels(found) -> np.ndarray:
 
 def test_interrupted_it_draws_only_what_is_missing(config):
     base = load_base(config.base)
-    whole = prior_images(base, config, 64)
+    whole = prior_images(base, "base", config, 64)
     expected = pixels(whole)
     kept = {file: file.stat().st_mtime_ns for file in whole.path.glob("*.png")}
     (whole.path / "00001.png").unlink()
-    again = pixels(prior_images(base, config, 64))
+    again = pixels(prior_images(base, "base", config, 64))
     assert np.abs(again - expected).max() <= 1  # drawn alone, and not in a batch of three
     assert {file for file, time in kept.items() if file.stat().st_mtime_ns != time} == {whole.path / "00001.png"}
     assert len({picture.tobytes() for picture in expected}) == 3
@@ -44,10 +44,10 @@ def test_interrupted_it_draws_only_what_is_missing(config):
 
 def test_more_are_added_to_those_that_are_there(config):
     base = load_base(config.base)
-    three = pixels(prior_images(base, config, 64))
+    three = pixels(prior_images(base, "base", config, 64))
     five = dataclasses.replace(config, prior=dataclasses.replace(config.prior, images=5))
-    assert np.array_equal(pixels(prior_images(base, five, 64))[:3], three)
-    assert np.array_equal(pixels(prior_images(base, config, 64)), three)
+    assert np.array_equal(pixels(prior_images(base, "base", five, 64))[:3], three)
+    assert np.array_equal(pixels(prior_images(base, "base", config, 64)), three)
 
 
 def test_a_folder_of_ones_own_is_taken_as_it_is(config, tmp_path):
@@ -56,17 +56,17 @@ def test_a_folder_of_ones_own_is_taken_as_it_is(config, tmp_path):
     for number in range(4):
         Image.new("RGB", (80, 64), (number, 0, 0)).save(folder / f"{number}.jpg")
     own = dataclasses.replace(config, prior=dataclasses.replace(config.prior, path=str(folder)))
-    assert [image.name for image in prior_images(None, own, 64).images] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert [image.name for image in prior_images(None, "base", own, 64).images] == ["0.jpg", "1.jpg", "2.jpg"]
     more = dataclasses.replace(own, prior=dataclasses.replace(own.prior, images=9))
     with pytest.raises(UserError, match="prior.images is 9 and .* holds 4"):
-        prior_images(None, more, 64)
+        prior_images(None, "base", more, 64)
 
 
 def test_images_of_another_prompt_are_not_taken_for_these(config, tmp_path):
     path = str(tmp_path / "prior")
     base = load_base(config.base)
     here = dataclasses.replace(config, prior=dataclasses.replace(config.prior, path=path))
-    prior_images(base, here, 64)
+    prior_images(base, "base", here, 64)
     other = dataclasses.replace(here, subject=SubjectConfig(token="sks", class_name="cat"))
     with pytest.raises(UserError, match="drawn with prompt 'a photo of a dog', and this run has 'a photo of a cat'"):
-        prior_images(base, other, 64)
+        prior_images(base, "base", other, 64)

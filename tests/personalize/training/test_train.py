@@ -142,7 +142,27 @@ def test_what_decides_the_result_cannot_change(train, run_script, tiny_bases, tm
 def test_a_loss_that_is_not_finite_stops_the_run(train, tiny_bases):
     outcome = train(tiny_bases["sd"], "run", "--training.lr=1e30", "--training.grad_clip=null", steps=9)
     assert outcome.code == 2
-    assert re.search(r"error: the loss of update \d is not finite; .* lower training.lr", outcome.err)
+    assert re.search(r"error: the loss or its gradient at update \d is not finite; .* lower training.lr", outcome.err)
+
+
+def test_an_update_that_is_not_sound_changes_nothing(train, run_script, tiny_bases, tmp_path, monkeypatch):
+    """A gradient overflows at the update at whose end a checkpoint is due: the run stops, and can go on before it."""
+    from improved_diffusion.personalize.training.trainer import Trainer
+
+    clip = Trainer._share_gradients
+
+    def overflow(trainer, parameters):
+        clip(trainer, parameters)
+        if trainer.step == 3:
+            parameters[0].grad[0] = float("inf")
+
+    monkeypatch.setattr(Trainer, "_share_gradients", overflow)
+    outcome = train(tiny_bases["sd"], "run", "--training.save_every=2", steps=8)
+    assert outcome.code == 2
+    assert "at update 4 is not finite; the last checkpoint is of step 2" in outcome.err
+    monkeypatch.setattr(Trainer, "_share_gradients", clip)
+    assert run_script("personalize.py", "train", f"--resume={tmp_path / 'run'}").code == 0
+    assert all(weight.isfinite().all() for weight in checkpoint(tmp_path / "run", 8)["model"].values())
 
 
 def test_pictures_of_one_colour_stop_the_run(train, tiny_bases, tmp_path):
@@ -216,7 +236,10 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
         (("--training.precision=fp16",), "training.precision fp16 needs a CUDA device"),
         (("--training.adam_8bit=true",), "training.adam_8bit needs a CUDA device"),
         (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
-        (("--training.epochs=3",), "either training.steps or training.epochs"),
+        (("--training.epochs=3",), "both given: set one of them to null"),
+        (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),
+        (("--seed=99999999999999999999",), "seed must be from 0 to 2^63 - 1"),
+        (("--subject.prompt=a {token.x}",), "cannot be filled in"),
         (("--method=textual_inversion",), "knows 'sks' already"),
         (("--watch.clip=nowhere",), "the CLIP model nowhere does not exist"),
         (('--watch.prompts=["a {colour} ball"]',), "only {token} and {class} can be filled in"),
@@ -267,18 +290,27 @@ def test_a_gpu_too_small_is_said_before_anything_starts(train, tiny_bases, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_are_one_that_accumulates(train, tiny_bases, photos, tmp_path):
-    """As many micro-batches an update, in two processes or one after the other: the same weights, up to rounding."""
-    flags = ("--train_text_encoder=true", "--prior.images=2", "--prior.steps=2", "--training.lr=1e-2")
-    assert train(tiny_bases["sd"], "one", *flags, "--training.accumulation=4", steps=3).code == 0
-    where = [f"--base={tiny_bases['sd']}", f"--data={photos}", f"--out={tmp_path / 'two'}"]
+def in_two_processes(*flags: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "personalize.py", "train", *where, *SUBJECT, *FAST, *flags]
-    command += ["--training.accumulation=2", "--training.steps=3"]
     done = subprocess.run(
-        command, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        [*torchrun, "personalize.py", "train", *flags],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_are_one_that_accumulates(train, tiny_bases, photos, tmp_path):
+    """As many micro-batches an update, in two processes or one after the other: the same weights, up to rounding; also
+    after a resume at an update at which there was a look."""
+    flags = ("--train_text_encoder=true", "--prior.images=2", "--prior.steps=2", "--training.lr=1e-2")
+    assert train(tiny_bases["sd"], "one", *flags, "--training.accumulation=4", steps=3).code == 0
+    where = (f"--base={tiny_bases['sd']}", f"--data={photos}", f"--out={tmp_path / 'two'}")
+    in_two_processes(*where, *SUBJECT, *FAST, *flags, "--training.accumulation=2", "--training.steps=2")
+    in_two_processes(f"--resume={tmp_path / 'two'}", "--training.steps=3")
     one, two = (checkpoint(tmp_path / name, 3) for name in ("one", "two"))
     assert (two["images_seen"], two["prior_seen"]) == (one["images_seen"], one["prior_seen"]) == (12, 12)
     for name, weight in one["model"].items():
