@@ -46,7 +46,7 @@ def copying(pictures: Tensor, training: Tensor) -> Tensor:
 
 def drift(tuned: Tensor, base: Tensor) -> Tensor:
     """How far pictures of the same prompts and seeds have moved from those of the base: cosine distances, (N,)."""
-    return 1 - (tuned * base).sum(dim=1)
+    return (1 - (tuned * base).sum(dim=1)).clamp(min=0)  # rounding aside, it is never below
 
 
 @dataclass(frozen=True)
