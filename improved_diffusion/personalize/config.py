@@ -12,7 +12,11 @@ from typing import Literal
 from improved_diffusion.errors import UserError
 from improved_diffusion.settings import require
 
-FILLED = ("token", "class")
+# Models that judge pictures, unless others are named.
+CLIP = "openai/clip-vit-large-patch14"
+DINO = "facebook/dino-vits16"
+
+FILLED = ("token", "class")  # what stands in braces in a prompt
 
 
 def is_seed(number: int) -> bool:
@@ -235,9 +239,9 @@ class WatchConfig:
     """Weight of the text encoders' adapters."""
     batch_size: int = 1
     """Pictures drawn at once; more are faster and take more memory."""
-    clip: str | None = "openai/clip-vit-large-patch14"
+    clip: str | None = CLIP
     """CLIP model, by name or folder, that measures CLIP-T and CLIP-I; null for none."""
-    vision: str | None = "facebook/dino-vits16"
+    vision: str | None = DINO
     """What measures likeness: DINO or DINOv2, by name or folder; `inception`, which needs no download; or null."""
     copy_cap: float = 0.2
     """Highest copy score of a checkpoint that may be chosen: 0 is as close to the training images as these are to each

@@ -11,7 +11,9 @@ import warnings
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError
+from improved_diffusion.personalize.config import CLIP, DINO
 
+# As in studies/evaluate.py, which a test compares; importing that takes seconds.
 METRICS = ("clip-t", "clip-i", "likeness", "copying", "lpips", "kid", "fid", "inception-score")
 DEFAULT = ("clip-t", "clip-i", "likeness", "copying", "kid", "fid")
 
@@ -22,10 +24,10 @@ def run(arguments: list[str]) -> None:
     add("generated", type=Path, metavar="GENERATED", help="folder of pictures, with their prompts as captions")
     add("--references", type=Path, help="the real pictures: a folder or a parquet file")
     add("--metrics", nargs="+", choices=METRICS, default=DEFAULT, metavar="METRIC", help=" ".join(METRICS))
-    add("--clip", default="openai/clip-vit-large-patch14", help="CLIP model, by name or folder (default: %(default)s)")
+    add("--clip", default=CLIP, help="CLIP model, by name or folder (default: %(default)s)")
     add(
         "--vision",
-        default="facebook/dino-vits16",
+        default=DINO,
         help="of likeness and copying: DINO, by name or folder, or inception (default: %(default)s)",
     )
     add("--lpips-weights", type=Path, help="torchvision's AlexNet weights, for lpips")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -60,19 +60,6 @@ def adapter_state(part: nn.Module) -> dict[str, Tensor]:
     """{name: weight} of its adapter, float32 on the CPU, names as PEFT has them: MODULE.lora_A.weight and so on."""
     state = get_peft_model_state_dict(part, adapter_name=ADAPTER)
     return {name: weight.detach().float().cpu().contiguous() for name, weight in state.items()}
-
-
-def load_adapter_state(part: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back what `adapter_state` gave.
-
-    Raises:
-        UserError: it is that of another architecture or rank.
-    """
-    own = adapter_state(part)
-    if {name: weight.shape for name, weight in own.items()} != {name: weight.shape for name, weight in state.items()}:
-        strange = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
-        raise UserError(f"the adapter is of another model or rank: {strange[0]} does not fit")
-    set_peft_model_state_dict(part, state, adapter_name=ADAPTER)
 
 
 def adapter_config(part: nn.Module) -> LoraConfig:

@@ -24,10 +24,9 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.config import CLIP, DINO
 from improved_diffusion.personalize.models.hub import opening, require_vocabulary
 
-CLIP = "openai/clip-vit-large-patch14"
-DINO = "facebook/dino-vits16"
 BLIP = "Salesforce/blip-image-captioning-base"
 
 

@@ -26,7 +26,6 @@ from improved_diffusion.personalize.measuring.judge import Judge, Seen
 
 INCEPTION_METRICS = ("kid", "fid", "inception-score")
 SIMILARITY_METRICS = ("clip-t", "clip-i", "likeness", "copying", "lpips")
-METRICS = (*SIMILARITY_METRICS, *INCEPTION_METRICS)
 LPIPS_SIDE = 256  # pixels: the distance depends on the size
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from improved_diffusion.personalize.config import is_seed
+from improved_diffusion.personalize.config import CLIP, DINO, is_seed
 from improved_diffusion.personalize.measuring.prompts import SHORT
 from improved_diffusion.settings import require
 
@@ -63,9 +63,9 @@ class SweepConfig:
     """Where the base of the runs is now; by default where they had it."""
     data: str | None = None
     """Where the training images of the runs are now; by default where they had them."""
-    clip: str | None = "openai/clip-vit-large-patch14"
+    clip: str | None = CLIP
     """CLIP model, by name or folder, that scores prompts; null for none."""
-    vision: str | None = "facebook/dino-vits16"
+    vision: str | None = DINO
     """What scores likeness: DINO or DINOv2, by name or folder; `inception`, which needs no download; or null."""
     train: TrainGrid = field(default_factory=TrainGrid)
     draw: DrawGrid = field(default_factory=DrawGrid)

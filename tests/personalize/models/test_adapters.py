@@ -13,9 +13,7 @@ pytest.importorskip("peft")
 from improved_diffusion.personalize.config import AdapterConfig  # noqa: E402
 from improved_diffusion.personalize.models.adapters import (  # noqa: E402
     adapted_parts,
-    adapter_state,
     attach_adapters,
-    load_adapter_state,
     set_scales,
     trainable,
 )
@@ -151,18 +149,6 @@ def test_layers_that_kohya_has_no_name_for(base, tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"conv_in, which kohya's form of SDXL has no name for"):
         original_name("conv_in", 2)
-
-
-def test_states_come_back_and_those_of_others_are_refused(adapted, tiny_bases):
-    other = load_base(adapted.name)
-    attach_adapters(other, AdapterConfig(rank=3, alpha=5.0, targets="attention+feedforward"), text_encoders=True)
-    for name, part in adapted_parts(adapted).items():
-        load_adapter_state(adapted_parts(other)[name], adapter_state(part))
-    assert torch.equal(picture(other), picture(adapted))
-    wrong_rank = load_base(adapted.name)
-    attach_adapters(wrong_rank, AdapterConfig(rank=4), text_encoders=True)
-    with pytest.raises(UserError, match="another model or rank"):
-        load_adapter_state(wrong_rank.unet, adapter_state(adapted.unet))
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,13 @@ def test_mistakes_are_one_clear_line(evaluate, flags, message):
     assert message in outcome.err
 
 
+def test_the_command_offers_what_there_is():
+    from improved_diffusion.personalize.commands.evaluate import METRICS
+    from improved_diffusion.personalize.studies.evaluate import INCEPTION_METRICS, SIMILARITY_METRICS
+
+    assert (*SIMILARITY_METRICS, *INCEPTION_METRICS) == METRICS
+
+
 def test_diversity_is_the_mean_distance_within_a_prompt(generated, monkeypatch):
     """With a distance that is easy to see: the mean absolute difference."""
     from improved_diffusion.personalize.data.captioned import open_captioned_set
