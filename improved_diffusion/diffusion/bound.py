@@ -8,38 +8,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from improved_diffusion.diffusion import process
 from improved_diffusion.diffusion.denoiser import Denoiser, Prediction
 from improved_diffusion.diffusion.likelihood import discretized_gaussian_log_likelihood, gaussian_kl, to_bits_per_dim
+from improved_diffusion.diffusion.parameterization import q_sample
+from improved_diffusion.diffusion.process import NoiseLevel, like
 from improved_diffusion.diffusion.schedule import NoiseSchedule
 
 
-def bound_term(schedule: NoiseSchedule, x_start: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-    """L_t of each image: the decoder's -log p(x_0 | x_1) at t = 0, else KL(q(x_{t-1} | x_t, x_0) || p). (N,) bits/dim.
+def posterior_mean(level: NoiseLevel, x_start: Tensor, x_t: Tensor) -> Tensor:
+    """The mean of q(x_s | x_t, x_0), for the reverse step of `level` (DDPM, equation 7)."""
+    return like(level.step.mean_x_start, x_t) * x_start + like(level.step.mean_x_t, x_t) * x_t
+
+
+def bound_term(level: NoiseLevel, x_start: Tensor, x_t: Tensor, prediction: Prediction) -> Tensor:
+    """L_t of each image: the decoder's -log p(x_0 | x_t) in the step to the image, else KL(q(x_s | x_t, x_0) || p).
+    (N,) bits/dim.
 
     Under a cosine schedule the term at t = T-1 is about 721 bits/dim for a network that predicts eps = 0, because the
     last beta is capped, which leaves 1 / sqrt(abar_T) in the thousands. It is near 0 once the network has learnt
     eps = x_t there. Whoever averages over t must not let that one term drown the others.
     """
-    mean = process.q_posterior_mean(schedule, prediction.x_start, x_t, t)
-    true_mean = process.q_posterior_mean(schedule, x_start, x_t, t)
-    true_log_variance = process.at(schedule.posterior_log_variance, t, x_t)
-    divergence = gaussian_kl(true_mean, true_log_variance, mean, prediction.log_variance)
-    # Where t > 0 the decoder is not used, but a NaN in its gradient would be: there it gets harmless arguments.
-    first = (t == 0).view(-1, *(1,) * (x_t.ndim - 1))
+    mean, true_mean = (posterior_mean(level, x_0, x_t) for x_0 in (prediction.x_start, x_start))
+    divergence = gaussian_kl(true_mean, like(level.step.log_variance, x_t), mean, prediction.log_variance)
+    to_image = (level.step.variance == 0).to(x_t.device).expand(len(x_t))
+    # In other steps the decoder is not used, but a NaN in its gradient would be: there it gets harmless arguments.
+    decodes = to_image.view(-1, *(1,) * (x_t.ndim - 1))
     decoder = -discretized_gaussian_log_likelihood(
-        x_start, torch.where(first, mean, x_start), torch.where(first, prediction.log_variance, 0.0)
+        x_start, torch.where(decodes, mean, x_start), torch.where(decodes, prediction.log_variance, 0.0)
     )
-    return torch.where(t == 0, to_bits_per_dim(decoder), to_bits_per_dim(divergence))
+    return torch.where(to_image, to_bits_per_dim(decoder), to_bits_per_dim(divergence))
 
 
 def prior_term(schedule: NoiseSchedule, x_start: Tensor) -> Tensor:
-    """L_T of each image: KL(q(x_T | x_0) || N(0, I)). (N,) bits/dim."""
-    last = schedule.alphas_cumprod[-1]
-    mean = last.sqrt().to(x_start.dtype) * x_start
-    log_variance = torch.log1p(-last).to(x_start.dtype).expand_as(x_start)
-    zeros = torch.zeros_like(x_start)
-    return to_bits_per_dim(gaussian_kl(mean, log_variance, zeros, zeros))
+    """L_T of each image: KL(q(x_T | x_0) || N(0, initial_std^2 I)). (N,) bits/dim."""
+    last = schedule.at(-1)
+    mean = like(last.signal, x_start) * x_start
+    log_variance, of_prior = (like(2 * std.log(), x_start).expand_as(x_start) for std in (last.sigma, last.initial_std))
+    return to_bits_per_dim(gaussian_kl(mean, log_variance, torch.zeros_like(x_start), of_prior))
 
 
 @dataclass(frozen=True)
@@ -56,25 +61,29 @@ class VariationalBound:
 
 @torch.no_grad()
 def variational_bound(
-    denoiser: Denoiser, x_start: Tensor, y: Tensor | None, draw_noise: Callable[[], Tensor]
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x_start: Tensor,
+    y: Tensor | None,
+    draw_noise: Callable[[], Tensor],
 ) -> VariationalBound:
-    """The whole bound of each image, by visiting every timestep of the denoiser's schedule once.
+    """The whole bound of each image, by visiting every level of the schedule once.
 
     Args:
         denoiser: the model.
+        schedule: the T steps.
         x_start: (N, C, H, W), images on [-1, 1].
         y: (N,) classes, or None.
         draw_noise: returns fresh standard normal noise of the shape of `x_start`; called once for each timestep,
             from T-1 down to 0.
     """
-    schedule = denoiser.schedule
     vlb, xstart_mse, mse = [], [], []
-    for step in reversed(range(len(schedule))):
-        t = torch.full((len(x_start),), step, device=x_start.device)
+    for t in reversed(range(len(schedule))):
+        level = schedule.at(t)
         noise = draw_noise()
-        x_t = process.q_sample(schedule, x_start, t, noise)
-        prediction = denoiser(x_t, t, y)
-        vlb.append(bound_term(schedule, x_start, x_t, t, prediction))
+        x_t = q_sample(level, x_start, noise)
+        prediction = denoiser(x_t, level, y)
+        vlb.append(bound_term(level, x_start, x_t, prediction))
         xstart_mse.append((prediction.x_start - x_start).square().flatten(1).mean(1))
         mse.append((prediction.eps - noise).square().flatten(1).mean(1))
     terms = [torch.stack(column[::-1], dim=1) for column in (vlb, xstart_mse, mse)]

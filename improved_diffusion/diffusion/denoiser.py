@@ -1,7 +1,7 @@
-"""The one contract between a network and the samplers: (x_t, t, y) -> what x_0, eps and the log-variance are.
+"""The one contract between a network and the samplers: (x_t, noise level, y) -> what x_0, eps and the log-variance are.
 
-A sampler never sees a network. `DiscreteDenoiser` adapts a DDPM network; anything else with a `schedule` that returns a
-`Prediction` works in every sampler.
+A sampler never sees a network. `NetworkDenoiser` adapts a network; anything else that returns a `Prediction` works in
+every sampler.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from improved_diffusion.diffusion import process
-from improved_diffusion.diffusion.schedule import NoiseSchedule
+from improved_diffusion.diffusion.parameterization import PARAMETERIZATIONS, eps_from_x_start, resolve
+from improved_diffusion.diffusion.process import SIGMA_DATA, NoiseLevel, like
+
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 Network = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -22,78 +25,90 @@ Network = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 class Prediction:
     """What a denoiser makes of x_t. All (N, C, H, W).
 
-    `log_variance` is that of p(x_{t-1} | x_t), for the steps of the denoiser's schedule.
+    `log_variance` is that of p(x_s | x_t), for the reverse step of the noise level; None where it has none.
     """
 
     x_start: Tensor
     eps: Tensor
-    log_variance: Tensor
+    log_variance: Tensor | None = None
 
 
 class Denoiser(Protocol):
-    """x_t (N, C, H, W), t int64 (N,) an index into `schedule`, y int64 (N,) classes or None -> Prediction."""
+    """x_t (N, C, H, W), a noise level of shape () or (N,), y int64 (N,) classes or None -> Prediction."""
 
-    schedule: NoiseSchedule
-
-    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction: ...
+    def __call__(self, x_t: Tensor, level: NoiseLevel, y: Tensor | None) -> Prediction: ...
 
 
-class DiscreteDenoiser:
-    """A network trained on the timesteps of a discrete schedule.
+class NetworkDenoiser:
+    """A trained network.
 
     Args:
-        network: (x_t, t, y) -> (N, C or 2C, H, W); t is float, the original timestep on the scale 0..timestep_range.
-        schedule: the process, respaced or not.
-        prediction: what the network's first C channels are: `eps`, `x_start` or `v`.
+        network: (x_t, timestep, y) -> (N, C or 2C, H, W); timestep is float (N,), on the scale 0..timestep_range.
+        prediction: what the network's first C channels are: a name in PARAMETERIZATIONS.
         variance: `fixed_small`, `fixed_large`, or `learned_range` for a network with 2C channels.
-        timestep_range: what T is for the network, whatever it is for the schedule.
+        timestep_range: what t = 1 is for the network.
+        scale_input: divide x_t by its standard deviation, as EDM does: for processes whose noise is not bounded.
     """
 
     def __init__(
-        self, network: Network, schedule: NoiseSchedule, prediction: str, variance: str, timestep_range: float = 1000
+        self,
+        network: Network,
+        prediction: str,
+        variance: str,
+        timestep_range: float = 1000,
+        *,
+        scale_input: bool = False,
     ):
-        if prediction not in ("eps", "x_start", "v"):
-            raise ValueError(f"prediction must be eps, x_start or v, not {prediction!r}")
-        if variance not in ("fixed_small", "fixed_large", "learned_range"):
-            raise ValueError(f"variance must be fixed_small, fixed_large or learned_range, not {variance!r}")
+        if prediction not in PARAMETERIZATIONS:
+            raise ValueError(f"prediction must be one of {', '.join(PARAMETERIZATIONS)}, not {prediction!r}")
+        if variance not in VARIANCES:
+            raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, not {variance!r}")
         self.network = network
-        self.schedule = schedule
         self.prediction = prediction
         self.variance = variance
         self.timestep_range = timestep_range
+        self.scale_input = scale_input
 
-    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
-        return self.interpret(x_t, t, *self.run_network(x_t, t, y))
+    def __call__(self, x_t: Tensor, level: NoiseLevel, y: Tensor | None) -> Prediction:
+        return self.interpret(x_t, level, *self.run_network(x_t, level, y))
 
-    def run_network(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def run_network(self, x_t: Tensor, level: NoiseLevel, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The network's own output in float32: the predicted quantity, and the variance's v where it is learned."""
-        timesteps = self.schedule.original_timesteps[t].float() * (self.timestep_range / self.schedule.original_length)
-        output = self.network(x_t, timesteps, y)
+        timestep = (level.timestep * self.timestep_range).float().to(x_t.device).expand(len(x_t))
+        if self.scale_input:
+            deviation = torch.sqrt((level.signal * SIGMA_DATA).square() + level.sigma.square())
+            x_t = x_t / like(deviation, x_t)
+        output = self.network(x_t, timestep, y)
         if self.variance == "learned_range":
             predicted, v = output.float().chunk(2, dim=1)
             return predicted, v
         return output.float(), None
 
-    def interpret(self, x_t: Tensor, t: Tensor, predicted: Tensor, v: Tensor | None) -> Prediction:
+    def interpret(self, x_t: Tensor, level: NoiseLevel, predicted: Tensor, v: Tensor | None) -> Prediction:
         """x_0, eps and the log-variance that the network's output stands for."""
-        schedule = self.schedule
-        if self.prediction == "eps":
-            x_start, eps = process.x_start_from_eps(schedule, x_t, t, predicted), predicted
-        elif self.prediction == "x_start":
-            x_start, eps = predicted, process.eps_from_x_start(schedule, x_t, t, predicted)
-        else:
-            x_start = process.x_start_from_v(schedule, x_t, t, predicted)
-            eps = process.eps_from_v(schedule, x_t, t, predicted)
-        if v is None:
-            log_variance = process.fixed_log_variance(schedule, self.variance, t, x_t)
-        else:
-            log_variance = process.learned_range_log_variance(schedule, t, v)
-        return Prediction(x_start, eps, log_variance)
+        x_start, eps = resolve(self.prediction, level, x_t, predicted)
+        return Prediction(x_start, eps, None if level.step is None else self._log_variance(level, x_t, v))
 
-    def target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the network should have predicted for x_t made from `x_start` and `noise`."""
-        if self.prediction == "eps":
-            return noise
-        if self.prediction == "x_start":
-            return x_start
-        return process.v_from_x_start_and_eps(self.schedule, x_start, t, noise)
+    def _log_variance(self, level: NoiseLevel, x_t: Tensor, v: Tensor | None) -> Tensor:
+        """That of beta~ or of beta; or between them, at v = -1 and v = 1 (improved DDPM, equation 15).
+
+        v is not clamped: it may pass these bounds.
+        """
+        step = level.step
+        if v is None:
+            fixed = step.log_variance if self.variance == "fixed_small" else step.log_fixed_large
+            return like(fixed, x_t).expand_as(x_t)
+        fraction = (v + 1) / 2
+        return fraction * like(step.log_forward_variance, v) + (1 - fraction) * like(step.log_variance, v)
+
+
+class ClippedDenoiser:
+    """`denoiser` with its x_0 clamped to [-1, 1], the range of images, and eps to match."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+
+    def __call__(self, x_t: Tensor, level: NoiseLevel, y: Tensor | None) -> Prediction:
+        prediction = self.denoiser(x_t, level, y)
+        x_start = prediction.x_start.clamp(-1, 1)
+        return Prediction(x_start, eps_from_x_start(level, x_t, x_start), prediction.log_variance)

@@ -6,6 +6,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from improved_diffusion.diffusion.denoiser import Prediction
+from improved_diffusion.diffusion.process import NoiseLevel, like
 from improved_diffusion.diffusion.schedule import NoiseSchedule
 
 settings.register_profile("diffusion", deadline=None, max_examples=40)
@@ -27,18 +28,27 @@ class AnalyticGaussian:
     def __init__(self, schedule: NoiseSchedule, mean: float, std: float):
         self.schedule, self.mean, self.std = schedule, mean, std
 
-    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
-        abar = self.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-        abar_prev = torch.where(t > 0, self.schedule.alphas_cumprod[t - 1], torch.ones(()).double()).view(-1, 1, 1, 1)
-        variance, variance_prev = self.marginal_variance(abar), self.marginal_variance(abar_prev)
-        x_start = self.mean + abar.sqrt() * self.std**2 / variance * (x_t - abar.sqrt() * self.mean)
-        covariance = (abar / abar_prev).sqrt() * variance_prev  # of x_{t-1} and x_t
-        log_variance = (variance_prev - covariance**2 / variance).log().expand_as(x_t)
-        return Prediction(x_start, (x_t - abar.sqrt() * x_start) / (1 - abar).sqrt(), log_variance)
+    def __call__(self, x_t: Tensor, level: NoiseLevel, y: Tensor | None) -> Prediction:
+        signal, sigma = like(level.signal, x_t), like(level.sigma, x_t)
+        variance = self.marginal_variance(signal, sigma)
+        x_start = self.mean + signal * self.std**2 / variance * (x_t - signal * self.mean)
+        eps = sigma / variance * (x_t - signal * self.mean)
+        log_variance = None if level.step is None else self.log_variance(level).expand_as(x_t)
+        return Prediction(x_start, eps, log_variance)
 
-    def marginal_variance(self, abar: Tensor) -> Tensor:
+    def log_variance(self, level: NoiseLevel) -> Tensor:
+        """ln Var[x_s | x_t], where s is the level below t in the schedule."""
+        index = torch.searchsorted(self.schedule.levels, level.t)
+        below = (index - 1).clamp(min=0)
+        signal_s = torch.where(index > 0, self.schedule.signal[below], 1.0)
+        sigma_s = torch.where(index > 0, self.schedule.sigma[below], 0.0)
+        variance_s = self.marginal_variance(signal_s, sigma_s)
+        covariance = level.signal / signal_s * variance_s  # of x_s and x_t
+        return (variance_s - covariance**2 / self.marginal_variance(level.signal, level.sigma)).log().view(-1, 1, 1, 1)
+
+    def marginal_variance(self, signal: Tensor, sigma: Tensor) -> Tensor:
         """Var[x_t]."""
-        return abar * self.std**2 + 1 - abar
+        return (signal * self.std) ** 2 + sigma**2
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from improved_diffusion.diffusion import process
 from improved_diffusion.diffusion.bound import bound_term, prior_term, variational_bound
-from improved_diffusion.diffusion.denoiser import DiscreteDenoiser, Prediction
+from improved_diffusion.diffusion.denoiser import NetworkDenoiser, Prediction
+from improved_diffusion.diffusion.parameterization import eps_from_x_start, q_sample
 from improved_diffusion.diffusion.schedule import SCHEDULES, cosine_schedule, evenly_spaced, respace
 
 MEAN, STD = 0.1, 0.2  # of the analytic data
@@ -40,12 +40,12 @@ def test_terms_of_a_perfect_model(schedule, analytic_gaussian):
     (log Var[x_{t-1} | x_t] - log Var[x_{t-1} | x_t, x_0]) / 2. The KL is a polynomial, so quadrature is exact."""
     denoiser = analytic_gaussian(schedule, MEAN, STD)
     x_start, noise, weights = gaussian_quadrature(3)
-    bound = variational_bound(denoiser, x_start, None, lambda: noise)
+    bound = variational_bound(denoiser, schedule, x_start, None, lambda: noise)
     expected_terms = weights @ bound.vlb
 
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for t in range(1, len(schedule)):
-        log_variance = denoiser(zero, torch.tensor([t]), None).log_variance.item()
+        log_variance = denoiser(zero, schedule.at(t), None).log_variance.item()
         expected = bits(0.5 * (log_variance - schedule.posterior_variance[t].log().item()))
         assert expected_terms[t].item() == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
@@ -55,7 +55,7 @@ def test_bound_of_a_perfect_model_is_the_entropy_of_its_data(schedule, analytic_
     = N(0, 1) is off."""
     denoiser = analytic_gaussian(schedule, MEAN, STD)
     x_start, noise, weights = gaussian_quadrature(9)
-    bound = variational_bound(denoiser, x_start, None, lambda: noise)
+    bound = variational_bound(denoiser, schedule, x_start, None, lambda: noise)
     abar = schedule.alphas_cumprod[-1].item()
     variance = abar * STD**2 + 1 - abar
     mismatch = 0.5 * (variance + abar * MEAN**2 - 1 - math.log(variance))  # KL(q(x_T) || N(0, 1))
@@ -67,10 +67,10 @@ def test_first_term_is_the_likelihood_of_the_pixel(analytic_gaussian):
     schedule = cosine_schedule(50)
     denoiser = analytic_gaussian(schedule, MEAN, STD)
     levels = torch.tensor([90, 127, 140, 200], dtype=torch.float64).reshape(-1, 1, 1, 1)
-    x_start, t = levels / 127.5 - 1, torch.zeros(4, dtype=torch.int64)
+    x_start, level = levels / 127.5 - 1, schedule.at(0)
     noise = torch.randn(4, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x_1 = process.q_sample(schedule, x_start, t, noise)
-    term = bound_term(schedule, x_start, x_1, t, denoiser(x_1, t, None))
+    x_1 = q_sample(level, x_start, noise)
+    term = bound_term(level, x_start, x_1, denoiser(x_1, level, None))
 
     # p(x_0 | x_1) by Bayes: the prior N(MEAN, STD^2) times the likelihood of x_1
     abar = schedule.alphas_cumprod[0].item()
@@ -107,9 +107,9 @@ def test_terms_are_kl_divergences_by_monte_carlo():
     log_ratio = log_q - norm.logpdf(samples, mean(guess), math.exp(log_variance / 2))
 
     image = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    eps = process.eps_from_x_start(schedule, x_t * image, torch.tensor([t]), guess * image)
+    eps = eps_from_x_start(schedule.at(t), x_t * image, guess * image)
     prediction = Prediction(guess * image, eps, log_variance * image)
-    term = bound_term(schedule, x_start * image, x_t * image, torch.tensor([t]), prediction).item()
+    term = bound_term(schedule.at(t), x_start * image, x_t * image, prediction).item()
     assert term == pytest.approx(bits(log_ratio.mean()), abs=5 * log_ratio.std() / math.sqrt(n))
 
 
@@ -122,10 +122,12 @@ def test_untrained_network_pays_for_the_capped_last_beta(timesteps):
     """A network that predicts eps = 0 pays (SNR_{t-1} - SNR_t) / 2 per unit of squared error of x_0, which is
     (1 - abar_t) / abar_t: about 0.999 / 0.001 / 2 nats = 721 bits/dim where beta is capped at 0.999."""
     schedule = cosine_schedule(timesteps)
-    denoiser = DiscreteDenoiser(zero_network, schedule, "eps", "fixed_small")
+    denoiser = NetworkDenoiser(zero_network, "eps", "fixed_small")
     generator = torch.Generator().manual_seed(0)
     x_start = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1
-    bound = variational_bound(denoiser, x_start, None, lambda: torch.randn(x_start.shape, generator=generator))
+    bound = variational_bound(
+        denoiser, schedule, x_start, None, lambda: torch.randn(x_start.shape, generator=generator)
+    )
     terms = bound.vlb.mean(0)
     assert terms[-1].item() == pytest.approx(721, rel=0.08)
 
@@ -138,12 +140,12 @@ def test_untrained_network_pays_for_the_capped_last_beta(timesteps):
 
 def test_721_bits_within_one_percent():
     schedule = cosine_schedule(1000)
-    denoiser = DiscreteDenoiser(zero_network, schedule, "eps", "fixed_small")
+    denoiser = NetworkDenoiser(zero_network, "eps", "fixed_small")
     generator = torch.Generator().manual_seed(0)
     x_start = torch.rand(1, 1, 400, 400, generator=generator) * 2 - 1
-    t = torch.tensor([999])
-    x_t = process.q_sample(schedule, x_start, t, torch.randn(x_start.shape, generator=generator))
-    assert bound_term(schedule, x_start, x_t, t, denoiser(x_t, t, None)).item() == pytest.approx(721, rel=0.01)
+    level = schedule.at(999)
+    x_t = q_sample(level, x_start, torch.randn(x_start.shape, generator=generator))
+    assert bound_term(level, x_start, x_t, denoiser(x_t, level, None)).item() == pytest.approx(721, rel=0.01)
 
 
 def test_variational_bound_reports_each_timestep_in_its_column(schedule):
@@ -161,19 +163,19 @@ def test_variational_bound_reports_each_timestep_in_its_column(schedule):
         return 0.5 * x_t
 
     y = torch.tensor([3, 7])
-    denoiser = DiscreteDenoiser(network, schedule, "eps", "fixed_large")
+    denoiser = NetworkDenoiser(network, "eps", "fixed_large")
     x_start = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(99)) * 2 - 1
-    bound = variational_bound(denoiser, x_start, y, draw_noise)
+    bound = variational_bound(denoiser, schedule, x_start, y, draw_noise)
     steps = len(schedule)
     assert len(noises) == steps
     assert all(given is y for given in classes)
     assert bound.vlb.shape == bound.xstart_mse.shape == bound.mse.shape == (2, steps)
     for step in (0, 1, steps // 2, steps - 1):
-        t = torch.full((2,), step)
+        level = schedule.at(torch.full((2,), step))
         noise = noises[steps - 1 - step]
-        x_t = process.q_sample(schedule, x_start, t, noise)
-        prediction = denoiser(x_t, t, y)
-        torch.testing.assert_close(bound.vlb[:, step], bound_term(schedule, x_start, x_t, t, prediction))
+        x_t = q_sample(level, x_start, noise)
+        prediction = denoiser(x_t, level, y)
+        torch.testing.assert_close(bound.vlb[:, step], bound_term(level, x_start, x_t, prediction))
         torch.testing.assert_close(bound.mse[:, step], (0.5 * x_t - noise).square().mean((1, 2, 3)))
         error = prediction.x_start - x_start
         torch.testing.assert_close(bound.xstart_mse[:, step], error.square().mean((1, 2, 3)))
@@ -183,8 +185,8 @@ def test_variational_bound_reports_each_timestep_in_its_column(schedule):
 
 def test_a_single_timestep_has_only_the_decoder():
     schedule = cosine_schedule(1)
-    denoiser = DiscreteDenoiser(zero_network, schedule, "x_start", "fixed_small")
-    bound = variational_bound(denoiser, torch.zeros(1, 1, 2, 2), None, lambda: torch.zeros(1, 1, 2, 2))
+    denoiser = NetworkDenoiser(zero_network, "x_start", "fixed_small")
+    bound = variational_bound(denoiser, schedule, torch.zeros(1, 1, 2, 2), None, lambda: torch.zeros(1, 1, 2, 2))
     half = 1 / 255 / math.sqrt(0.999)
     assert bound.vlb.item() == pytest.approx(-math.log2(norm.cdf(half) - norm.cdf(-half)), rel=1e-4)
 
@@ -193,10 +195,10 @@ def test_a_single_timestep_has_only_the_decoder():
 def test_gradient_of_an_untrained_network_is_finite_at_every_timestep(prediction):
     schedule = cosine_schedule(1000)
     output = torch.zeros(1000, 6, 4, 4, requires_grad=True)
-    denoiser = DiscreteDenoiser(lambda x_t, t, y: output, schedule, prediction, "learned_range")
+    denoiser = NetworkDenoiser(lambda x_t, t, y: output, prediction, "learned_range")
     generator = torch.Generator().manual_seed(0)
     x_start = torch.randint(0, 256, (1000, 3, 4, 4), generator=generator) / 127.5 - 1
-    t = torch.arange(1000)
-    x_t = process.q_sample(schedule, x_start, t, torch.randn(x_start.shape, generator=generator))
-    bound_term(schedule, x_start, x_t, t, denoiser(x_t, t, None)).sum().backward()
+    level = schedule.at(torch.arange(1000))
+    x_t = q_sample(level, x_start, torch.randn(x_start.shape, generator=generator))
+    bound_term(level, x_start, x_t, denoiser(x_t, level, None)).sum().backward()
     assert output.grad.isfinite().all()

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from improved_diffusion.diffusion.denoiser import DiscreteDenoiser
+from improved_diffusion.diffusion.denoiser import NetworkDenoiser
 from improved_diffusion.diffusion.guidance import ClassifierFreeGuidance
 from improved_diffusion.diffusion.samplers import SAMPLERS
-from improved_diffusion.diffusion.schedule import cosine_schedule
+from improved_diffusion.diffusion.schedule import cosine_schedule, sampling_schedule
 
 NULL = 10
 T = 100
@@ -20,23 +20,23 @@ def network(x_t, t, y):
     return torch.cat([torch.sin(x_t + label) * (1 + time), torch.cos(label * x_t)], dim=1)
 
 
-def denoiser(prediction: str) -> DiscreteDenoiser:
-    return DiscreteDenoiser(network, cosine_schedule(T), prediction, "learned_range")
+def denoiser(prediction: str) -> NetworkDenoiser:
+    return NetworkDenoiser(network, prediction, "learned_range")
 
 
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 3, 4, 4, generator=generator), torch.tensor([2, 50, 97]), torch.tensor([1, 4, 9])
+    return torch.randn(3, 3, 4, 4, generator=generator), cosine_schedule(T).at(50), torch.tensor([1, 4, 9])
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
 def test_eps_is_extrapolated_from_no_class_to_the_class(batch, prediction, scale):
-    x_t, t, y = batch
+    x_t, level, y = batch
     plain = denoiser(prediction)
-    conditional, unconditional = plain(x_t, t, y), plain(x_t, t, torch.full_like(y, NULL))
-    guided = ClassifierFreeGuidance(plain, scale, NULL)(x_t, t, y)
+    conditional, unconditional = plain(x_t, level, y), plain(x_t, level, torch.full_like(y, NULL))
+    guided = ClassifierFreeGuidance(plain, scale, NULL)(x_t, level, y)
     expected = (1 - scale) * unconditional.eps + scale * conditional.eps
     torch.testing.assert_close(guided.eps, expected, rtol=1e-4, atol=1e-4)
     # x_0 is affine in eps, so that it is extrapolated likewise
@@ -46,18 +46,18 @@ def test_eps_is_extrapolated_from_no_class_to_the_class(batch, prediction, scale
 
 
 def test_class_and_no_class_are_one_batch(batch):
-    x_t, t, y = batch
+    x_t, level, y = batch
     calls = []
 
     def recording(*arguments):
         calls.append(arguments)
         return network(*arguments)
 
-    plain = DiscreteDenoiser(recording, cosine_schedule(T), "eps", "learned_range")
-    ClassifierFreeGuidance(plain, 2.0, NULL)(x_t, t, y)
+    plain = NetworkDenoiser(recording, "eps", "learned_range")
+    ClassifierFreeGuidance(plain, 2.0, NULL)(x_t, level, y)
     (call,) = calls
     torch.testing.assert_close(call[0], torch.cat([x_t, x_t]))
-    torch.testing.assert_close(call[1], torch.cat([t, t]) * 1000 / T)
+    torch.testing.assert_close(call[1], torch.full((6,), 500.0))
     assert call[2].tolist() == [1, 4, 9, NULL, NULL, NULL]
 
 
@@ -68,7 +68,8 @@ def test_scale_1_samples_as_without_guidance_and_scale_0_as_without_class(batch,
 
     def sample(model, classes):
         generator = torch.Generator().manual_seed(1)
-        return sampler(model, x_T, classes, lambda: torch.randn(x_T.shape, generator=generator))
+        schedule = sampling_schedule(cosine_schedule(T).process, 25, "karras")
+        return sampler(model, schedule, x_T, classes, lambda: torch.randn(x_T.shape, generator=generator))
 
     plain = denoiser(prediction)
     torch.testing.assert_close(sample(ClassifierFreeGuidance(plain, 1.0, NULL), y), sample(plain, y), rtol=0, atol=5e-3)
@@ -80,6 +81,6 @@ def test_scale_1_samples_as_without_guidance_and_scale_0_as_without_class(batch,
 
 
 def test_guidance_without_classes_is_an_error(batch):
-    x_t, t, _ = batch
+    x_t, level, _ = batch
     with pytest.raises(ValueError, match="guidance needs classes"):
-        ClassifierFreeGuidance(denoiser("eps"), 2.0, NULL)(x_t, t, None)
+        ClassifierFreeGuidance(denoiser("eps"), 2.0, NULL)(x_t, level, None)

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from improved_diffusion.diffusion import process
+from improved_diffusion.diffusion.bound import posterior_mean
+from improved_diffusion.diffusion.denoiser import NetworkDenoiser
+from improved_diffusion.diffusion.parameterization import combine, q_sample, resolve
 from improved_diffusion.diffusion.schedule import SCHEDULES, cosine_schedule, respace
 
 pixels = st.floats(-1, 1)
@@ -17,6 +19,11 @@ noises = st.floats(-5, 5)
 
 def image(value: float) -> torch.Tensor:
     return torch.full((1, 1, 1, 1), value, dtype=torch.float64)
+
+
+def learned_range(schedule, t: int, v: float) -> torch.Tensor:
+    denoiser = NetworkDenoiser(None, "v", "learned_range")
+    return denoiser.interpret(image(0.0), schedule.at(t), image(0.0), image(v)).log_variance
 
 
 @st.composite
@@ -34,9 +41,7 @@ def test_q_sample_is_distributed_as_the_markov_chain():
     for t, beta in enumerate(schedule.betas.tolist()):
         x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(n, generator=generator, dtype=torch.float64)
         noise = torch.randn(n, 1, 1, 1, generator=generator, dtype=torch.float64)
-        at_once = process.q_sample(
-            schedule, torch.full_like(noise, x_start), torch.full((n,), t, dtype=torch.int64), noise
-        )
+        at_once = q_sample(schedule.at(torch.full((n,), t)), torch.full_like(noise, x_start), noise)
         std_error = x.std().item() / math.sqrt(n)
         assert at_once.mean().item() == pytest.approx(x.mean().item(), abs=6 * std_error)
         assert at_once.std().item() == pytest.approx(x.std().item(), rel=0.02)
@@ -53,7 +58,7 @@ def test_q_posterior_mean_is_what_the_chain_regresses_to():
     slope, intercept = np.polyfit(chain[t + 1], chain[t], 1)
     residual = chain[t] - slope * chain[t + 1] - intercept
 
-    mean = [process.q_posterior_mean(schedule, image(x_start), image(x), torch.tensor([t])).item() for x in (0.0, 1.0)]
+    mean = [posterior_mean(schedule.at(t), image(x_start), image(x)).item() for x in (0.0, 1.0)]
     assert mean[0] == pytest.approx(intercept, abs=0.01)
     assert mean[1] - mean[0] == pytest.approx(slope, abs=0.01)
     assert schedule.posterior_variance[t].item() == pytest.approx(residual.var().item(), rel=0.02)
@@ -63,19 +68,19 @@ def test_q_posterior_mean_is_what_the_chain_regresses_to():
 def test_eps_x_start_and_v_say_the_same(case, x_start, noise):
     schedule, t = case
     x_start, noise = image(x_start), image(noise)
-    x_t = process.q_sample(schedule, x_start, t, noise)
-    v = process.v_from_x_start_and_eps(schedule, x_start, t, noise)
+    level = schedule.at(t)
+    x_t = q_sample(level, x_start, noise)
+    v = combine("v", level, x_start, noise)
     # Dividing by sqrt(abar), or by sqrt(1 - abar), is as ill-conditioned as it is small.
     signal, sigma = schedule.alphas_cumprod[t].sqrt().item(), (1 - schedule.alphas_cumprod[t]).sqrt().item()
     exact = {"rtol": 0, "atol": 1e-13}
-    torch.testing.assert_close(
-        process.x_start_from_eps(schedule, x_t, t, noise), x_start, rtol=0, atol=1e-14 * (1 + 1 / signal)
+    of_eps, of_x_start, of_v = (
+        resolve(name, level, x_t, known) for name, known in (("eps", noise), ("x_start", x_start), ("v", v))
     )
-    torch.testing.assert_close(
-        process.eps_from_x_start(schedule, x_t, t, x_start), noise, rtol=0, atol=1e-14 * (1 + 1 / sigma)
-    )
-    torch.testing.assert_close(process.x_start_from_v(schedule, x_t, t, v), x_start, **exact)
-    torch.testing.assert_close(process.eps_from_v(schedule, x_t, t, v), noise, **exact)
+    torch.testing.assert_close(of_eps[0], x_start, rtol=0, atol=1e-14 * (1 + 1 / signal))
+    torch.testing.assert_close(of_x_start[1], noise, rtol=0, atol=1e-14 * (1 + 1 / sigma))
+    torch.testing.assert_close(of_v[0], x_start, **exact)
+    torch.testing.assert_close(of_v[1], noise, **exact)
 
 
 @given(schedules_and_times(), pixels, noises)
@@ -85,7 +90,7 @@ def test_v_is_the_velocity_of_x_t(case, x_start, noise):
     phi = torch.acos(schedule.alphas_cumprod[t].sqrt()).requires_grad_()
     x_t = torch.cos(phi) * x_start + torch.sin(phi) * noise
     (velocity,) = torch.autograd.grad(x_t, phi)
-    v = process.v_from_x_start_and_eps(schedule, image(x_start), t, image(noise))
+    v = combine("v", schedule.at(t), image(x_start), image(noise))
     assert v.item() == pytest.approx(velocity.item(), abs=1e-7)
 
 
@@ -97,7 +102,7 @@ def test_learned_range_interpolates_log_variances_without_clamping(t, v):
     after = max(t, 1)
     prior, step = 1 - schedule.alphas_cumprod[after - 1].item(), schedule.betas[after].item()
     beta_tilde = -math.log(1 / prior + (1 - step) / step)
-    log_variance = process.learned_range_log_variance(schedule, torch.tensor([t]), image(v))
+    log_variance = learned_range(schedule, t, v)
     slope, middle = (beta - beta_tilde) / 2, (beta + beta_tilde) / 2
     assert log_variance.item() == pytest.approx(middle + slope * v, abs=1e-9)
 
@@ -105,7 +110,7 @@ def test_learned_range_interpolates_log_variances_without_clamping(t, v):
 def test_learned_range_of_a_respaced_process_is_between_its_own_variances():
     schedule = cosine_schedule(1000)
     respaced = respace(schedule, [0, 500, 999])
-    bounds = [process.learned_range_log_variance(respaced, torch.tensor([1]), image(v)).exp().item() for v in (-1, 1)]
+    bounds = [learned_range(respaced, 1, v).exp().item() for v in (-1, 1)]
     step = 1 - (schedule.alphas_cumprod[500] / schedule.alphas_cumprod[0]).item()
     prior = schedule.betas[0].item()
     assert bounds == pytest.approx([1 / (1 / prior + (1 - step) / step), step], rel=1e-9)
@@ -116,8 +121,10 @@ def test_fixed_variances(timesteps):
     schedule = cosine_schedule(timesteps)
     t = torch.arange(timesteps)
     x = torch.zeros(timesteps, 3, 2, 2, dtype=torch.float64)
-    small = process.fixed_log_variance(schedule, "fixed_small", t, x)
-    large = process.fixed_log_variance(schedule, "fixed_large", t, x)
+    small, large = (
+        NetworkDenoiser(lambda *_: x, "v", variance)(x, schedule.at(t), None).log_variance
+        for variance in ("fixed_small", "fixed_large")
+    )
     assert small.shape == large.shape == x.shape
     torch.testing.assert_close(small[:, 2, 1, 0], schedule.posterior_log_variance)
     torch.testing.assert_close(large[1:, 0, 0, 0], schedule.betas[1:].log())
@@ -129,7 +136,7 @@ def test_tables_are_rounded_once():
     schedule = cosine_schedule(4000)
     t = torch.arange(4000)
     one, zero = torch.ones(4000, 1, 1, 1), torch.zeros(4000, 1, 1, 1)
-    signal, sigma = process.q_sample(schedule, one, t, zero), process.q_sample(schedule, zero, t, one)
+    signal, sigma = q_sample(schedule.at(t), one, zero), q_sample(schedule.at(t), zero, one)
     assert signal.dtype == torch.float32
     assert torch.equal(signal.flatten(), schedule.alphas_cumprod.sqrt().float())
     assert torch.equal(sigma.flatten(), (1 - schedule.alphas_cumprod).sqrt().float())
@@ -140,7 +147,7 @@ def test_each_image_has_its_own_timestep():
     generator = torch.Generator().manual_seed(0)
     x_start, noise = torch.randn(2, 4, 3, 5, 5, generator=generator)
     t = torch.tensor([3, 99, 0, 50])
-    together = process.q_sample(schedule, x_start, t, noise)
+    together = q_sample(schedule.at(t), x_start, noise)
     for i in range(4):
-        alone = process.q_sample(schedule, x_start[i : i + 1], t[i : i + 1], noise[i : i + 1])
+        alone = q_sample(schedule.at(t[i : i + 1]), x_start[i : i + 1], noise[i : i + 1])
         assert torch.equal(together[i], alone[0])

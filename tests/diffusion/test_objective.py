@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from improved_diffusion.diffusion.bound import variational_bound
-from improved_diffusion.diffusion.denoiser import DiscreteDenoiser
-from improved_diffusion.diffusion.losses import hybrid_loss, make_loss, mse_loss, vlb_loss
+from improved_diffusion.diffusion.denoiser import NetworkDenoiser
+from improved_diffusion.diffusion.levels import LossSecondMomentTimesteps
+from improved_diffusion.diffusion.objective import Objective, named_objective
+from improved_diffusion.diffusion.parameterization import combine
 from improved_diffusion.diffusion.schedule import cosine_schedule
-from improved_diffusion.diffusion.timesteps import LossSecondMomentTimesteps
 
 PREDICTIONS = ["eps", "x_start", "v"]
 T = 50
+MSE, VLB = Objective(), Objective(mean_weight=0.0, vlb_weight=T)
+
+
+def hybrid(vlb_weight: float) -> Objective:
+    return Objective(vlb_weight=vlb_weight)
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def gradient(loss: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("loss", [mse_loss, lambda *a: hybrid_loss(*a, vlb_weight=0.05), vlb_loss])
+@pytest.mark.parametrize("loss", [MSE, hybrid(0.05), VLB], ids=["mse", "hybrid", "vlb"])
 def test_mse_is_of_the_quantity_that_is_predicted(schedule, batch, prediction, loss):
     x_start, t, noise = batch
     abar = schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1)
@@ -51,7 +57,7 @@ def test_mse_is_of_the_quantity_that_is_predicted(schedule, batch, prediction, l
         return torch.cat([targets[prediction] + 0.5, torch.zeros_like(x_t)], dim=1)
 
     y = torch.arange(T)
-    terms = loss(DiscreteDenoiser(network, schedule, prediction, "learned_range"), x_start, t, y, noise)
+    terms = loss(NetworkDenoiser(network, prediction, "learned_range"), x_start, schedule.at(t), y, noise)
     torch.testing.assert_close(terms.mse, torch.full((T,), 0.25))
     x_t, timesteps, classes = received[0]
     torch.testing.assert_close(x_t, abar.sqrt() * x_start + (1 - abar).sqrt() * noise)
@@ -63,12 +69,12 @@ def test_mse_is_of_the_quantity_that_is_predicted(schedule, batch, prediction, l
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_mse_loss_trains_the_mean_alone(schedule, batch, output, prediction):
     x_start, t, noise = batch
-    denoiser = DiscreteDenoiser(lambda *_: output, schedule, prediction, "learned_range")
-    terms = mse_loss(denoiser, x_start, t, None, noise)
+    denoiser = NetworkDenoiser(lambda *_: output, prediction, "learned_range")
+    terms = MSE(denoiser, x_start, schedule.at(t), None, noise)
     assert terms.vlb is None
     assert torch.equal(terms.loss, terms.mse)
     mean, variance = gradient(terms.loss, output)
-    target = denoiser.target(x_start, t, noise)
+    target = combine(prediction, schedule.at(t), x_start, noise)
     torch.testing.assert_close(mean, 2 * (output[:, :3].detach() - target) / target[0].numel())
     assert (variance == 0).all()
 
@@ -76,8 +82,8 @@ def test_mse_loss_trains_the_mean_alone(schedule, batch, output, prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_hybrid_loss_trains_the_mean_by_mse_and_the_variance_by_the_bound(schedule, batch, output, prediction):
     x_start, t, noise = batch
-    denoiser = DiscreteDenoiser(lambda *_: output, schedule, prediction, "learned_range")
-    terms = hybrid_loss(denoiser, x_start, t, None, noise, vlb_weight=0.05)
+    denoiser = NetworkDenoiser(lambda *_: output, prediction, "learned_range")
+    terms = hybrid(0.05)(denoiser, x_start, schedule.at(t), None, noise)
     torch.testing.assert_close(terms.loss, terms.mse + 0.05 * terms.vlb)
 
     vlb_to_mean, vlb_to_variance = gradient(terms.vlb, output)
@@ -91,8 +97,8 @@ def test_hybrid_loss_trains_the_mean_by_mse_and_the_variance_by_the_bound(schedu
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_vlb_loss_trains_both(schedule, batch, output, prediction):
     x_start, t, noise = batch
-    denoiser = DiscreteDenoiser(lambda *_: output, schedule, prediction, "learned_range")
-    terms = vlb_loss(denoiser, x_start, t, None, noise)
+    denoiser = NetworkDenoiser(lambda *_: output, prediction, "learned_range")
+    terms = VLB(denoiser, x_start, schedule.at(t), None, noise)
     torch.testing.assert_close(terms.loss, T * terms.vlb)
     assert not terms.mse.requires_grad
     for part in gradient(terms.loss, output):
@@ -102,16 +108,16 @@ def test_vlb_loss_trains_both(schedule, batch, output, prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_hybrid_and_vlb_see_the_same_bound(schedule, batch, output, prediction):
     x_start, t, noise = batch
-    denoiser = DiscreteDenoiser(lambda *_: output, schedule, prediction, "learned_range")
-    hybrid = hybrid_loss(denoiser, x_start, t, None, noise, vlb_weight=1.0)
-    assert torch.equal(hybrid.vlb, vlb_loss(denoiser, x_start, t, None, noise).vlb)
+    denoiser = NetworkDenoiser(lambda *_: output, prediction, "learned_range")
+    of_hybrid = hybrid(1.0)(denoiser, x_start, schedule.at(t), None, noise)
+    assert torch.equal(of_hybrid.vlb, VLB(denoiser, x_start, schedule.at(t), None, noise).vlb)
 
 
 def test_variance_gradient_of_the_bound_is_that_of_the_kl(schedule, batch, output):
     """d KL / d log-variance = (1 - (beta~ + (difference of means)^2) / variance) / 2, by hand."""
     x_start, t, noise = batch
-    denoiser = DiscreteDenoiser(lambda *_: output, schedule, "x_start", "learned_range")
-    terms = hybrid_loss(denoiser, x_start, t, None, noise, vlb_weight=1.0)
+    denoiser = NetworkDenoiser(lambda *_: output, "x_start", "learned_range")
+    terms = hybrid(1.0)(denoiser, x_start, schedule.at(t), None, noise)
     _, variance_gradient = gradient(terms.vlb, output)
 
     def column(table):
@@ -135,10 +141,10 @@ def test_vlb_loss_at_uniform_t_is_the_bound_in_expectation(schedule, prediction)
     def network(x_t, timesteps, y):
         return torch.cat([0.7 * x_t, torch.sin(x_t)], dim=1)
 
-    denoiser = DiscreteDenoiser(network, schedule, prediction, "learned_range")
-    bound = variational_bound(denoiser, image, None, lambda: noise)
+    denoiser = NetworkDenoiser(network, prediction, "learned_range")
+    bound = variational_bound(denoiser, schedule, image, None, lambda: noise)
     t = torch.arange(T)
-    losses = vlb_loss(denoiser, image.expand(T, -1, -1, -1), t, None, noise.expand(T, -1, -1, -1)).loss
+    losses = VLB(denoiser, image.expand(T, -1, -1, -1), schedule.at(t), None, noise.expand(T, -1, -1, -1)).loss
     torch.testing.assert_close(losses.mean(), bound.vlb.sum(), rtol=1e-4, atol=0)
 
     # and with the importance weights of a sampler that has learnt where the losses are large
@@ -157,21 +163,19 @@ def test_vlb_loss_at_uniform_t_is_the_bound_in_expectation(schedule, prediction)
 
 def test_losses_are_float32_whatever_the_network_computes_in(schedule, batch):
     x_start, t, noise = batch
-    denoiser = DiscreteDenoiser(
-        lambda x_t, *_: torch.cat([x_t, x_t], dim=1).bfloat16(), schedule, "eps", "learned_range"
-    )
+    denoiser = NetworkDenoiser(lambda x_t, *_: torch.cat([x_t, x_t], dim=1).bfloat16(), "eps", "learned_range")
     for name in ("mse", "hybrid", "vlb"):
-        terms = make_loss(name, vlb_weight=0.05)(denoiser, x_start, t, None, noise)
+        terms = named_objective(name, timesteps=T, vlb_weight=0.05)(denoiser, x_start, schedule.at(t), None, noise)
         assert terms.loss.shape == terms.mse.shape == (T,)
         assert terms.loss.dtype == terms.mse.dtype == torch.float32
         assert terms.vlb is None or terms.vlb.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["mse", "hybrid", "vlb"])
-def test_make_loss(schedule, batch, output, name):
+def test_the_three_named_products(schedule, batch, output, name):
     x_start, t, noise = batch
-    denoiser = DiscreteDenoiser(lambda *_: output, schedule, "eps", "learned_range")
-    terms = make_loss(name, vlb_weight=0.02)(denoiser, x_start, t, None, noise)
+    denoiser = NetworkDenoiser(lambda *_: output, "eps", "learned_range")
+    terms = named_objective(name, timesteps=T, vlb_weight=0.02)(denoiser, x_start, schedule.at(t), None, noise)
     expected = {
         "mse": lambda: terms.mse,
         "hybrid": lambda: terms.mse + 0.02 * terms.vlb,
@@ -183,10 +187,9 @@ def test_make_loss(schedule, batch, output, name):
 def test_each_image_is_judged_alone(schedule, batch, output):
     """The terms of an image do not depend on the rest of its batch."""
     x_start, t, noise = batch
-    all_terms = hybrid_loss(
-        DiscreteDenoiser(lambda *_: output, schedule, "eps", "learned_range"), x_start, t, None, noise, vlb_weight=1.0
-    )
+    denoiser = NetworkDenoiser(lambda *_: output, "eps", "learned_range")
+    all_terms = hybrid(1.0)(denoiser, x_start, schedule.at(t), None, noise)
     i = slice(7, 8)
-    denoiser = DiscreteDenoiser(lambda *_: output[i], schedule, "eps", "learned_range")
-    alone = hybrid_loss(denoiser, x_start[i], t[i], None, noise[i], vlb_weight=1.0)
+    denoiser = NetworkDenoiser(lambda *_: output[i], "eps", "learned_range")
+    alone = hybrid(1.0)(denoiser, x_start[i], schedule.at(t[i]), None, noise[i])
     torch.testing.assert_close(all_terms.loss[i], alone.loss)

@@ -7,14 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest, norm
 
-from improved_diffusion.diffusion.timesteps import (
-    TIMESTEP_SAMPLERS,
+from improved_diffusion.diffusion.levels import (
+    DRAWS,
+    LEVEL_SAMPLERS,
     LossSecondMomentTimesteps,
-    StratifiedTimesteps,
     UniformTimesteps,
+    make_level_sampler,
 )
+from improved_diffusion.diffusion.process import PROCESSES, TabulatedProcess
+from improved_diffusion.diffusion.schedule import cosine_schedule
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -29,38 +32,77 @@ def learnt(losses: np.ndarray) -> LossSecondMomentTimesteps:
     return sampler
 
 
-@pytest.mark.parametrize("sampler", TIMESTEP_SAMPLERS.values(), ids=TIMESTEP_SAMPLERS.keys())
+def steps(timesteps: int) -> TabulatedProcess:
+    return cosine_schedule(timesteps).process
+
+
+@pytest.mark.parametrize("name", LEVEL_SAMPLERS)
 @pytest.mark.parametrize("timesteps", [1, 2, 1000])
 @pytest.mark.parametrize("n", [1, 7])
-def test_samples_are_timesteps_with_weights_and_follow_the_generator(sampler, timesteps, n):
-    t, weights = sampler(timesteps).sample(n, generator(3))
+def test_samples_are_timesteps_with_weights_and_follow_the_generator(name, timesteps, n):
+    t, weights = make_level_sampler(name, steps(timesteps)).sample(n, generator(3))
     assert (t.dtype, weights.dtype) == (torch.int64, torch.float32)
     assert t.shape == weights.shape == (n,)
     assert ((t >= 0) & (t < timesteps)).all()
     torch.testing.assert_close(weights, torch.ones(n))  # before anything is learnt
-    again, _ = sampler(timesteps).sample(n, generator(3))
+    again, _ = make_level_sampler(name, steps(timesteps)).sample(n, generator(3))
     assert torch.equal(t, again)
 
 
-@pytest.mark.parametrize("sampler", TIMESTEP_SAMPLERS.values(), ids=TIMESTEP_SAMPLERS.keys())
-def test_marginal_distribution_is_uniform(sampler):
-    g, timesteps = generator(), 7
-    drawn = torch.cat([sampler(timesteps).sample(5, g)[0] for _ in range(4000)])
-    counts = torch.bincount(drawn, minlength=timesteps)
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
+def test_in_continuous_time_samples_are_levels(name, process):
+    process = process()
+    t, weights = make_level_sampler(name, process).sample(1000, generator(3))
+    assert (t.dtype, weights.dtype) == (torch.float64, torch.float32)
+    assert ((t >= 0) & (t <= process.last_level)).all()
+    torch.testing.assert_close(weights, torch.ones(1000))
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
+def test_log_normal_levels_have_log_normal_noise(process):
+    process = process()
+    t, _ = make_level_sampler("log_normal", process).sample(5000, generator())
+    assert kstest(process.at(t).noise_to_signal.log(), norm(-1.2, 1.2).cdf).pvalue > 1e-3
+
+
+def test_logit_normal_levels_are_logit_normal():
+    t, _ = make_level_sampler("logit_normal", PROCESSES["flow"]()).sample(5000, generator())
+    assert kstest(torch.logit(t), norm.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", ["log_normal", "logit_normal"])
+def test_of_a_process_of_steps_the_step_of_a_drawn_level_is_taken(name):
+    process = steps(10)
+    t, _ = make_level_sampler(name, process).sample(100, generator(5))
+    drawn = DRAWS[name](process, 100, generator(5))
+    assert ((t <= drawn * 10) & (drawn * 10 <= t + 1)).all()
+
+
+def test_what_remembers_steps_needs_steps():
+    with pytest.raises(ValueError, match="loss_second_moment .* needs a process of T steps"):
+        make_level_sampler("loss_second_moment", PROCESSES["flow"]())
+
+
+@pytest.mark.parametrize("name", ["uniform", "stratified", "loss_second_moment"])
+def test_marginal_distribution_is_uniform(name):
+    g, sampler = generator(), make_level_sampler(name, steps(7))
+    drawn = torch.cat([sampler.sample(5, g)[0] for _ in range(4000)])
+    counts = torch.bincount(drawn, minlength=7)
     # Strata are spread more evenly than chance, hence only the upper tail.
     assert chisquare(counts).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("position", [0, 4])
 def test_every_position_of_a_stratified_batch_is_uniform(position):
-    g, sampler = generator(), StratifiedTimesteps(10)
+    g, sampler = generator(), make_level_sampler("stratified", steps(10))
     drawn = torch.stack([sampler.sample(5, g)[0][position] for _ in range(5000)])
     assert chisquare(torch.bincount(drawn, minlength=10)).pvalue > 1e-3
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 1000))
 def test_stratified_draws_one_from_each_stratum(n, timesteps, seed):
-    t, _ = StratifiedTimesteps(timesteps).sample(n, generator(seed))
+    t, _ = make_level_sampler("stratified", steps(timesteps)).sample(n, generator(seed))
     for stratum, step in enumerate(sorted(t.tolist())):
         assert math.floor(stratum * timesteps / n) <= step <= math.ceil((stratum + 1) * timesteps / n) - 1
 
