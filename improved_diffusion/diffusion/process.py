@@ -136,7 +136,8 @@ class LinearProcess(_Continuous):
         return torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))
 
     def level_of(self, noise_to_signal: Tensor) -> Tensor:
-        integral, slope = torch.log1p(noise_to_signal.square()), self.beta_max - self.beta_min
+        # Bounded, for infinite noise would be infinity over infinity.
+        integral, slope = torch.log1p(noise_to_signal.clamp(max=1e9).square()), self.beta_max - self.beta_min
         root = torch.sqrt(self.beta_min**2 + 2 * slope * integral)
         return (2 * integral / (self.beta_min + root)).clamp(0, 1)
 

@@ -18,6 +18,7 @@ from improved_diffusion.diffusion.process import PROCESSES
 from improved_diffusion.diffusion.schedule import (
     SCHEDULES,
     SPACINGS,
+    NoiseSchedule,
     cosine_schedule,
     linear_schedule,
     respace,
@@ -261,8 +262,6 @@ def test_posterior_between_any_two_levels_follows_from_bayes(process, t, s):
     s, t = sorted((s * process.last_level, t * process.last_level))
     if t - s < 1e-3:
         return
-    from improved_diffusion.diffusion.schedule import NoiseSchedule
-
     schedule = NoiseSchedule(process, torch.tensor([s, t], dtype=torch.float64))
     (signal_s, signal_t), (sigma_s, sigma_t) = schedule.signal.tolist(), schedule.sigma.tolist()
     ratio = signal_t / signal_s
