@@ -99,7 +99,7 @@ def test_a_signal_saves_and_exits_cleanly(start_script, run_script, tiny_config_
     assert f"--resume {out}" in printed
     step = read_checkpoint(RunDirectory(out).latest_checkpoint())["step"]
     assert 0 < step < 100000
-    assert read_jsonl(RunDirectory(out).metrics_file)[-1]["step"] == step
+    assert all(record["step"] % 3 == 0 for record in read_jsonl(RunDirectory(out).metrics_file))  # the stop adds none
     outcome = run_script("train.py", "--resume", out, f"--training.steps={step + 2}")
     assert outcome.code == 0, outcome.err
     assert read_checkpoint(RunDirectory(out).latest_checkpoint())["step"] == step + 2
