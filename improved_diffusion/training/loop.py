@@ -19,6 +19,7 @@ from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.grids import save_png
 from improved_diffusion.training.model import swapped_weights
 from improved_diffusion.training.run_log import RunLog
+from improved_diffusion.training.series import current_series, difference
 from improved_diffusion.training.trainer import Trainer
 
 STEPS_BETWEEN_STOP_CHECKS = 10  # with several processes, which must agree to stop at the same step
@@ -64,9 +65,11 @@ class TrainingLoop:
         self.log = RunLog(run, trainer.step) if self.processes.is_first else contextlib.nullcontext()
         evaluations = self.processes.gather(self.log.evaluations() if self.processes.is_first else [])[0]
         self.evaluated_steps = {record["step"] for record in evaluations}
-        # A resumed run may measure with other features, whose values are on another scale.
-        comparable = [record["value"] for record in evaluations if record.get("metric", "") == evaluator.metric]
-        self.best_value = min(comparable, default=math.inf)
+        comparable = current_series(evaluations, evaluator.protocol)
+        if evaluations and not comparable and self.processes.is_first:
+            what = difference(evaluations[-1], evaluator.protocol)
+            print(f"evaluation: a new series, not compared with the one before, for its protocol differs: {what}")
+        self.best_value = min((record["value"] for record in comparable if "value" in record), default=math.inf)
         self.saved_step = trainer.step  # of the newest checkpoint; 0 for none
         self.logged_step, self.logged_time = trainer.step, time.monotonic()
         self.stop = StopRequest()
