@@ -51,23 +51,46 @@ class ModelConfig:
 class DiffusionConfig:
     """The forward process, and what the network predicts of it."""
 
-    timesteps: int = 1000
-    """T, the number of steps of the forward process."""
-    schedule: Literal["cosine", "linear"] = "cosine"
-    """The noise schedule."""
-    prediction: Literal["eps", "x_start", "v"] = "eps"
-    """What the network's first three channels predict."""
+    timesteps: int | None = 1000
+    """T, the number of steps of the forward process; null for continuous time, which only the mse loss knows."""
+    schedule: Literal["cosine", "linear", "flow", "ve"] = "cosine"
+    """How signal turns into noise; flow (rectified) and ve (variance exploding, EDM's) are continuous in time."""
+    prediction: Literal["eps", "x_start", "v", "velocity", "edm"] = "eps"
+    """What the network's first channels, as many as an image has, predict."""
+    loss_space: Literal["eps", "x_start", "v", "velocity", "edm"] | None = None
+    """In what the mean-square error is taken; by default in what is predicted."""
+    weighting: Literal["uniform", "min_snr", "soft_min_snr", "edm", "sigmoid"] = "uniform"
+    """How much each noise level counts: alike in the loss space, or by a weight of the error in x_0."""
     variance: Literal["fixed_small", "fixed_large", "learned_range"] | None = None
-    """Variance of the reverse process; by default fixed_large for the mse loss and learned_range for the others."""
+    """Variance of the reverse process; by default fixed_large for the mse loss and learned_range for the others. With
+    the mse loss, learned_range has the network's other channels but does not train them."""
     timestep_range: float = 1000
-    """The network is told t * timestep_range / T, so that one embedding serves any T."""
+    """The network is told t * timestep_range / T, so that one embedding serves any T; in continuous time T is 1."""
     vlb_weight: float | None = None
     """Weight of a step's variational term (bits/dim) in the hybrid loss; by default T / 1000."""
-    timestep_sampler: Literal["uniform", "stratified", "loss_second_moment"] | None = None
+    timestep_sampler: Literal["uniform", "stratified", "log_normal", "logit_normal", "loss_second_moment"] | None = None
     """Which t to train on; by default loss_second_moment for the vlb loss and uniform for the others."""
 
     def __post_init__(self) -> None:
-        require(self.timesteps >= 1, f"diffusion.timesteps must be at least 1, not {self.timesteps}")
+        steps = self.timesteps
+        require(steps is None or steps >= 1, f"diffusion.timesteps must be at least 1, or null, not {steps}")
+        require(
+            steps is None or self.schedule in ("cosine", "linear"),
+            f"diffusion.schedule {self.schedule} is continuous in time: set diffusion.timesteps to null",
+        )
+        require(
+            steps is None or self.prediction != "edm",
+            "diffusion.prediction edm is for continuous time: set diffusion.timesteps to null",
+        )
+        require(
+            self.prediction != "eps" or self.schedule != "flow",
+            "diffusion.prediction eps says nothing of the image where a flow begins: predict velocity, v or x_start",
+        )
+        require(
+            self.weighting == "uniform" or self.loss_space is None,
+            f"diffusion.weighting {self.weighting} weighs the error of x_0, whatever the loss space: leave out "
+            "diffusion.loss_space",
+        )
         require(self.timestep_range > 0, f"diffusion.timestep_range must be positive, not {self.timestep_range}")
         require(
             self.vlb_weight is None or self.vlb_weight >= 0,
@@ -127,22 +150,52 @@ class TrainingConfig:
         )
 
 
+SAMPLER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "ancestral": (),
+    "ddim": ("eta",),
+    "heun": ("churn", "churn_min", "churn_max", "churn_noise"),
+    "dpmpp_2m": ("eta",),
+}
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How images are drawn, in evaluations and by sample.py."""
 
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    """The sampler."""
+    sampler: Literal["ancestral", "ddim", "heun", "dpmpp_2m"] = "ancestral"
+    """The sampler: ancestral (DDPM), ddim, heun (EDM; two evaluations a step) or dpmpp_2m (DPM-Solver++)."""
     steps: int | None = None
-    """Sampling steps, evenly spaced over the T of the forward process; by default all of them."""
+    """Sampling steps; by default the T of the forward process, or 50 in continuous time."""
+    spacing: Literal["uniform", "karras", "log_snr"] | None = None
+    """How the steps are spread over the noise levels; by default karras for heun and uniform, in t, for the others."""
+    options: dict[str, float] = field(default_factory=dict)
+    """The sampler's own: eta of ddim and dpmpp_2m; churn, churn_min, churn_max, churn_noise of heun."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels, as sigma / signal, between which there is guidance; by default at all."""
     batch_size: int = 64
     """Images drawn at once: more is faster and needs more memory."""
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.steps >= 1, f"sampling.steps must be at least 1, not {self.steps}")
         require(self.batch_size >= 1, f"sampling.batch_size must be at least 1, not {self.batch_size}")
+        known = SAMPLER_OPTIONS[self.sampler]
+        for name in self.options:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            require(name in known, f"sampling.options: {self.sampler} has no option {name}: {has}")
+        eta = self.options.get("eta", 0.0)
+        require(0 <= eta <= 1, f"sampling.options: eta must be between 0 and 1, not {eta}")
+        low, high = self.guidance_interval or (0.0, 1.0)
+        require(
+            0 <= low < high,
+            f"sampling.guidance_interval must be two increasing levels, none below 0, not {low} and {high}",
+        )
+
+    @property
+    def chosen_spacing(self) -> str:
+        """The spacing, with its default filled in."""
+        return self.spacing or ("karras" if self.sampler == "heun" else "uniform")
 
 
 @dataclass(frozen=True)
@@ -190,29 +243,41 @@ class Config:
     def __post_init__(self) -> None:
         """Check what concerns the run or two settings at once, and fill in the defaults that depend on the loss."""
         require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
-        timesteps, diffusion = self.diffusion.timesteps, self.diffusion
+        timesteps, diffusion, sampling = self.diffusion.timesteps, self.diffusion, self.sampling
         require(
-            self.sampling.steps is None or self.sampling.steps <= timesteps,
-            f"sampling.steps ({self.sampling.steps}) must not exceed diffusion.timesteps ({timesteps})",
+            None in (sampling.steps, timesteps) or sampling.chosen_spacing != "uniform" or sampling.steps <= timesteps,
+            f"sampling.steps ({sampling.steps}) must not exceed diffusion.timesteps ({timesteps})",
         )
         require(
             self.sampling.guidance_scale == 1 or self.model.class_dropout > 0,
             f"sampling.guidance_scale {self.sampling.guidance_scale} needs a model with model.class_dropout > 0",
         )
-        learned = self.loss != "mse"
+        has_bound = self.loss != "mse"
         diffusion = dataclasses.replace(
             diffusion,
-            variance=diffusion.variance or ("learned_range" if learned else "fixed_large"),
-            vlb_weight=timesteps / 1000 if diffusion.vlb_weight is None else diffusion.vlb_weight,
+            variance=diffusion.variance or ("learned_range" if has_bound else "fixed_large"),
+            vlb_weight=(timesteps or 0) / 1000 if diffusion.vlb_weight is None else diffusion.vlb_weight,
             timestep_sampler=diffusion.timestep_sampler or ("loss_second_moment" if self.loss == "vlb" else "uniform"),
         )
         require(
-            learned == (diffusion.variance == "learned_range"),
-            f"diffusion.variance {diffusion.variance} does not fit the {self.loss} loss: "
-            "mse trains no variance, hybrid and vlb train learned_range",
+            timesteps is not None or not has_bound,
+            f"the {self.loss} loss needs the steps of a bound: set diffusion.timesteps, or take the mse loss",
         )
         require(
-            learned or diffusion.timestep_sampler != "loss_second_moment",
+            self.loss != "hybrid" or diffusion.variance == "learned_range",
+            f"diffusion.variance {diffusion.variance} does not fit the hybrid loss, in which the bound trains only a "
+            "variance: take learned_range",
+        )
+        require(
+            not has_bound or sampling.sampler != "heun",
+            f"sampling.sampler heun has no use for the variance that the {self.loss} loss trains: take another, or mse",
+        )
+        require(
+            self.loss != "vlb" or (diffusion.loss_space is None and diffusion.weighting == "uniform"),
+            "the vlb loss has no mean-square error: leave out diffusion.loss_space and diffusion.weighting",
+        )
+        require(
+            has_bound or diffusion.timestep_sampler != "loss_second_moment",
             "diffusion.timestep_sampler loss_second_moment learns from the bound, which the mse loss does not compute",
         )
         object.__setattr__(self, "diffusion", diffusion)

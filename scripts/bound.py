@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> None:
     from improved_diffusion.diffusion.noise import PerSampleNoise
     from improved_diffusion.progress import progress
     from improved_diffusion.training.generate import load_model, model_denoiser
+    from improved_diffusion.training.model import build_schedule
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.batch_size < 1:
@@ -44,7 +45,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--n must be between 1 and the {len(image_set.images)} images of {options.data}")
     if model.config.model.class_conditional and image_set.class_names != model.class_names:
         raise UserError(f"the classes of {options.data} are not those of the run {options.run}")
-    denoiser = model_denoiser(model, SamplingConfig(steps=options.steps), device)
+    sampling = SamplingConfig(steps=options.steps)
+    denoiser = model_denoiser(model, sampling, device)
+    schedule = build_schedule(model.config.diffusion, sampling)
     rows = np.linspace(0, len(image_set.images) - 1, options.n).round().astype(int)
     bounds = []
     with torch.inference_mode():
@@ -52,7 +55,7 @@ def main(arguments: list[str]) -> None:
             x = torch.from_numpy(image_set.images[part]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
             y = torch.from_numpy(image_set.labels[part]).to(device) if model.config.model.class_conditional else None
             noise = PerSampleNoise([(0, 0, int(row)) for row in part], tuple(x.shape[1:]), device)
-            bounds.append(variational_bound(denoiser, x, y, noise))
+            bounds.append(variational_bound(denoiser, schedule, x, y, noise))
     vlb, xstart_mse, mse = (torch.cat([getattr(b, name) for b in bounds]) for name in ("vlb", "xstart_mse", "mse"))
     total, prior = (torch.cat([getattr(b, name) for b in bounds]) for name in ("total", "prior"))
     error = float(total.std()) / len(total) ** 0.5 if len(total) > 1 else float("nan")

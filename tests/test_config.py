@@ -55,7 +55,16 @@ def test_flags_override_the_file_which_overrides_the_defaults():
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--loss=mse", "--diffusion.variance=learned_range"],
+        ["--loss=hybrid", "--diffusion.timesteps=null"],
+        ["--loss=mse", "--diffusion.schedule=flow"],
+        ["--loss=mse", "--diffusion.prediction=edm"],
+        ["--loss=mse", "--diffusion.timesteps=null", "--diffusion.schedule=flow"],  # and eps
+        ["--loss=mse", "--diffusion.weighting=min_snr", "--diffusion.loss_space=v"],
+        ["--loss=vlb", "--diffusion.weighting=min_snr"],
+        ["--loss=hybrid", "--sampling.sampler=heun"],
+        ["--sampling.options.eta=0.5"],  # of ancestral
+        ["--sampling.sampler=ddim", "--sampling.options.eta=2"],
+        ["--sampling.guidance_interval=[3, 1]", "--model.class_dropout=0.1"],
         ["--loss=hybrid", "--diffusion.variance=fixed_large"],
         ["--loss=mse", "--diffusion.timestep_sampler=loss_second_moment"],
         ["--training.ema_rates=[1.0]"],

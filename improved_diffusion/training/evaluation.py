@@ -80,7 +80,7 @@ class Evaluator:
     def _prepare(self) -> None:
         evaluation = self.config.evaluation
         self.metric = None
-        self.protocol: dict[str, Any] = {**sampling_record(self.config.sampling, self.config.diffusion.timesteps)}
+        self.protocol: dict[str, Any] = sampling_record(self.config, self.config.sampling)
         self.protocol |= {"ema_rate": self.config.training.ema_rates[0], "generation_seed": evaluation.seed}
         if evaluation.features is None:
             return
@@ -142,7 +142,7 @@ class Evaluator:
         config, processes, evaluation = self.config, self.processes, self.config.evaluation
         device, size = processes.device, evaluation.features
         run = with_autocast(network.eval(), device, arithmetic(config.training.precision, device))
-        denoiser = build_sampling_denoiser(config, config.sampling, run, len(self.class_names), device)
+        denoiser = build_sampling_denoiser(config, config.sampling, run, len(self.class_names))
         counted = evaluation.samples_per_class if size else 0
         keys = [
             SampleKey(evaluation.seed, class_index, number)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.config import Config, SamplingConfig
-from improved_diffusion.diffusion.denoiser import Denoiser
+from improved_diffusion.diffusion.denoiser import ClippedDenoiser, Denoiser
 from improved_diffusion.diffusion.noise import PerSampleNoise
 from improved_diffusion.diffusion.samplers import SAMPLERS
 from improved_diffusion.errors import UserError
@@ -20,7 +20,13 @@ from improved_diffusion.files import file_sha256
 from improved_diffusion.models.unet import UNet
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
 from improved_diffusion.training.devices import arithmetic, with_autocast
-from improved_diffusion.training.model import build_network, build_sampling_denoiser, set_weights
+from improved_diffusion.training.model import (
+    build_network,
+    build_sampling_denoiser,
+    build_schedule,
+    number_of_steps,
+    set_weights,
+)
 
 
 class SampleKey(NamedTuple):
@@ -80,15 +86,19 @@ def load_model(
 def model_denoiser(model: LoadedModel, sampling: SamplingConfig, device: torch.device) -> Denoiser:
     """The denoiser that samples from `model` as `sampling` says. Raises UserError as `build_sampling_denoiser` does."""
     network = with_autocast(model.network, device, arithmetic(model.config.training.precision, device))
-    return build_sampling_denoiser(model.config, sampling, network, len(model.class_names), device)
+    return build_sampling_denoiser(model.config, sampling, network, len(model.class_names))
 
 
-def sampling_record(sampling: SamplingConfig, timesteps: int) -> dict[str, Any]:
-    """What records say of how images were drawn, of a model that was trained with so many timesteps."""
+def sampling_record(config: Config, sampling: SamplingConfig) -> dict[str, Any]:
+    """What records say of how images were drawn, of a model that was trained as `config` says."""
+    interval = sampling.guidance_interval
     return {
         "sampler": sampling.sampler,
-        "sampling_steps": sampling.steps or timesteps,
+        "sampling_steps": number_of_steps(config.diffusion, sampling),
+        "spacing": sampling.chosen_spacing,
+        "sampler_options": dict(sorted(sampling.options.items())),
         "guidance_scale": sampling.guidance_scale,
+        "guidance_interval": None if interval is None else list(interval),
     }
 
 
@@ -98,7 +108,7 @@ def image_record(model: LoadedModel, sampling: SamplingConfig, device: torch.dev
         "checkpoint_sha256": model.checkpoint_sha256,
         "step": model.step,
         "ema_rate": model.ema_rate,
-        **sampling_record(sampling, model.config.diffusion.timesteps),
+        **sampling_record(model.config, sampling),
         "precision": str(arithmetic(model.config.training.precision, device)).removeprefix("torch."),
     }
 
@@ -113,13 +123,15 @@ def generate(
     batch in the last digits, and that of a single image does, as matrix products become products with a vector.
     """
     size = config.model.image_size
+    schedule = build_schedule(config.diffusion, sampling)
+    sample = functools.partial(SAMPLERS[sampling.sampler], ClippedDenoiser(denoiser), schedule, **sampling.options)
     batch_size = max(2, min(sampling.batch_size, len(keys)))
     for first in range(0, len(keys), sampling.batch_size):
         batch = list(keys[first : first + sampling.batch_size])
         full = batch + [batch[-1]] * (batch_size - len(batch))
         draw_noise = PerSampleNoise(full, (3, size, size), device)
         y = torch.tensor([key.class_index for key in full], device=device) if config.model.class_conditional else None
-        x = SAMPLERS[sampling.sampler](denoiser, draw_noise(), y, draw_noise)
+        x = sample(draw_noise(), y, draw_noise)
         yield batch, to_uint8(x[: len(batch)])
 
 

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from improved_diffusion.config import Config, SamplingConfig
-from improved_diffusion.diffusion.denoiser import Denoiser, DiscreteDenoiser, Network
-from improved_diffusion.diffusion.guidance import ClassifierFreeGuidance
-from improved_diffusion.diffusion.schedule import SCHEDULES, evenly_spaced, respace
+from improved_diffusion.config import Config, DiffusionConfig, SamplingConfig
+from improved_diffusion.diffusion.denoiser import Denoiser, Network, NetworkDenoiser
+from improved_diffusion.diffusion.guidance import EVERYWHERE, ClassifierFreeGuidance
+from improved_diffusion.diffusion.process import PROCESSES, Process, VarianceExploding
+from improved_diffusion.diffusion.schedule import SCHEDULES, NoiseSchedule, sampling_schedule
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.unet import UNet
+
+STEPS_IN_CONTINUOUS_TIME = 50  # of sampling, where the settings do not say
 
 
 def build_network(config: Config, num_classes: int) -> UNet:
@@ -40,32 +43,61 @@ def build_network(config: Config, num_classes: int) -> UNet:
         raise UserError(f"the settings under model do not fit together: {error}") from error
 
 
-def build_denoiser(config: Config, network: Network, device: torch.device) -> DiscreteDenoiser:
-    """`network` as a denoiser over all the timesteps it is trained on."""
-    diffusion = config.diffusion
-    schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps).to(device)
-    return DiscreteDenoiser(network, schedule, diffusion.prediction, diffusion.variance, diffusion.timestep_range)
+def build_process(diffusion: DiffusionConfig) -> Process:
+    """The forward process of the settings, in T steps or in continuous time."""
+    if diffusion.timesteps is None:
+        return PROCESSES[diffusion.schedule]()
+    return SCHEDULES[diffusion.schedule](diffusion.timesteps).process
 
 
-def build_sampling_denoiser(
-    config: Config, sampling: SamplingConfig, network: Network, num_classes: int, device: torch.device
-) -> Denoiser:
-    """`network` as a denoiser over the sampling steps, guided where the settings ask for it.
+def build_levels(diffusion: DiffusionConfig, device: torch.device) -> NoiseSchedule | Process:
+    """What gives the noise level of a t that training draws: in T steps with its reverse step, or in continuous time."""
+    if diffusion.timesteps is None:
+        return build_process(diffusion)
+    return SCHEDULES[diffusion.schedule](diffusion.timesteps).to(device)
+
+
+def build_schedule(diffusion: DiffusionConfig, sampling: SamplingConfig) -> NoiseSchedule:
+    """The noise levels that sampling visits.
 
     Raises:
-        UserError: more sampling steps than timesteps, or guidance of a model that was trained without class dropout.
+        UserError: more sampling steps than timesteps.
     """
-    denoiser = build_denoiser(config, network, device)
-    length = len(denoiser.schedule)
-    if sampling.steps is not None:
-        if sampling.steps > length:
-            raise UserError(f"{sampling.steps} sampling steps are more than the model's {length} timesteps")
-        denoiser.schedule = respace(denoiser.schedule, evenly_spaced(length, sampling.steps))
+    try:
+        return sampling_schedule(
+            build_process(diffusion), number_of_steps(diffusion, sampling), sampling.chosen_spacing
+        )
+    except ValueError as error:
+        raise UserError(f"{sampling.steps} sampling steps cannot be: {error}") from error
+
+
+def number_of_steps(diffusion: DiffusionConfig, sampling: SamplingConfig) -> int:
+    """How many steps sampling takes."""
+    return sampling.steps or diffusion.timesteps or STEPS_IN_CONTINUOUS_TIME
+
+
+def build_denoiser(config: Config, network: Network) -> NetworkDenoiser:
+    """`network` as a denoiser."""
+    diffusion = config.diffusion
+    scale_input = diffusion.prediction == "edm" or PROCESSES[diffusion.schedule] is VarianceExploding
+    return NetworkDenoiser(
+        network, diffusion.prediction, diffusion.variance, diffusion.timestep_range, scale_input=scale_input
+    )
+
+
+def build_sampling_denoiser(config: Config, sampling: SamplingConfig, network: Network, num_classes: int) -> Denoiser:
+    """`network` as a denoiser, guided where the settings ask for it.
+
+    Raises:
+        UserError: guidance of a model that was trained without class dropout.
+    """
+    denoiser = build_denoiser(config, network)
     if sampling.guidance_scale == 1:
         return denoiser
     if config.model.class_dropout == 0:
         raise UserError("this model cannot be guided: it was trained with model.class_dropout 0; use guidance scale 1")
-    return ClassifierFreeGuidance(denoiser, sampling.guidance_scale, null_class=num_classes)
+    interval = sampling.guidance_interval or EVERYWHERE
+    return ClassifierFreeGuidance(denoiser, sampling.guidance_scale, num_classes, interval)
 
 
 def set_weights(network: nn.Module, weights: dict) -> None:

@@ -5,40 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from improved_diffusion.diffusion.losses import LossTerms
+from improved_diffusion.diffusion.objective import LossTerms
+from improved_diffusion.diffusion.process import NoiseLevel
 from improved_diffusion.training.devices import Processes
 
 
 class RunningTerms:
     """Means of loss, mse and vlb, over all t and over each quartile of t, since the last `flush`.
 
-    Where the loss has a bound, its term at t = T-1 is kept apart, as `vlb_last_step`, and left out of the means of
-    `loss` and `vlb`: under the cosine schedule it can be thousands of times all others together (see `bound_term`),
-    and one such image would hide the curve.
+    Where the loss has a bound, its term in the last of T > 1 steps is kept apart, as `vlb_last_step`, and left out of
+    the means of `loss` and `vlb`: under the cosine schedule it can be thousands of times all others together (see
+    `bound_term`), and one such image would hide the curve.
     """
 
     names = ("loss", "mse", "vlb")
 
-    def __init__(self, timesteps: int, device: torch.device):
-        self.timesteps = timesteps
-        # Rows: the quartiles of t, then t = T-1. Columns: sums of loss, mse, vlb; then the weight.
+    def __init__(self, device: torch.device):
+        # Rows: the quartiles of t, then the last step. Columns: sums of loss, mse, vlb; then the weight.
         self.sums = torch.zeros(5, 4, device=device, dtype=torch.float64)
         self.grad_norm = torch.zeros(2, device=device, dtype=torch.float64)
         self.has_bound = False
 
-    def add(self, terms: LossTerms, t: Tensor, weights: Tensor) -> None:
-        """Count the terms of the images at timesteps `t`, drawn with importance weights `weights`.
+    def add(self, terms: LossTerms, level: NoiseLevel, weights: Tensor) -> None:
+        """Count the terms of the images at noise levels `level` (N,), drawn with importance weights `weights`.
 
-        Weighted, the means are over uniform t however the timesteps are drawn.
+        Weighted, the means are over uniform t of T steps however the timesteps are drawn.
         """
         vlb = torch.zeros_like(terms.mse) if terms.vlb is None else terms.vlb
         self.has_bound = terms.vlb is not None
         values = (
             torch.stack([terms.loss, terms.mse, vlb, torch.ones_like(vlb)], dim=1).detach().double() * weights[:, None]
         )
-        row = t * 4 // self.timesteps
-        if self.has_bound and self.timesteps > 1:
-            row = torch.where(t == self.timesteps - 1, 4, row)
+        row = (level.t * 4).ceil().long().clamp(min=1) - 1
+        if self.has_bound:
+            row = torch.where((level.t == 1) & (level.timestep > 0), 4, row)
         self.sums.index_add_(0, row, values)
 
     def add_grad_norm(self, norm: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The folder that sample.py fills: images of one model and one set of settings, and a manifest that says which.
 
-    OUT/manifest.json  OUT/CLASS/seedSEED_NUMBER.png ...  OUT/samples.npz
+OUT/manifest.json  OUT/CLASS/seedSEED_NUMBER.png ...  OUT/samples.npz
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ PROTOCOL = (
     "generation_seed",
     "sampler",
     "sampling_steps",
+    "spacing",
+    "sampler_options",
     "guidance_scale",
+    "guidance_interval",
     "ema_rate",
 )
 

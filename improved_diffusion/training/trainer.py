@@ -12,14 +12,21 @@ from torch.nn.parallel import DistributedDataParallel
 from improved_diffusion.config import Config
 from improved_diffusion.data.batches import BatchStream
 from improved_diffusion.data.image_set import ImageSet
-from improved_diffusion.diffusion.losses import make_loss
+from improved_diffusion.diffusion.levels import make_level_sampler
 from improved_diffusion.diffusion.noise import seeded_generator
-from improved_diffusion.diffusion.timesteps import TIMESTEP_SAMPLERS
+from improved_diffusion.diffusion.objective import named_objective
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.run_directory import DAMAGE
 from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
-from improved_diffusion.training.model import build_denoiser, build_network, set_moments, set_weights
+from improved_diffusion.training.model import (
+    build_denoiser,
+    build_levels,
+    build_network,
+    build_process,
+    set_moments,
+    set_weights,
+)
 from improved_diffusion.training.running_terms import RunningTerms
 
 # Generators of a run are keyed (seed, purpose, step): resuming draws what an unbroken run would have drawn.
@@ -61,8 +68,16 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
         )
-        self.timestep_sampler = TIMESTEP_SAMPLERS[config.diffusion.timestep_sampler](config.diffusion.timesteps)
-        self.loss = make_loss(config.loss, config.diffusion.vlb_weight)
+        diffusion = config.diffusion
+        self.levels = build_levels(diffusion, device)
+        self.timestep_sampler = make_level_sampler(diffusion.timestep_sampler, build_process(diffusion))
+        self.objective = named_objective(
+            config.loss,
+            timesteps=diffusion.timesteps,
+            vlb_weight=diffusion.vlb_weight,
+            loss_space=diffusion.loss_space,
+            weighting=diffusion.weighting,
+        )
         self.stream = BatchStream(
             image_set,
             training.batch_size,
@@ -75,8 +90,8 @@ class Trainer:
         self.parallel = DistributedDataParallel(self.network) if processes.world_size > 1 else self.network
         runnable = torch.compile(self.parallel) if training.compile else self.parallel
         dtype = arithmetic(training.precision, device)
-        self.denoiser = build_denoiser(config, with_autocast(runnable, device, dtype), device)
-        self.terms = RunningTerms(config.diffusion.timesteps, device)
+        self.denoiser = build_denoiser(config, with_autocast(runnable, device, dtype))
+        self.terms = RunningTerms(device)
 
     def train_step(self, x_start: Tensor, y: Tensor) -> None:
         """One optimizer step on this process's share of the batch that the stream holds for `step`.
@@ -98,9 +113,10 @@ class Trainer:
                 torch.manual_seed(self._dropout_seed(part))
             with self._gradients_shared_only_if(part == training.accumulation - 1):
                 classes = y_part if self.config.model.class_conditional else None
-                terms = self.loss(self.denoiser, x_part, t_part, classes, noise_part)
+                level = self.levels.at(t_part)
+                terms = self.objective(self.denoiser, x_part, level, classes, noise_part)
                 ((terms.loss * weights_part).mean() / training.accumulation).backward()
-            self.terms.add(terms, t_part, weights_part)
+            self.terms.add(terms, level, weights_part)
             bounds.append(terms.vlb)
         self.terms.add_grad_norm(self._clip_gradients())
         self.optimizer.step()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from improved_diffusion.diffusion.losses import LossTerms
+from improved_diffusion.diffusion.objective import LossTerms
+from improved_diffusion.diffusion.schedule import cosine_schedule
 from improved_diffusion.errors import UserError
 from improved_diffusion.training.devices import Processes
 from improved_diffusion.training.run_log import read_jsonl
@@ -102,11 +103,11 @@ def test_the_images_must_have_the_size_that_the_model_expects(tiny_trainer):
 class TestRunningTerms:
     def test_means_over_quartiles(self):
         generator = torch.Generator().manual_seed(0)
-        terms = RunningTerms(8, CPU.device)
+        terms, schedule = RunningTerms(CPU.device), cosine_schedule(8)
         t = torch.randint(7, (64,), generator=generator)
         mse = torch.rand(64, generator=generator)
         for part in (slice(0, 20), slice(20, 64)):
-            terms.add(LossTerms(2 * mse[part], mse[part], None), t[part], torch.ones(len(t[part])))
+            terms.add(LossTerms(2 * mse[part], mse[part], None), schedule.at(t[part]), torch.ones(len(t[part])))
         means = terms.flush(CPU)
         for quartile in range(4):
             expected = np.mean(mse[(t == 2 * quartile) | (t == 2 * quartile + 1)].numpy())
@@ -117,11 +118,11 @@ class TestRunningTerms:
         assert terms.flush(CPU) == {}
 
     def test_the_last_timestep_does_not_drown_the_curve(self):
-        terms = RunningTerms(100, CPU.device)
+        terms = RunningTerms(CPU.device)
         t = torch.arange(100)
         vlb = torch.full((100,), 0.02)
         vlb[99] = 721.0
-        terms.add(LossTerms(1 + vlb, torch.ones(100), vlb), t, torch.ones(100))
+        terms.add(LossTerms(1 + vlb, torch.ones(100), vlb), cosine_schedule(100).at(t), torch.ones(100))
         means = terms.flush(CPU)
         assert means["vlb"] == pytest.approx(0.02)
         assert means["vlb_q3"] == pytest.approx(0.02)
