@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
 from torch import Tensor, nn
+
+from improved_diffusion.models.autocast import without_autocast
 
 
 class Backbone(nn.Module):
@@ -125,10 +126,3 @@ def zero_init(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A block without autocast, on any device: the meta device has none to switch off."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

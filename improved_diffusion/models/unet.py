@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from improved_diffusion.models.backbone import Backbone, check_sides, sides, sinusoidal_embedding, zero_init
+from improved_diffusion.models.backbone import Backbone, check_sides, sides, zero_init
 from improved_diffusion.models.group_norm import GroupNorm
 
 # Positions up to which the matrix of attention weights is made explicitly in bfloat16 on a CPU: half the time of
@@ -195,11 +195,7 @@ class UNet(Backbone):
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Run the network: see `Backbone.forward`."""
         self.check_inputs(x_t, t, y)
-        with torch.autocast(x_t.device.type, enabled=False):
-            embedding = self.time_embedding(sinusoidal_embedding(t, self.num_channels))
-            if y is not None:
-                embedding = embedding + self.class_embedding(y)
-            embedding = F.silu(embedding)  # once here rather than in every block
+        embedding = F.silu(self.embed(t, y))  # once here rather than in every block
 
         h = F.pixel_unshuffle(x_t, self.patch_size)
         skips = []

@@ -85,6 +85,16 @@ def test_images_of_any_shape_come_back_in_theirs(kind, height, width, channels, 
 
 
 @KINDS
+def test_shapes_are_known_without_computing(kind):
+    with torch.device("meta"):
+        network = tiny(kind, image_size=(16, 24), in_channels=4, out_channels=8, num_classes=3)
+        output = network(torch.empty(2, 4, 16, 24), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+        output.sum().backward()
+    assert (output.device.type, output.dtype, output.shape) == ("meta", torch.float32, (2, 8, 16, 24))
+    assert all(parameter.grad.shape == parameter.shape for parameter in network.parameters())
+
+
+@KINDS
 def test_one_number_means_a_square(kind):
     one, two = randomised(kind, image_size=16), randomised(kind, image_size=(16, 16))
     assert torch.equal(one(*inputs()), two(*inputs()))

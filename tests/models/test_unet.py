@@ -147,7 +147,8 @@ def test_attention_is_at_the_chosen_sizes_and_in_the_middle(chosen, num_res_bloc
     for module in network.modules():
         if isinstance(module, Attention):
             module.register_forward_hook(lambda module, args, _: seen.append((module, args[0].shape[-2])))
-    network(torch.zeros(1, 3, height, width), torch.zeros(1))
+    with torch.no_grad():
+        network(torch.zeros(1, 3, height, width), torch.zeros(1))
     middle = {id(m) for m in network.middle.modules()}
     assert [size for module, size in seen if id(module) in middle] == [4]
     down = [size for size in (32, 16, 8, 4) if size in chosen for _ in range(num_res_blocks)]
