@@ -5,8 +5,8 @@ RMSNorm, SwiGLU, normalised queries and keys, 2-D rotary positions, and class to
 first third of the blocks. Noise level and class scale, shift and gate every branch (adaLN-zero); gates and the last
 layer start at zero.
 
-What JiT finds goes with it: where a patch has about as many channels as a token is wide, a network can predict x_0
-well, but neither noise nor v.
+What JiT finds goes with it: where a patch has as many channels as a token is wide, or more, such a network still
+learns to predict x_0, but neither noise nor v.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from improved_diffusion.models.backbone import Backbone, check_sides, zero_init
 
 NORM_EPS = 1e-6
-ROTARY_BASE = 100.0  # as Heo et al. 2024, arXiv:2403.13298, have it for images: language's 10000 is for longer ways
+ROTARY_BASE = 100.0  # as Heo et al. 2024, arXiv:2403.13298, have it for images; language's 10000 is for longer distances
 TIME_CHANNELS = 256  # as in DiT
 
 

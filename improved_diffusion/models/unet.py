@@ -3,7 +3,8 @@
 Going down, each resolution has `num_res_blocks` residual blocks, then a stride-2 convolution to the next. Going up,
 each has one block more, so that every feature map of the way down is consumed once as a skip. Self-attention follows
 the residual blocks at chosen feature-map sizes, and sits in the middle. Time, and class if there is one, enter each
-residual block as the scale and shift of its second GroupNorm.
+residual block as the scale and shift of its second GroupNorm. With `patch_size` 2 or 4 all this is of patches: space
+goes into channels before the first convolution, and comes back after the last.
 
 Memory format is the caller's choice and survives every block: a model and an input in `torch.channels_last` are the
 fast way under bfloat16 autocast.
