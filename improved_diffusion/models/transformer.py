@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from improved_diffusion.models.backbone import Backbone, check_sides, zero_init
 
 NORM_EPS = 1e-6
-ROTARY_BASE = 100.0  # as Heo et al. 2024, arXiv:2403.13298, have it for images; language's 10000 is for longer distances
+ROTARY_BASE = 100.0  # for images, as in Heo et al. 2024, arXiv:2403.13298; 10000 is for the distances of language
 TIME_CHANNELS = 256  # as in DiT
 
 
