@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from improved_diffusion.models.autocast import without_autocast
+
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in 32 groups, or in the most that divide both 32 and the channels."""
@@ -22,7 +24,7 @@ class GroupNorm(nn.GroupNorm):
         """
         # CUDA autocast would make float32 of bfloat16 activations here: twice the memory traffic, for kernels that
         # accumulate in float32 anyway.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             weight, bias = self.weight, self.bias
             if scale is not None:  # one affine map in place of two
                 gain = 1 + scale.float()

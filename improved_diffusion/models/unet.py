@@ -3,7 +3,8 @@
 Going down, each resolution has `num_res_blocks` residual blocks, then a stride-2 convolution to the next. Going up,
 each has one block more, so that every feature map of the way down is consumed once as a skip. Self-attention follows
 the residual blocks at chosen feature-map sizes, and sits in the middle. Time, and class if there is one, enter each
-residual block as the scale and shift of its second GroupNorm.
+residual block as the scale and shift of its second GroupNorm. With `patch_size` 2 or 4 all this is of patches: space
+goes into channels before the first convolution, and comes back after the last.
 
 Memory format is the caller's choice and survives every block: a model and an input in `torch.channels_last` are the
 fast way under bfloat16 autocast.
@@ -11,35 +12,16 @@ fast way under bfloat16 autocast.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from improved_diffusion.models.backbone import Backbone, check_sides, sides, zero_init
 from improved_diffusion.models.group_norm import GroupNorm
 
 # Positions up to which the matrix of attention weights is made explicitly in bfloat16 on a CPU: half the time of
 # PyTorch's kernel there, forwards and backwards together.
 EXPLICIT_ATTENTION = 1024
-
-
-def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Embed timesteps as cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5).
-
-    `t`: (N,), integers or fractions. Returns float32 (N, dim); `dim` is even.
-    """
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    angles = t.float()[:, None] * frequencies  # (N, dim / 2)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def zero_init(layer: nn.Module) -> nn.Module:
-    """Zero the parameters of `layer`, so that the residual branch which it ends starts as the identity."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
 
 
 class ResBlock(nn.Module):
@@ -125,28 +107,31 @@ class Stage(nn.ModuleList):
         return x
 
 
-class UNet(nn.Module):
-    """Predicts, from a noisy image, what the diffusion's loss asks for (eps, x_0 or v), and maybe a variance.
+class UNet(Backbone):
+    """A `Backbone` of convolutions, with attention at chosen sizes.
 
-    image_size              height and width in pixels; divisible by 2 ** (levels - 1)
     num_channels            channels at full resolution; even
     channel_multipliers     channels of each level, in units of `num_channels`; each level halves the feature map
     num_res_blocks          residual blocks of each level on the way down; one more on the way up
-    attention_resolutions   feature-map sizes (pixels a side, not downsampling factors) that have attention
+    attention_resolutions   feature-map sizes (pixels a side, not downsampling factors) that have attention; of maps
+                            that are not square, the shorter side
     num_heads               heads of every attention layer; divides its channels
+    patch_size              1, 2 or 4: what the network sees as one pixel is a patch of so many a side, its pixels
+                            side by side as channels. Feature maps are counted in patches: with 2, the first level of
+                            a 64x64 image is 32x32
     dropout                 probability of dropping a feature before a block's last convolution, in training
-    num_classes             number of classes, or None for a model that takes no `y`
-    null_class              have a further embedding row, `y == num_classes`, that stands for "no class": what
-                            classifier-free guidance needs (Ho & Salimans 2022, arXiv:2207.12598)
-    out_channels            3, or 6 where the second three channels parametrise a learned variance
 
+    The other settings are those of every `Backbone`; height and width are divisible by patch_size * 2 ** (levels - 1).
     Raises ValueError for settings that do not fit together.
     """
 
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: int | tuple[int, int],
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        patch_size: int = 1,
         num_channels: int = 128,
         channel_multipliers: tuple[int, ...] = (1, 2, 3, 4),
         num_res_blocks: int = 2,
@@ -155,40 +140,33 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         num_classes: int | None = None,
         null_class: bool = False,
-        out_channels: int = 3,
     ):
-        super().__init__()
-        check_geometry(image_size, num_channels, channel_multipliers, attention_resolutions, num_heads)
+        check_geometry(image_size, patch_size, num_channels, channel_multipliers, attention_resolutions, num_heads)
         if num_res_blocks < 1:
             raise ValueError(f"num_res_blocks is {num_res_blocks}; it must be at least 1")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; it must be at least 1, or None for no classes")
-        if null_class and num_classes is None:
-            raise ValueError("null_class stands beside classes: it needs num_classes")
-        if out_channels not in (3, 6):
-            raise ValueError(f"out_channels is {out_channels}; it must be 3, or 6 with a learned variance")
-        self.image_size = image_size
-        self.num_channels = num_channels
-        self.num_classes = num_classes
-        self.null_class = null_class
-        self.out_channels = out_channels
-
         embedding_channels = 4 * num_channels
-        self.time_embedding = nn.Sequential(
-            nn.Linear(num_channels, embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels)
+        super().__init__(
+            image_size=image_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_classes=num_classes,
+            null_class=null_class,
+            time_channels=num_channels,
+            embedding_channels=embedding_channels,
         )
-        if num_classes is not None:
-            self.class_embedding = nn.Embedding(num_classes + null_class, embedding_channels)
+        self.num_channels = num_channels
+        self.patch_size = patch_size
 
         def block(in_channels: int, out_channels: int) -> ResBlock:
             return ResBlock(in_channels, out_channels, embedding_channels, dropout)
 
         channels = num_channels
-        self.encoder = nn.ModuleList([Stage([nn.Conv2d(3, channels, 3, padding=1)])])
+        self.encoder = nn.ModuleList([Stage([nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)])])
         skip_channels = [channels]
-        levels = [(image_size >> level, m * num_channels) for level, m in enumerate(channel_multipliers)]
+        sizes = feature_map_sizes(image_size, patch_size, len(channel_multipliers))
+        levels = [(size, m * num_channels) for size, m in zip(sizes, channel_multipliers, strict=True)]
         for size, level_channels in levels:
-            if size < image_size:
+            if size < sizes[0]:
                 self.encoder.append(Stage([Downsample(channels)]))
                 skip_channels.append(channels)
             for _ in range(num_res_blocks):
@@ -209,29 +187,18 @@ class UNet(nn.Module):
                 if size in attention_resolutions:
                     stage.append(Attention(channels, num_heads))
                 self.decoder.append(stage)
-            if size < image_size:
+            if size < sizes[0]:
                 stage.append(Upsample(channels))
 
         self.output_norm = GroupNorm(channels)
-        self.output_conv = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.output_conv = zero_init(nn.Conv2d(channels, self.out_channels * patch_size**2, 3, padding=1))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Run the network.
+        """Run the network: see `Backbone.forward`."""
+        self.check_inputs(x_t, t, y)
+        embedding = F.silu(self.embed(t, y))  # once here rather than in every block
 
-        `x_t`: (N, 3, image_size, image_size), float in about [-1, 1]. `t`: (N,), the timestep, integer or fractional.
-        `y`: (N,) int64 class indices; given exactly when the model has classes. Who trains for guidance draws which
-        labels to drop and passes `num_classes` for them.
-        Returns float32 (N, out_channels, image_size, image_size) under any autocast.
-        Raises ValueError for shapes that do not fit, and for a `y` missing or out of place.
-        """
-        self._check_inputs(x_t, t, y)
-        with torch.autocast(x_t.device.type, enabled=False):
-            embedding = self.time_embedding(sinusoidal_embedding(t, self.num_channels))
-            if y is not None:
-                embedding = embedding + self.class_embedding(y)
-            embedding = F.silu(embedding)  # once here rather than in every block
-
-        h = x_t
+        h = F.pixel_unshuffle(x_t, self.patch_size)
         skips = []
         for stage in self.encoder:
             h = stage(h, embedding)
@@ -239,24 +206,18 @@ class UNet(nn.Module):
         h = self.middle(h, embedding)
         for stage in self.decoder:
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
-        return self.output_conv(F.silu(self.output_norm(h))).float()
+        h = self.output_conv(F.silu(self.output_norm(h)))
+        return F.pixel_shuffle(h, self.patch_size).float()
 
-    def _check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> None:
-        n = x_t.shape[0]
-        if x_t.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"x_t is {tuple(x_t.shape)}; this UNet takes (N, 3, {self.image_size}, {self.image_size})")
-        if t.shape != (n,):
-            raise ValueError(f"t is {tuple(t.shape)}; it must be ({n},): one timestep per image")
-        if y is None and self.num_classes is not None:
-            raise ValueError(f"y is missing: this UNet is conditional on {self.num_classes} classes")
-        if y is not None and self.num_classes is None:
-            raise ValueError("y was given, but this UNet has no classes")
-        if y is not None and y.shape != (n,):
-            raise ValueError(f"y is {tuple(y.shape)}; it must be ({n},): one class per image")
+
+def feature_map_sizes(image_size: int | tuple[int, int], patch_size: int, levels: int) -> list[int]:
+    """The shorter side of the feature maps of each level."""
+    return [min(sides(image_size)) // patch_size >> level for level in range(levels)]
 
 
 def check_geometry(
-    image_size: int,
+    image_size: int | tuple[int, int],
+    patch_size: int,
     num_channels: int,
     channel_multipliers: tuple[int, ...],
     attention_resolutions: tuple[int, ...],
@@ -269,12 +230,12 @@ def check_geometry(
         raise ValueError(f"num_channels is {num_channels}; it must be even: time is embedded as cosines and sines")
     if num_heads < 1:
         raise ValueError(f"num_heads is {num_heads}; it must be at least 1")
+    if patch_size not in (1, 2, 4):
+        raise ValueError(f"patch_size is {patch_size}; it must be 1, 2 or 4")
     levels = len(channel_multipliers)
-    if image_size < 1 or image_size % 2 ** (levels - 1):
-        raise ValueError(
-            f"image_size is {image_size}; with {levels} channel_multipliers it must be divisible by {2 ** (levels - 1)}"
-        )
-    sizes = [image_size >> level for level in range(levels)]
+    on_patches = f" and patch_size {patch_size}" if patch_size > 1 else ""
+    check_sides(image_size, patch_size << (levels - 1), f"with {levels} channel_multipliers{on_patches}")
+    sizes = feature_map_sizes(image_size, patch_size, levels)
     absent = sorted(set(attention_resolutions) - set(sizes))
     if absent:
         raise ValueError(f"attention_resolutions has {absent}, but the feature maps are {sizes} pixels a side")
@@ -282,4 +243,4 @@ def check_geometry(
         channels = multiplier * num_channels
         has_attention = size in attention_resolutions or size == sizes[-1]  # the middle always has
         if has_attention and channels % num_heads:
-            raise ValueError(f"num_heads is {num_heads}; it must divide the {channels} channels at {size}x{size}")
+            raise ValueError(f"num_heads is {num_heads}; it must divide the {channels} channels at size {size}")
