@@ -22,7 +22,7 @@ from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.trainer import Trainer
 
 FOOD101, SYNTHETIC = Path("data/food101-64"), Path("data/synthetic-64")
-SYNTHETIC_PER_CLASS, SYNTHETIC_VALIDATION_PER_CLASS, SYNTHETIC_TEST_PER_CLASS = 500, 20, 100
+SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS = 500, 100
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "class_names", "data_hash")
 
@@ -61,8 +61,7 @@ def with_data(config: Config, defaults: Defaults, processes: Processes) -> Confi
     if data == SYNTHETIC:
         if processes.is_first and not data.exists():
             print(f"drawing the embedded image set into {data}", flush=True)
-            counts = (SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS)
-            pack_synthetic(data, *counts, seed=0, validation_per_class=SYNTHETIC_VALIDATION_PER_CLASS)
+            pack_synthetic(data, SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS, seed=0)
         processes.wait()
     return dataclasses.replace(config, data=str(data))
 
