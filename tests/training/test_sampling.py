@@ -13,8 +13,10 @@ from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
+from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
 from improved_diffusion.training.generate import SampleKey, generate, load_model, model_denoiser
+from improved_diffusion.training.identity import identify
 
 
 def draw(run, keys, **settings) -> np.ndarray:
@@ -125,6 +127,9 @@ class TestFolder:
         assert sample().code == 0
         before = self.images(tmp_path / "out")
         (tmp_path / "out" / "waffles" / "seed0_000000.png").unlink()  # as after a kill
+        with pytest.warns(UserWarning, match="1 of 3 images are missing, and 0 others"):
+            identity = identify(open_source(tmp_path / "out"))
+        assert (identity["n"], identity["generation_seed"], identity["sampling_steps"]) == (2, 0, 2)
         outcome = sample("--batch-size", 2)
         assert outcome.code == 0, outcome.err
         assert self.images(tmp_path / "out").keys() == before.keys()
