@@ -6,12 +6,11 @@ import argparse
 import time
 from pathlib import Path
 
-from improved_diffusion.data.packing import PackedSplit, check_free, pack, pack_synthetic
+from improved_diffusion.data.packing import VALIDATION_PER_CLASS, PackedSplit, check_free, pack, pack_synthetic
 from improved_diffusion.data.sources import folder_source, food101_source, with_validation
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
 
 LISTED_BROKEN = 10
-VALIDATION_PER_CLASS = 20
 
 
 def positive(text: str) -> int:

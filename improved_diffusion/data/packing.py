@@ -27,6 +27,7 @@ from improved_diffusion.errors import UserError
 COPY_BYTES = 1 << 26
 SYNTHETIC_TEST_START = 1_000_000  # index of the first test image, so that no training set reaches it
 SYNTHETIC_VALIDATION_START = 2_000_000
+VALIDATION_PER_CLASS = 20  # images for the choice of a checkpoint, where a source has none for that
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def pack_synthetic(
     test_per_class: int,
     seed: int,
     *,
-    validation_per_class: int = 0,
+    validation_per_class: int = VALIDATION_PER_CLASS,
     overwrite: bool = False,
     workers: int | None = None,
 ) -> list[PackedSplit]:

@@ -51,7 +51,7 @@ def build_process(diffusion: DiffusionConfig) -> Process:
 
 
 def build_levels(diffusion: DiffusionConfig, device: torch.device) -> NoiseSchedule | Process:
-    """What gives the noise level of a t that training draws: in T steps with its reverse step, or in continuous time."""
+    """What gives the noise level of the t that training draws: T steps, or a process in continuous time."""
     if diffusion.timesteps is None:
         return build_process(diffusion)
     return SCHEDULES[diffusion.schedule](diffusion.timesteps).to(device)

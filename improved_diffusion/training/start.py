@@ -24,7 +24,7 @@ from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.trainer import Trainer
 
 FOOD101, SYNTHETIC = Path("data/food101-64"), Path("data/synthetic-64")
-SYNTHETIC_PER_CLASS, SYNTHETIC_VALIDATION_PER_CLASS, SYNTHETIC_TEST_PER_CLASS = 500, 20, 100
+SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS = 500, 100
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "class_names", "data_hash")
 
@@ -73,8 +73,7 @@ def _draw_embedded_set(data: Path) -> None:
     with FileLock(data.with_name(f".{data.name}.lock")):
         if not data.exists():
             print(f"drawing the embedded image set into {data}", flush=True)
-            counts = (SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS)
-            pack_synthetic(data, *counts, seed=0, validation_per_class=SYNTHETIC_VALIDATION_PER_CLASS)
+            pack_synthetic(data, SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS, seed=0)
 
 
 @contextlib.contextmanager
