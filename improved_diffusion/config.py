@@ -8,17 +8,55 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from improved_diffusion.settings import load_settings, require
+from improved_diffusion.settings import load_settings, read_settings, require
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """What every kind of network has; `kind` says which it is."""
+
+    image_size: int | tuple[int, int] = 64
+    """Height and width of the images, in pixels: one number, or two."""
+    channels: Literal[1, 3, 4] = 3
+    """Of the images: grey, RGB or RGBA."""
+    num_heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout probability inside the blocks."""
+    class_conditional: bool = True
+    """Whether the network sees the class."""
+    class_dropout: float = 0.0
+    """Probability that training hides the class, so that sampling can use classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        require(min(self.sides) >= 1, f"model.image_size must be at least 1, not {self.image_size}")
+        require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
+        require(0 <= self.class_dropout < 1, f"model.class_dropout must be in [0, 1), not {self.class_dropout}")
+        require(
+            self.class_conditional or self.class_dropout == 0, "model.class_dropout needs model.class_conditional: true"
+        )
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return (self.channels, *self.sides)
+
+
+@dataclass(frozen=True)
+class UNetConfig(ModelConfig):
     """The UNet."""
 
-    image_size: int = 64
-    """Height and width of the images, in pixels."""
+    kind: Literal["unet"] = "unet"
+    """The kind of network."""
+    patch_size: Literal[1, 2, 4] = 1
+    """Pixels a side that become channels of one position: larger is faster, and wants prediction x_start."""
     num_channels: int = 128
     """Channels at the full resolution."""
     channel_multipliers: tuple[int, ...] = (1, 2, 3, 4)
@@ -26,25 +64,32 @@ class ModelConfig:
     num_res_blocks: int = 2
     """Residual blocks at each resolution on the way down (one more on the way up)."""
     attention_resolutions: tuple[int, ...] = (16, 8)
-    """Feature-map sizes, in pixels, at which there is self-attention."""
-    num_heads: int = 4
-    """Attention heads."""
-    dropout: float = 0.0
-    """Dropout probability inside the residual blocks."""
-    class_conditional: bool = True
-    """Whether the network sees the class."""
-    class_dropout: float = 0.0
-    """Probability that training hides the class, so that sampling can use classifier-free guidance."""
+    """Feature-map sizes, of the shorter side and in positions, at which there is self-attention."""
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 1, f"model.image_size must be at least 1, not {self.image_size}")
+        super().__post_init__()
         require(self.num_res_blocks >= 1, f"model.num_res_blocks must be at least 1, not {self.num_res_blocks}")
         require(len(self.channel_multipliers) >= 1, "model.channel_multipliers must not be empty")
-        require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
-        require(0 <= self.class_dropout < 1, f"model.class_dropout must be in [0, 1), not {self.class_dropout}")
-        require(
-            self.class_conditional or self.class_dropout == 0, "model.class_dropout needs model.class_conditional: true"
-        )
+
+
+@dataclass(frozen=True)
+class TransformerConfig(ModelConfig):
+    """The transformer."""
+
+    kind: Literal["transformer"] = "transformer"
+    """The kind of network."""
+    patch_size: int = 4
+    """Pixels a side of a patch."""
+    width: int = 384
+    """Channels of every token."""
+    depth: int = 12
+    """Blocks."""
+    num_heads: int = 6
+    """Attention heads."""
+    num_context_tokens: int = 32
+    """Tokens of the class that join the patches after a third of the blocks; 0 for none."""
+    bottleneck: int | None = None
+    """Channels of a narrow layer through which patches enter: worth it where they are large."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +271,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """A run, of a UNet; see `TransformerRun` for the other kind."""
 
     loss: Literal["mse", "hybrid", "vlb"] = "hybrid"
     """The objective: mean-square error, mean-square error + vlb_weight * bound, or the bound alone."""
@@ -234,7 +279,7 @@ class Config:
     """The packed image set to train on (see python -m improved_diffusion.data)."""
     seed: int = 0
     """Seed of the initial weights, the data order, the flips, the timesteps and the noise."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -283,6 +328,28 @@ class Config:
         object.__setattr__(self, "diffusion", diffusion)
 
 
+@dataclass(frozen=True)
+class TransformerRun(Config):
+    """A run of a transformer."""
+
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+
+
+RUNS: dict[str, type[Config]] = {"unet": Config, "transformer": TransformerRun}
+
+
+def run_type(settings: dict[str, Any], kind: str | None = None) -> type[Config]:
+    """The dataclass of `settings`, of which `kind`, or else their model.kind, or else unet, is the kind of network.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    model = settings.get("model")
+    kind = kind or (model.get("kind", "unet") if isinstance(model, dict) else "unet")
+    require(kind in RUNS, f"model.kind must be one of {', '.join(RUNS)}, not {kind}")
+    return RUNS[kind]
+
+
 def load_config(path: Path | str) -> Config:
     """The configuration in a YAML file. Raises UserError as `load_settings` does."""
-    return load_settings(Config, path)
+    return load_settings(run_type(read_settings(path)), path)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from improved_diffusion.config import Config
+from improved_diffusion.config import Config, load_config
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.settings import load_settings, to_plain
@@ -116,7 +116,7 @@ class RunDirectory:
             raise UserError(f"no run directory at {self.path}: train one first, or look at the spelling")
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
-        return load_settings(kind, self.config_file)
+        return load_config(self.config_file) if kind is Config else load_settings(kind, self.config_file)
 
     def checkpoint_file(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:07d}.pt"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from improved_diffusion.config import Config, DiffusionConfig, ModelConfig
+from improved_diffusion.config import Config, DiffusionConfig, UNetConfig
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.models.unet import UNet
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
@@ -192,7 +192,7 @@ def main(arguments: list[str]) -> int:
     num_classes, out_channels = settings.pop("num_classes"), settings.pop("out_channels")
     config = Config(
         loss="hybrid" if out_channels == 6 else "mse",
-        model=ModelConfig(**settings, class_conditional=num_classes is not None),
+        model=UNetConfig(**settings, class_conditional=num_classes is not None),
         diffusion=DiffusionConfig(
             timesteps=options.timesteps, schedule=options.schedule, timestep_range=options.timestep_range
         ),

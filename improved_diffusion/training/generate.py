@@ -17,7 +17,7 @@ from improved_diffusion.diffusion.noise import PerSampleNoise
 from improved_diffusion.diffusion.samplers import SAMPLERS
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
-from improved_diffusion.models.unet import UNet
+from improved_diffusion.models import Backbone
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
 from improved_diffusion.training.devices import arithmetic, with_autocast
 from improved_diffusion.training.model import (
@@ -42,7 +42,7 @@ class LoadedModel:
     """A trained network in evaluation mode, with what is needed to sample from it."""
 
     config: Config
-    network: UNet
+    network: Backbone
     class_names: tuple[str, ...]
     step: int
     checkpoint: Path
@@ -122,14 +122,13 @@ def generate(
     single image, is filled up with repetitions, which are dropped: a network's arithmetic may depend on the size of its
     batch in the last digits, and that of a single image does, as matrix products become products with a vector.
     """
-    size = config.model.image_size
     schedule = build_schedule(config.diffusion, sampling)
     sample = functools.partial(SAMPLERS[sampling.sampler], ClippedDenoiser(denoiser), schedule, **sampling.options)
     batch_size = max(2, min(sampling.batch_size, len(keys)))
     for first in range(0, len(keys), sampling.batch_size):
         batch = list(keys[first : first + sampling.batch_size])
         full = batch + [batch[-1]] * (batch_size - len(batch))
-        draw_noise = PerSampleNoise(full, (3, size, size), device)
+        draw_noise = PerSampleNoise(full, config.model.image_shape, device)
         y = torch.tensor([key.class_index for key in full], device=device) if config.model.class_conditional else None
         x = sample(draw_noise(), y, draw_noise)
         yield batch, to_uint8(x[: len(batch)])

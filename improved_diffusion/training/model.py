@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -14,30 +15,27 @@ from improved_diffusion.diffusion.guidance import EVERYWHERE, ClassifierFreeGuid
 from improved_diffusion.diffusion.process import PROCESSES, Process, VarianceExploding
 from improved_diffusion.diffusion.schedule import SCHEDULES, NoiseSchedule, sampling_schedule
 from improved_diffusion.errors import UserError
-from improved_diffusion.models.unet import UNet
+from improved_diffusion.models import BACKBONES, Backbone
 
+NOT_OF_NETWORKS = ("kind", "channels", "class_conditional", "class_dropout")  # settings that they know otherwise
 STEPS_IN_CONTINUOUS_TIME = 50  # of sampling, where the settings do not say
 
 
-def build_network(config: Config, num_classes: int) -> UNet:
-    """The UNet of the settings, with newly drawn weights.
+def build_network(config: Config, num_classes: int) -> Backbone:
+    """The network of the settings, with newly drawn weights.
 
     Raises:
         UserError: settings that do not fit together.
     """
     model = config.model
+    settings = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in NOT_OF_NETWORKS}
     try:
-        return UNet(
-            image_size=model.image_size,
-            num_channels=model.num_channels,
-            channel_multipliers=model.channel_multipliers,
-            num_res_blocks=model.num_res_blocks,
-            attention_resolutions=model.attention_resolutions,
-            num_heads=model.num_heads,
-            dropout=model.dropout,
+        return BACKBONES[model.kind](
+            **settings,
+            in_channels=model.channels,
+            out_channels=model.channels * (2 if config.diffusion.variance == "learned_range" else 1),
             num_classes=num_classes if model.class_conditional else None,
             null_class=model.class_dropout > 0,
-            out_channels=6 if config.diffusion.variance == "learned_range" else 3,
         )
     except ValueError as error:
         raise UserError(f"the settings under model do not fit together: {error}") from error

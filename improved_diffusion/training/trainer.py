@@ -46,10 +46,12 @@ class Trainer:
 
     def __init__(self, config: Config, image_set: ImageSet, processes: Processes):
         training, device = config.training, processes.device
-        if image_set.resolution != config.model.image_size:
+        height, width, channels = image_set.images.shape[1:]
+        if (channels, height, width) != config.model.image_shape:
             raise UserError(
-                f"the images of {image_set.path} are {image_set.resolution} pixels wide and model.image_size is "
-                f"{config.model.image_size}: pack the images at that size, or change the setting"
+                f"the images of {image_set.path} have {height}x{width} pixels and {channels} channels, and the "
+                f"settings model.image_size {config.model.image_size} and model.channels {config.model.channels}: pack "
+                "the images so, or change the settings"
             )
         if training.batch_size % (processes.world_size * training.accumulation):
             raise UserError(
@@ -132,9 +134,8 @@ class Trainer:
         n = config.training.batch_size
         share = slice(self.processes.rank * len(y), (self.processes.rank + 1) * len(y))
         t, weights = self.timestep_sampler.sample(n, seeded_generator(config.seed, TIMESTEPS, self.step))
-        size = config.model.image_size
         noise_generator = seeded_generator(config.seed, NOISE, self.step, device=device)
-        noise = torch.randn(n, 3, size, size, generator=noise_generator, device=device)[share]
+        noise = torch.randn(n, *config.model.image_shape, generator=noise_generator, device=device)[share]
         if config.model.class_dropout > 0:
             draws = torch.rand(n, generator=seeded_generator(config.seed, CLASS_DROPOUT, self.step))[share]
             y = torch.where((draws < config.model.class_dropout).to(device), self.num_classes, y)

@@ -96,7 +96,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(tiny_trainer):
 
 
 def test_the_images_must_have_the_size_that_the_model_expects(tiny_trainer):
-    with pytest.raises(UserError, match="model.image_size is 32"):
+    with pytest.raises(UserError, match="model.image_size 32"):
         tiny_trainer("--model.image_size=32")
 
 
