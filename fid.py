@@ -15,6 +15,7 @@ from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
+from improved_diffusion.sampling.flags import add_sampling_flags
 
 METRICS = [  # as improved_diffusion.metrics.METRICS, which a test compares; importing that takes seconds
     *("fid", "fid-infinity", "sfid", "kid", "precision-recall", "density-coverage", "per-class", "inception-score"),
@@ -56,6 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", help="of a run: best, latest or step_0015000.pt (default: best, or else latest)")
     add("--ema", type=float, metavar="RATE", help="of a run: which moving average of its weights (default: the first)")
     add("--generation-seed", type=int, default=1, help="of a run's images (default: %(default)s)")
+    add_sampling_flags(parser)
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     options = parser.parse_args(arguments)
     check(parser, options)

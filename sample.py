@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+from improved_diffusion.sampling.flags import add_sampling_flags, split_guide, with_flags
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -22,14 +23,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="best, latest or step_0015000.pt (default: best, or else latest)")
     parser.add_argument("--ema", type=float, metavar="RATE", help="moving average of the weights (default: the first)")
     parser.add_argument("--n", type=int, default=16, help="images per class (default: 16)")
-    parser.add_argument("--sampler", choices=("ancestral", "ddim"), help="default: the run's own")
-    parser.add_argument("--sampling-steps", type=int, help="default: the run's own")
-    parser.add_argument("--guidance-scale", type=float, help="default: the run's own")
     parser.add_argument("--batch-size", type=int, help="images drawn at once; changes speed and memory only")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 (N, H, W, 3), labels (N,)")
     parser.add_argument("--out", type=Path, help="folder (default: samples/NAME_OF_THE_RUN, or a free name like it)")
     parser.add_argument("--overwrite", action="store_true", help="replace other samples that are in the folder")
+    add_sampling_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -40,17 +39,15 @@ def main(arguments: list[str]) -> int:
     from improved_diffusion.training import generate, samples
     from improved_diffusion.training.devices import start_processes
 
-    overrides = {
-        "sampler": options.sampler,
-        "steps": options.sampling_steps,
-        "guidance_scale": options.guidance_scale,
-        "batch_size": options.batch_size,
-    }
     with start_processes() as processes:
         run = Path(options.run) if options.run else samples.newest_run(Path(__file__).resolve().parent)
         model = generate.load_model(run, processes.device, options.checkpoint, options.ema)
-        given = {name: value for name, value in overrides.items() if value is not None}
-        sampling = dataclasses.replace(model.config.sampling, **given)
+        if options.guide:
+            guide, checkpoint = split_guide(options.guide)
+            model = generate.with_guide(model, generate.load_model(guide, processes.device, checkpoint))
+        sampling = with_flags(model.config.sampling, options)
+        if options.batch_size is not None:
+            sampling = dataclasses.replace(sampling, batch_size=options.batch_size)
         classes = samples.choose_classes(options.class_name, model)
         if options.n < 1 or options.seed < 0:
             raise UserError(f"--n must be at least 1 and --seed at least 0, not {options.n} and {options.seed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.config import Config, SamplingConfig
-from improved_diffusion.diffusion.denoiser import ClippedDenoiser, Denoiser
+from improved_diffusion.diffusion.denoiser import ClippedDenoiser, Denoiser, Network
 from improved_diffusion.diffusion.noise import PerSampleNoise
 from improved_diffusion.diffusion.samplers import SAMPLERS
 from improved_diffusion.errors import UserError
@@ -21,6 +22,7 @@ from improved_diffusion.models import Backbone
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
 from improved_diffusion.training.devices import arithmetic, with_autocast
 from improved_diffusion.training.model import (
+    build_denoiser,
     build_network,
     build_sampling_denoiser,
     build_schedule,
@@ -47,6 +49,7 @@ class LoadedModel:
     step: int
     checkpoint: Path
     ema_rate: float | None = None  # of the moving average that the weights are; None: of none
+    guide: LoadedModel | None = None  # a worse model of the same images, for autoguidance
 
     @functools.cached_property
     def checkpoint_sha256(self) -> str:
@@ -83,10 +86,34 @@ def load_model(
     return LoadedModel(config, network, tuple(state["class_names"]), state["step"], file, rate)
 
 
+def with_guide(model: LoadedModel, guide: LoadedModel) -> LoadedModel:
+    """`model`, to be guided by `guide`.
+
+    Raises:
+        UserError: the guide draws other images, or another forward process than the model's.
+    """
+    if guide.class_names != model.class_names or guide.config.model.image_shape != model.config.model.image_shape:
+        raise UserError(
+            f"{guide.checkpoint} cannot guide {model.checkpoint}: it was trained on other classes or sizes of images"
+        )
+    own, of_guide = ((c.diffusion.schedule, c.diffusion.timesteps) for c in (model.config, guide.config))
+    if own != of_guide or guide.config.model.class_conditional != model.config.model.class_conditional:
+        raise UserError(
+            f"{guide.checkpoint} cannot guide {model.checkpoint}: diffusion.schedule, diffusion.timesteps and "
+            "model.class_conditional must be the same"
+        )
+    return dataclasses.replace(model, guide=guide)
+
+
 def model_denoiser(model: LoadedModel, sampling: SamplingConfig, device: torch.device) -> Denoiser:
     """The denoiser that samples from `model` as `sampling` says. Raises UserError as `build_sampling_denoiser` does."""
-    network = with_autocast(model.network, device, arithmetic(model.config.training.precision, device))
-    return build_sampling_denoiser(model.config, sampling, network, len(model.class_names))
+    network = _run_network(model, device)
+    guide = None if model.guide is None else build_denoiser(model.guide.config, _run_network(model.guide, device))
+    return build_sampling_denoiser(model.config, sampling, network, len(model.class_names), guide)
+
+
+def _run_network(model: LoadedModel, device: torch.device) -> Network:
+    return with_autocast(model.network, device, arithmetic(model.config.training.precision, device))
 
 
 def sampling_record(config: Config, sampling: SamplingConfig) -> dict[str, Any]:
@@ -104,11 +131,13 @@ def sampling_record(config: Config, sampling: SamplingConfig) -> dict[str, Any]:
 
 def image_record(model: LoadedModel, sampling: SamplingConfig, device: torch.device) -> dict[str, Any]:
     """What records say of images drawn from `model`: all that decides them, but for their keys and the code."""
+    guide = model.guide
     return {
         "checkpoint_sha256": model.checkpoint_sha256,
         "step": model.step,
         "ema_rate": model.ema_rate,
         **sampling_record(model.config, sampling),
+        "guide": None if guide is None else {"sha256": guide.checkpoint_sha256, "ema_rate": guide.ema_rate},
         "precision": str(arithmetic(model.config.training.precision, device)).removeprefix("torch."),
     }
 

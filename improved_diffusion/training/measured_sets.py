@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from improved_diffusion.metrics.inception.extractor import FeatureExtractor
 from improved_diffusion.metrics.measure import OF_TRAINING_IMAGES, ImageSets, feature_sizes
 from improved_diffusion.metrics.statistics import FeatureStatistics
 from improved_diffusion.metrics.store import extract_features
+from improved_diffusion.sampling.flags import with_flags
 from improved_diffusion.training.devices import Processes, usable_device
 from improved_diffusion.training.identity import Identity, identify, warn_of_selection
 from improved_diffusion.training.run_source import RunImages, open_side
@@ -38,7 +40,14 @@ def open_sets(options: argparse.Namespace, processes: Processes) -> MeasuredSets
         UserError: nothing usable at a path, or what `extract_features` raises.
     """
     device = processes.device if options.device is None else usable_device(options.device)
-    of_runs = RunImages(options.per_class, options.checkpoint, options.ema, options.generation_seed)
+    of_runs = RunImages(
+        options.per_class,
+        options.checkpoint,
+        options.ema,
+        options.generation_seed,
+        options.guide,
+        functools.partial(with_flags, flags=options),
+    )
     sides = [open_side(options.real, options.fake, device, of_runs)]
     sides.append(open_side(options.fake, options.real, device, of_runs))
     needs_train = options.train and set(options.metrics) & set(OF_TRAINING_IMAGES)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from improved_diffusion.config import Config, DiffusionConfig, SamplingConfig
 from improved_diffusion.diffusion.denoiser import Denoiser, Network, NetworkDenoiser
-from improved_diffusion.diffusion.guidance import EVERYWHERE, ClassifierFreeGuidance
+from improved_diffusion.diffusion.guidance import EVERYWHERE, AutoGuidance, ClassifierFreeGuidance
 from improved_diffusion.diffusion.process import PROCESSES, Process, VarianceExploding
 from improved_diffusion.diffusion.schedule import SCHEDULES, NoiseSchedule, sampling_schedule
 from improved_diffusion.errors import UserError
@@ -61,12 +61,13 @@ def build_schedule(diffusion: DiffusionConfig, sampling: SamplingConfig) -> Nois
     Raises:
         UserError: more sampling steps than timesteps.
     """
+    process, steps = build_process(diffusion), number_of_steps(diffusion, sampling)
     try:
-        return sampling_schedule(
-            build_process(diffusion), number_of_steps(diffusion, sampling), sampling.chosen_spacing
-        )
+        return sampling_schedule(process, steps, sampling.chosen_spacing)
     except ValueError as error:
-        raise UserError(f"{sampling.steps} sampling steps cannot be: {error}") from error
+        raise UserError(
+            f"{steps} sampling steps cannot be spread over the model's {process.timesteps} timesteps: {error}"
+        ) from error
 
 
 def number_of_steps(diffusion: DiffusionConfig, sampling: SamplingConfig) -> int:
@@ -83,18 +84,22 @@ def build_denoiser(config: Config, network: Network) -> NetworkDenoiser:
     )
 
 
-def build_sampling_denoiser(config: Config, sampling: SamplingConfig, network: Network, num_classes: int) -> Denoiser:
-    """`network` as a denoiser, guided where the settings ask for it.
+def build_sampling_denoiser(
+    config: Config, sampling: SamplingConfig, network: Network, num_classes: int, guide: Denoiser | None = None
+) -> Denoiser:
+    """`network` as a denoiser, guided where the settings ask for it: by `guide`, or by itself without the class.
 
     Raises:
-        UserError: guidance of a model that was trained without class dropout.
+        UserError: guidance without a guide of a model that was trained without class dropout.
     """
     denoiser = build_denoiser(config, network)
     if sampling.guidance_scale == 1:
         return denoiser
+    interval = sampling.guidance_interval or EVERYWHERE
+    if guide is not None:
+        return AutoGuidance(denoiser, guide, sampling.guidance_scale, interval)
     if config.model.class_dropout == 0:
         raise UserError("this model cannot be guided: it was trained with model.class_dropout 0; use guidance scale 1")
-    interval = sampling.guidance_interval or EVERYWHERE
     return ClassifierFreeGuidance(denoiser, sampling.guidance_scale, num_classes, interval)
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from improved_diffusion.config import SamplingConfig
 from improved_diffusion.data.image_set import is_image_set
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import Batch, Source
 from improved_diffusion.metrics.statistics import FeatureStatistics, is_statistics_file
 from improved_diffusion.run_directory import is_run_directory
+from improved_diffusion.sampling.flags import split_guide
 from improved_diffusion.training.generate import (
     LoadedModel,
     SampleKey,
@@ -24,6 +26,7 @@ from improved_diffusion.training.generate import (
     image_record,
     load_model,
     model_denoiser,
+    with_guide,
 )
 
 # The source files, and folders of them, that decide what image a checkpoint, settings and a key give.
@@ -56,20 +59,26 @@ class RunImages:
     """As for `load_model`."""
     seed: int = 1
     """Of the generated images; by default another than that of the evaluations by which the best was chosen."""
+    guide: str | None = None
+    """RUN[:CHECKPOINT] by which the run is guided."""
+    change: Callable[[SamplingConfig], SamplingConfig] = lambda sampling: sampling
+    """Of the run's own sampling settings."""
 
 
 class RunSource:
-    """Generated images, sampled as the run's own settings say; a source for `improved_diffusion.metrics`.
+    """Generated images; a source for `improved_diffusion.metrics`.
 
     Args:
         model: from `load_model`.
+        sampling: how they are drawn.
         keys: which images.
         device: where to generate.
     """
 
-    def __init__(self, model: LoadedModel, keys: Sequence[SampleKey], device: torch.device):
+    def __init__(self, model: LoadedModel, sampling: SamplingConfig, keys: Sequence[SampleKey], device: torch.device):
         self.name = str(model.checkpoint)
         self.model = model
+        self.sampling = sampling
         self.device = device
         self.keys = list(keys)
 
@@ -87,8 +96,8 @@ class RunSource:
         device."""
         config = self.model.config
         settings = [
-            *map(repr, (config.model, config.diffusion, config.sampling, self.model.class_names)),
-            *map(str, image_record(self.model, config.sampling, self.device).values()),
+            *map(repr, (config.model, config.diffusion, self.sampling, self.model.class_names)),
+            *map(str, image_record(self.model, self.sampling, self.device).values()),
             self.device.type,
         ]
         digest = hashlib.sha256("\n".join(["run", generating_code_hash(), *settings]).encode())
@@ -97,16 +106,15 @@ class RunSource:
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """See `Source`; drawn in the run's own batches, as big as memory allows."""
-        sampling = self.model.config.sampling
-        denoiser = model_denoiser(self.model, sampling, self.device)
-        for _, images in generate(denoiser, self.keys[start:stop], self.model.config, sampling, self.device):
+        denoiser = model_denoiser(self.model, self.sampling, self.device)
+        for _, images in generate(denoiser, self.keys[start:stop], self.model.config, self.sampling, self.device):
             for part in images.split(batch_size):
                 yield Batch(np.arange(start, start + len(part)), part.cpu().numpy())
                 start += len(part)
 
     def subset(self, rows: np.ndarray) -> RunSource:
         """See `Source`."""
-        return RunSource(self.model, [self.keys[row] for row in rows], self.device)
+        return RunSource(self.model, self.sampling, [self.keys[row] for row in rows], self.device)
 
 
 def run_source(path: Path, reference: Path, device: torch.device | str, which: RunImages) -> RunSource:
@@ -124,6 +132,9 @@ def run_source(path: Path, reference: Path, device: torch.device | str, which: R
     """
     device = torch.device(device)
     model = load_model(path, device, which.checkpoint, which.ema)
+    if which.guide is not None:
+        guide, checkpoint = split_guide(which.guide)
+        model = with_guide(model, load_model(guide, device, checkpoint))
     classes = len(model.class_names) if model.config.model.class_conditional else 1
     if which.per_class is None:
         counts = _counts_of(reference, path, model, classes)
@@ -140,7 +151,7 @@ def run_source(path: Path, reference: Path, device: torch.device | str, which: R
         for class_index, count in enumerate(counts)
         if number < count
     ]
-    return RunSource(model, keys, device)
+    return RunSource(model, which.change(model.config.sampling), keys, device)
 
 
 def _counts_of(reference: Path, path: Path, model: LoadedModel, classes: int) -> list[int]:

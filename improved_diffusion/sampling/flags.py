@@ -1,0 +1,74 @@
+"""The flags by which sample.py and fid.py change how a run's images are drawn. Their names, choices and meanings are
+those of the settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+
+from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
+from improved_diffusion.errors import UserError
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """--sampler, --sampling-steps, --spacing, --sampling.options, --guidance-scale, --guidance-interval, --guide."""
+    of = " and ".join(f"{', '.join(names)} of {sampler}" for sampler, names in SAMPLER_OPTIONS.items() if names)
+    add = parser.add_argument_group("of the images of a run", "by default as the run's own settings say").add_argument
+    add("--sampler", choices=tuple(SAMPLER_OPTIONS))
+    add("--sampling-steps", type=int, metavar="N", help="heun takes two network evaluations in each, others one")
+    add("--spacing", choices=_choices("spacing"), help="of the steps over the noise levels")
+    add("--sampling.options", dest="sampler_options", nargs="+", type=_option, metavar="NAME=VALUE", help=of)
+    add("--guidance-scale", type=float, metavar="W", help="1 is none")
+    add(
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        metavar=("LO", "HI"),
+        help="noise levels (sigma / signal) between which there is guidance",
+    )
+    add(
+        "--guide",
+        metavar="RUN[:CHECKPOINT]",
+        help="be guided by this worse model instead of by the same one without the class: one smaller or less trained",
+    )
+
+
+def with_flags(sampling: SamplingConfig, flags: argparse.Namespace) -> SamplingConfig:
+    """`sampling` changed as the flags say. Another sampler does not keep the spacing and the options of the first.
+
+    Raises:
+        UserError: a value out of range, or an option that the sampler does not have.
+    """
+    given = {
+        "sampler": flags.sampler,
+        "steps": flags.sampling_steps,
+        "spacing": flags.spacing,
+        "options": None if flags.sampler_options is None else dict(flags.sampler_options),
+        "guidance_scale": flags.guidance_scale,
+        "guidance_interval": None if flags.guidance_interval is None else tuple(flags.guidance_interval),
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes.get("sampler", sampling.sampler) != sampling.sampler:
+        changes = {"spacing": None, "options": {}, **changes}
+    return dataclasses.replace(sampling, **changes)
+
+
+def split_guide(guide: str) -> tuple[str, str | None]:
+    """RUN[:CHECKPOINT] as its two parts."""
+    run, colon, checkpoint = guide.rpartition(":")
+    return (run, checkpoint) if colon else (guide, None)
+
+
+def _choices(setting: str) -> tuple[str, ...]:
+    literal, _ = typing.get_args(typing.get_type_hints(SamplingConfig)[setting])  # and None
+    return typing.get_args(literal)
+
+
+def _option(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        wrong = f"{text!r} is not NAME=VALUE with a number"
+        raise UserError(f"--sampling.options: {wrong}, such as eta=0.5") from None
