@@ -160,9 +160,7 @@ def _counts_of(reference: Path, path: Path, model: LoadedModel, classes: int) ->
     return [len(part) for part in np.array_split(np.arange(total), classes)]
 
 
-def open_side(
-    path: Path, other: Path, device: torch.device | str, which: RunImages
-) -> FeatureStatistics | Source:
+def open_side(path: Path, other: Path, device: torch.device | str, which: RunImages) -> FeatureStatistics | Source:
     """What lies at `path`, to be compared with `other`: images, saved statistics, or a run, which generates images.
 
     Raises:
