@@ -132,7 +132,8 @@ def train(run: Path, settings: Config, seed: int, config_file: Path | None, for_
             training.wait()
             raise
     if status:
-        raise UserError(f"{run} stopped with exit status {status}; give the command again to go on")
+        advice = "see its message above" if status == 2 else "give the command again to go on"
+        raise UserError(f"the training of {run} ended with exit status {status}: {advice}")
 
 
 def last_series(run: Path) -> list[dict[str, Any]]:
@@ -176,7 +177,8 @@ def compare(curves: dict[str, list[dict[int, float]]]) -> str:
         )
     best = {loss: [min(run[step] for step in steps) for run in runs] for loss, runs in curves.items()}
     lines.append("| best | " + " | ".join(map(spread, best.values())) + " |")
-    return "\n".join([*lines, "", *verdicts(best)])
+    lines += ["", *(f"- {verdict}" for verdict in verdicts(best))] if len(best) > 1 else []
+    return "\n".join(lines)
 
 
 def verdicts(scores: dict[str, list[float]], confidence: float = 0.95) -> list[str]:

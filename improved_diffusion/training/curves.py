@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from improved_diffusion.files import atomic_write
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.run_log import read_jsonl
@@ -41,10 +43,10 @@ def _plot_evaluations(axes, all_series: list[list[dict]]) -> None:
     """A line of its own, with its own marker, for each series; the legend says in what they differ."""
     protocols = [protocol(series[0]) for series in all_series]
     varying = [name for name in PROTOCOL if len({str(p[name]) for p in protocols}) > 1]
-    for number, series in enumerate(all_series):
-        steps, settings = [r["step"] for r in series], [f"{name} {shown(series[0].get(name))}" for name in varying]
-        label = ", ".join([series[0]["metric"], *settings])
-        axes.plot(steps, [r["value"] for r in series], f"{MARKERS[number % len(MARKERS)]}-", label=label)
+    for marker, series, settings in zip(itertools.cycle(MARKERS), all_series, protocols, strict=False):
+        label = ", ".join([series[0]["metric"], *(f"{name} {shown(settings[name])}" for name in varying)])
+        steps = [r["step"] for r in series]
+        axes.plot(steps, [r["value"] for r in series], f"{marker}-", label=label)
         bounds = [[r.get(bound) or r["value"] for r in series] for bound in ("low", "high")]
         axes.fill_between(steps, *bounds, alpha=0.2)
 

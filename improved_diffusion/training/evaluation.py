@@ -80,8 +80,11 @@ class Evaluator:
     def _prepare(self) -> None:
         evaluation = self.config.evaluation
         self.metric = None
-        self.protocol: dict[str, Any] = sampling_record(self.config, self.config.sampling)
-        self.protocol |= {"ema_rate": self.config.training.ema_rates[0], "generation_seed": evaluation.seed}
+        self.protocol = {
+            **sampling_record(self.config, self.config.sampling),
+            "ema_rate": self.config.training.ema_rates[0],
+            "generation_seed": evaluation.seed,
+        }
         if evaluation.features is None:
             return
         if evaluation.samples_per_class * self.rows < 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,54 +67,48 @@ def claim(folder: Path, manifest: Manifest, overwrite: bool) -> None:
     """Make `folder` one for the images of `manifest`, and write that there; with `overwrite` other samples go.
 
     Raises:
-        UserError: it holds other samples, or images that are no samples.
+        UserError: it holds other samples, or images that are no samples, which are never removed.
     """
-    problem = conflict(folder, manifest)
-    if problem and overwrite:
-        _remove_samples(folder)
-        problem = conflict(folder, manifest)
-    elif problem:
-        problem += ", or give --overwrite"
-    if problem:
-        raise UserError(problem)
+    if image := stranger(folder):
+        raise UserError(f"{image} is no sample of sample.py's and would be taken for one: choose another --out")
+    if problem := conflict(folder, manifest):
+        if not overwrite:
+            raise UserError(f"{folder} holds {problem}: choose another --out, or give --overwrite")
+        for path in [*_samples(folder), folder / MANIFEST]:
+            path.unlink(missing_ok=True)
     with atomic_write(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest) + "\n")
 
 
 def free_folder(parent: Path, name: str, manifest: Manifest) -> Path:
-    """`parent`/`name`, or the first of NAME-2, NAME-3, ... that holds no samples other than those of `manifest`."""
+    """`parent`/`name`, or the first of NAME-2, NAME-3, ... that holds nothing but, perhaps, samples of `manifest`."""
     candidates = (parent / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
-    return next(folder for folder in candidates if conflict(folder, manifest) is None)
+    return next(folder for folder in candidates if not stranger(folder) and not conflict(folder, manifest))
+
+
+def stranger(folder: Path) -> Path | None:
+    """An image below `folder` that is no sample; None if there is none."""
+    samples = set(_samples(folder))
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    return next((path for path in images if path not in samples), None)
 
 
 def conflict(folder: Path, manifest: Manifest) -> str | None:
-    """Why the images of `manifest` cannot lie in `folder`, with the way out; None if they can."""
+    """What samples `folder` holds that are not those of `manifest`; None if it holds no others."""
     there = read_manifest(folder)
     if there is None:
-        image = next(_images(folder), None)
-        return image and f"{folder} holds images that no {MANIFEST} describes ({image.name}): choose another --out"
-    decisive = [name for name in {**there, **manifest} if name not in INFORMATION]
-    different = [name for name in decisive if there.get(name) != manifest.get(name)]
-    if not different:
-        return None
-    settings = [_difference(name, there.get(name), manifest.get(name)) for name in different]
-    return f"{folder} holds other samples ({'; '.join(settings)}): choose another --out"
+        return "samples without a manifest" if _samples(folder) else None
+    different = []
+    for name in ({*there} | {*manifest}) - INFORMATION - {"keys"}:
+        old, new = there.get(name), manifest.get(name)
+        if old != new:
+            different.append(f"{name} {shown(old)}, not {shown(new)}")
+    if there["keys"] != manifest["keys"]:
+        different.append("other seeds, classes or numbers")
+    return f"other samples ({'; '.join(sorted(different))})" if different else None
 
 
-def _difference(name: str, old: Any, new: Any) -> str:
-    return "other seeds, classes or numbers" if name == "keys" else f"{name} {shown(old)}, not {shown(new)}"
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    """What a measurement would take for images."""
-    return (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS or path.name == ARRAY)
-
-
-def _remove_samples(folder: Path) -> None:
-    """Remove what sample.py writes, and nothing else."""
-    samples = [path for path in _images(folder) if path.name == ARRAY or SAMPLE_NAME.fullmatch(path.name)]
-    for path in [*samples, folder / MANIFEST]:
-        path.unlink(missing_ok=True)
-    for class_folder in {path.parent for path in samples} - {folder}:
-        if not any(class_folder.iterdir()):
-            class_folder.rmdir()
+def _samples(folder: Path) -> list[Path]:
+    """What sample.py has written."""
+    files = [*folder.glob("*/seed*.png"), *folder.glob(ARRAY)]
+    return [file for file in files if file.name == ARRAY or SAMPLE_NAME.fullmatch(file.name)]

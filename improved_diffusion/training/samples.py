@@ -18,14 +18,7 @@ from improved_diffusion.settings import read_settings
 from improved_diffusion.training.devices import Processes
 from improved_diffusion.training.generate import LoadedModel, SampleKey, generate, model_denoiser
 from improved_diffusion.training.grids import make_grid, save_png
-from improved_diffusion.training.sample_folder import (
-    ARRAY,
-    claim,
-    class_name,
-    free_folder,
-    manifest_of,
-    sample_file,
-)
+from improved_diffusion.training.sample_folder import ARRAY, claim, class_name, free_folder, manifest_of, sample_file
 
 SAMPLES = Path("samples")
 SHIPPED_RUN = Path("pretrained") / "synthetic-64"
