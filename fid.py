@@ -92,9 +92,9 @@ def main() -> None:
     from improved_diffusion.metrics.fid import statistics
     from improved_diffusion.metrics.report import plot, plot_pairs, table
     from improved_diffusion.provenance import project_version
-    from improved_diffusion.training.devices import start_processes
-    from improved_diffusion.training.identity import selection_line
-    from improved_diffusion.training.measured_sets import open_sets
+    from improved_diffusion.runtime.devices import start_processes
+    from improved_diffusion.sampling.identity import selection_line
+    from improved_diffusion.sampling.measured_sets import open_sets
 
     with start_processes() as processes:
         opened = open_sets(options, processes)

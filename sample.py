@@ -36,11 +36,11 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
 
     # Only now, for torch takes seconds to import: --help and typos are answered at once.
-    from improved_diffusion.training import generate, samples
-    from improved_diffusion.training.devices import start_processes
+    from improved_diffusion.runtime.devices import start_processes
+    from improved_diffusion.sampling import generate, writing
 
     with start_processes() as processes:
-        run = Path(options.run) if options.run else samples.newest_run(Path(__file__).resolve().parent)
+        run = Path(options.run) if options.run else writing.newest_run(Path(__file__).resolve().parent)
         model = generate.load_model(run, processes.device, options.checkpoint, options.ema)
         if options.guide:
             guide, checkpoint = split_guide(options.guide)
@@ -48,18 +48,18 @@ def main(arguments: list[str]) -> int:
         sampling = with_flags(model.config.sampling, options)
         if options.batch_size is not None:
             sampling = dataclasses.replace(sampling, batch_size=options.batch_size)
-        classes = samples.choose_classes(options.class_name, model)
+        classes = writing.choose_classes(options.class_name, model)
         if options.n < 1 or options.seed < 0:
             raise UserError(f"--n must be at least 1 and --seed at least 0, not {options.n} and {options.seed}")
         keys = [generate.SampleKey(options.seed, label, number) for label in classes for number in range(options.n)]
         if processes.is_first:
             print(f"model: {model.checkpoint} (step {model.step:,}); {len(keys)} images", flush=True)
-        out = samples.write_samples(
+        out = writing.write_samples(
             *(model, keys, sampling, options.out, processes), with_npz=options.npz, overwrite=options.overwrite
         )
         if processes.is_first:
             npz = f" and {out}/samples.npz" if options.npz else ""
-            print(f"wrote {samples.grid_file(out)}, {out}/CLASS/seed{options.seed}_NUMBER.png{npz}")
+            print(f"wrote {writing.grid_file(out)}, {out}/CLASS/seed{options.seed}_NUMBER.png{npz}")
     return 0
 
 

@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
 
     # Only now, for torch takes seconds to import: --help and typos are answered at once.
     from improved_diffusion.data import open_image_set
+    from improved_diffusion.runtime.devices import start_processes
     from improved_diffusion.training import start
-    from improved_diffusion.training.devices import start_processes
     from improved_diffusion.training.evaluation import Evaluator
     from improved_diffusion.training.loop import TrainingLoop
     from improved_diffusion.training.trainer import Trainer

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.unet import UNet
-from improved_diffusion.training.devices import use_huge_pages
+from improved_diffusion.runtime.devices import use_huge_pages
 
 FORMATS = {"float32 NCHW": torch.contiguous_format, "bfloat16 channels_last": torch.channels_last}
 

@@ -142,8 +142,8 @@ def last_series(run: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there are none.
     """
-    from improved_diffusion.training.run_log import read_jsonl
-    from improved_diffusion.training.series import evaluation_series
+    from improved_diffusion.files import read_jsonl
+    from improved_diffusion.sampling.series import evaluation_series
 
     scored = [record for record in read_jsonl(run / "evaluations.jsonl") if "value" in record]
     if not scored:
@@ -153,7 +153,7 @@ def last_series(run: Path) -> list[dict[str, Any]]:
 
 def require_one_protocol(runs: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
     """Raise UserError where two runs were not measured in the same way."""
-    from improved_diffusion.training.series import difference
+    from improved_diffusion.sampling.series import difference
 
     (first, (record, *_)), *others = runs.items()
     for other, (other_record, *_) in others:

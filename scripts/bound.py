@@ -32,9 +32,9 @@ def main(arguments: list[str]) -> None:
     from improved_diffusion.data import open_image_set
     from improved_diffusion.diffusion.bound import variational_bound
     from improved_diffusion.diffusion.noise import PerSampleNoise
+    from improved_diffusion.models.build import build_schedule
     from improved_diffusion.progress import progress
-    from improved_diffusion.training.generate import load_model, model_denoiser
-    from improved_diffusion.training.model import build_schedule
+    from improved_diffusion.sampling.generate import load_model, model_denoiser
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.batch_size < 1:

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from improved_diffusion.run_directory import RunDirectory
-    from improved_diffusion.training.generate import load_model
+    from improved_diffusion.sampling.generate import load_model
 
     if options.out.exists():
         raise UserError(f"{options.out} exists already: choose another --out")

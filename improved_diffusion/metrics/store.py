@@ -17,7 +17,6 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -28,32 +27,11 @@ from improved_diffusion.metrics.features import Features, finite
 from improved_diffusion.metrics.images.sources import Source
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor, FeatureSettings
 from improved_diffusion.progress import progress
+from improved_diffusion.runtime.devices import Processes
 
 CHUNK = 512  # images
 MAX_BROKEN = 0.02  # of the images; beyond it the set is not the one that was meant
 COMPILE_FROM = 5000  # images still to do on a CPU; below, compiling takes longer than it saves, as it does on a GPU
-
-
-class Processes(Protocol):
-    """The processes that share an extraction: those that torchrun started, say."""
-
-    rank: int
-    world_size: int
-
-    def gather(self, value: object) -> list:
-        """`value` of every process, in the order of their ranks, once every process has come here."""
-
-
-@dataclass(frozen=True)
-class SingleProcess:
-    """No others."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def gather(self, value: object) -> list:
-        """It alone, at once."""
-        return [value]
 
 
 @dataclass(frozen=True)
@@ -174,7 +152,7 @@ def extract_features(
         UserError: more than 2 % of the images cannot be read, fewer than two can; features that are not finite; a disk
             that is full.
     """
-    processes = processes or SingleProcess()
+    processes = processes or Processes(extractor.device)
     stores = {size: open_store(source, extractor.settings(size)) for size in extractor.features}
     chunks = -(-len(source) // CHUNK)
     complete = processes.gather(all(store.is_complete for store in stores.values()))[0]

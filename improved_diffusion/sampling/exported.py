@@ -23,7 +23,7 @@ FORMAT = "improved_diffusion-1"
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What such a file holds. `origin` says what it was made of; `ema_rate` is None where the weights are no average."""
+    """What such a file holds. `origin` says what it was made of; `ema_rate` is None for weights that are no average."""
 
     weights: Mapping[str, Tensor]
     config: Config
@@ -61,7 +61,7 @@ def read_exported(file: Path) -> ExportedModel:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged, or no .safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:

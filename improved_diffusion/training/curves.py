@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, read_jsonl
 from improved_diffusion.run_directory import RunDirectory
-from improved_diffusion.training.run_log import read_jsonl
-from improved_diffusion.training.series import PROTOCOL, evaluation_series, protocol, shown
+from improved_diffusion.sampling.series import PROTOCOL, evaluation_series, protocol, shown
 
 MARKERS = "os^Dv"
 

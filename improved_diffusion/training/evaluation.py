@@ -23,11 +23,11 @@ from improved_diffusion.metrics import (
 from improved_diffusion.metrics.estimate import bootstrap_interval
 from improved_diffusion.metrics.features import finite
 from improved_diffusion.metrics.images.opening import image_set_source
+from improved_diffusion.models.build import build_sampling_denoiser
 from improved_diffusion.progress import progress
-from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
-from improved_diffusion.training.generate import SampleKey, generate, sampling_record
-from improved_diffusion.training.grids import make_grid
-from improved_diffusion.training.model import build_sampling_denoiser
+from improved_diffusion.runtime.devices import Processes, arithmetic, with_autocast
+from improved_diffusion.sampling.generate import SampleKey, generate, sampling_record
+from improved_diffusion.sampling.grids import make_grid
 
 SPLITS_BESIDE = ("val", "test")  # sets inside the folder of the training set, in order of preference
 

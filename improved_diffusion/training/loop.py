@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.errors import UserError
+from improved_diffusion.models.build import swapped_weights
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.sampling.grids import save_png
+from improved_diffusion.sampling.series import current_series, difference
 from improved_diffusion.training.curves import draw_curves
 from improved_diffusion.training.evaluation import Evaluator
-from improved_diffusion.training.grids import save_png
-from improved_diffusion.training.model import swapped_weights
 from improved_diffusion.training.run_log import RunLog
-from improved_diffusion.training.series import current_series, difference
 from improved_diffusion.training.trainer import Trainer
 
 STEPS_BETWEEN_STOP_CHECKS = 10  # with several processes, which must agree to stop at the same step

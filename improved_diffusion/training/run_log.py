@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,8 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, read_jsonl
 from improved_diffusion.run_directory import RunDirectory
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line; a line that a kill cut short is left out."""
-    if not file.is_file():
-        return []
-    records = []
-    for line in file.read_text(errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
 class RunLog:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from improved_diffusion.diffusion.objective import LossTerms
 from improved_diffusion.diffusion.process import NoiseLevel
-from improved_diffusion.training.devices import Processes
+from improved_diffusion.runtime.devices import Processes
 
 
 class RunningTerms:

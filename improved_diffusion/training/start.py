@@ -19,7 +19,7 @@ from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.errors import UserError
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
-from improved_diffusion.training.devices import Processes, arithmetic
+from improved_diffusion.runtime.devices import Processes, arithmetic
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.trainer import Trainer
 

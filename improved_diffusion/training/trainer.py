@@ -16,10 +16,7 @@ from improved_diffusion.diffusion.levels import make_level_sampler
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.diffusion.objective import named_objective
 from improved_diffusion.errors import UserError
-from improved_diffusion.models.ema import EMA
-from improved_diffusion.run_directory import DAMAGE
-from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
-from improved_diffusion.training.model import (
+from improved_diffusion.models.build import (
     build_denoiser,
     build_levels,
     build_network,
@@ -27,6 +24,9 @@ from improved_diffusion.training.model import (
     set_moments,
     set_weights,
 )
+from improved_diffusion.models.ema import EMA
+from improved_diffusion.run_directory import DAMAGE
+from improved_diffusion.runtime.devices import Processes, arithmetic, with_autocast
 from improved_diffusion.training.running_terms import RunningTerms
 
 # Generators of a run are keyed (seed, purpose, step): resuming draws what an unbroken run would have drawn.

@@ -18,9 +18,11 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureExtractor, extract_features, features_of_batches, open_source, store
 from improved_diffusion.metrics.images.sources import ArraySource
-from improved_diffusion.metrics.store import FeatureStore, SingleProcess, open_store
+from improved_diffusion.metrics.store import FeatureStore, open_store
+from improved_diffusion.runtime.devices import Processes
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
 
 
@@ -120,14 +122,14 @@ def test_processes_divide_the_chunks(source, extractor64, expected):
     class Stopped(Exception):
         pass
 
-    class First(SingleProcess):
+    class First(Processes):
         def gather(self, value):
             if value is None:  # no problem with its share
                 raise Stopped
             return [value]
 
     with pytest.raises(Stopped):
-        extract_features(source, extractor64, processes=First(rank=0, world_size=2))
+        extract_features(source, extractor64, processes=First(CPU, rank=0, world_size=2))
     chunks = open_store(source, extractor64.settings(64))
     assert [chunks.read_chunk(chunk) is not None for chunk in range(3)] == [True, False, True]
     features = extract_features(source, extractor64)[64]
@@ -135,12 +137,12 @@ def test_processes_divide_the_chunks(source, extractor64, expected):
 
 
 def test_a_problem_of_one_process_is_the_error_of_all(source, extractor64):
-    class Fine(SingleProcess):
+    class Fine(Processes):
         def gather(self, value):
             return [value, "the other has no disk left"] if value is None else [value]
 
     with pytest.raises(UserError, match="no disk left"):
-        extract_features(source, extractor64, processes=Fine())
+        extract_features(source, extractor64, processes=Fine(CPU))
 
 
 def test_two_commands_may_finish_the_same_set(source, extractor64, expected, monkeypatch):

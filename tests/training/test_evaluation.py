@@ -14,13 +14,12 @@ from PIL import Image
 from improved_diffusion.data import open_image_set
 from improved_diffusion.data.packing import pack
 from improved_diffusion.data.sources import folder_source, with_validation
-from improved_diffusion.files import file_sha256
+from improved_diffusion.files import file_sha256, read_jsonl
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.inception.weights import packaged_weights
 from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.sampling.series import PROTOCOL
 from improved_diffusion.training.evaluation import reference_set
-from improved_diffusion.training.run_log import read_jsonl
-from improved_diffusion.training.series import PROTOCOL
 
 WEIGHTS = packaged_weights()
 needs_weights = pytest.mark.skipif(

@@ -10,8 +10,8 @@ from PIL import Image
 from improved_diffusion.diffusion.objective import LossTerms
 from improved_diffusion.diffusion.schedule import cosine_schedule
 from improved_diffusion.errors import UserError
-from improved_diffusion.training.devices import Processes
-from improved_diffusion.training.run_log import read_jsonl
+from improved_diffusion.files import read_jsonl
+from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.training.running_terms import RunningTerms
 
 CPU = Processes(torch.device("cpu"))

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from improved_diffusion.data import open_image_set
+from improved_diffusion.files import read_jsonl
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
 from improved_diffusion.training.loop import TrainingLoop
-from improved_diffusion.training.run_log import RunLog, read_jsonl
+from improved_diffusion.training.run_log import RunLog
 
 KILLED = 9
 VALUES = {5: 10.0, 10: 8.0, 15: 9.0, 20: 7.0}  # of the evaluations

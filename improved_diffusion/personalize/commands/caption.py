@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> None:
 
     from improved_diffusion.personalize.data.captioning import find_uncaptioned, write_captions
     from improved_diffusion.personalize.models.judges import load_blip
-    from improved_diffusion.training.devices import usable_device
+    from improved_diffusion.runtime.devices import usable_device
 
     device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found, uncaptioned = find_uncaptioned(options.folder, options.overwrite)

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.personalize.data.captioned import open_captioned_set
     from improved_diffusion.personalize.measuring.judge import Judge
     from improved_diffusion.personalize.studies import evaluate
-    from improved_diffusion.training.devices import usable_device
+    from improved_diffusion.runtime.devices import usable_device
 
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

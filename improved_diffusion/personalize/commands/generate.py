@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.personalize.models.adapters import set_scales
     from improved_diffusion.personalize.models.trained import resolution_of
     from improved_diffusion.progress import progress
-    from improved_diffusion.training.grids import save_png
+    from improved_diffusion.sampling.grids import save_png
 
     how = (options.steps, options.guidance_scale, options.negative_prompt)
     sampling = Sampling(*how, options.height, options.width, options.strength)

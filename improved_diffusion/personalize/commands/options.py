@@ -42,7 +42,7 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
     from improved_diffusion.personalize.models.base import load_base
     from improved_diffusion.personalize.models.tuned import load_adapter, load_run
     from improved_diffusion.run_directory import RunDirectory
-    from improved_diffusion.training.devices import drawing_precision, usable_device
+    from improved_diffusion.runtime.devices import drawing_precision, usable_device
 
     if options.run is None and options.base is None:
         parser.error("which model? give --run, or --base and perhaps --adapter")

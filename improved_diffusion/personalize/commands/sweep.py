@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from improved_diffusion.personalize.studies import sweep, sweep_report
-    from improved_diffusion.training.devices import drawing_precision, usable_device
+    from improved_diffusion.runtime.devices import drawing_precision, usable_device
 
     device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     out = Path(options.out)

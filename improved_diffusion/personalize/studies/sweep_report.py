@@ -24,7 +24,7 @@ from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.choice import on_front
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.personalize.studies.sweep import Drawn, Point
-from improved_diffusion.training.grids import save_png
+from improved_diffusion.sampling.grids import save_png
 
 SCORES = ("clip_t", "clip_i", "likeness", "copying")
 

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.models.build import swapped_weights
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.generate import BrokenPicture
 from improved_diffusion.personalize.measuring.choice import Look, candidates, choose, overfitting
@@ -20,9 +21,8 @@ from improved_diffusion.personalize.training.trainer import Source, Trainer
 from improved_diffusion.personalize.training.watch import Watch, fixed_loss, to_look
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
-from improved_diffusion.training.grids import save_png
+from improved_diffusion.sampling.grids import save_png
 from improved_diffusion.training.loop import StopRequest
-from improved_diffusion.training.model import swapped_weights
 from improved_diffusion.training.run_log import RunLog
 
 

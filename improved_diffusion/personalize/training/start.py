@@ -30,8 +30,8 @@ from improved_diffusion.personalize.training.trainer import Source, Trainer
 from improved_diffusion.personalize.training.watch import Watch, watched_prompts
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.runtime.devices import is_fast_at_bf16
 from improved_diffusion.settings import require, to_plain
-from improved_diffusion.training.devices import is_fast_at_bf16
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "scaler", "images_seen", "prior_seen", "data_hash")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.errors import UserError
+from improved_diffusion.models.build import set_moments
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig
 from improved_diffusion.personalize.data.examples import Conditions, Examples, Latents
@@ -29,7 +30,6 @@ from improved_diffusion.personalize.training.losses import (
 )
 from improved_diffusion.personalize.training.running_means import RunningMeans
 from improved_diffusion.run_directory import DAMAGE
-from improved_diffusion.training.model import set_moments
 
 # Generators of a run are keyed (seed, purpose, micro-batch): resuming draws what an unbroken run would have drawn.
 DRAWS, DROPOUT = range(100, 102)

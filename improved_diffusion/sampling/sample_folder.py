@@ -20,8 +20,8 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.provenance import project_version
 from improved_diffusion.run_directory import RunDirectory
-from improved_diffusion.training.generate import LoadedModel, SampleKey, image_record
-from improved_diffusion.training.series import selection, shown
+from improved_diffusion.sampling.generate import LoadedModel, SampleKey, image_record
+from improved_diffusion.sampling.series import selection, shown
 
 MANIFEST, ARRAY = "manifest.json", "samples.npz"
 SAMPLE_NAME = re.compile(r"seed\d+_\d{6,}\.png")

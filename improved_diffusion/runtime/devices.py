@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from improved_diffusion.diffusion.denoiser import Network
 from improved_diffusion.errors import UserError
 
 
@@ -128,7 +127,7 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def with_autocast(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
+def with_autocast(network: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """`network` run under autocast to `dtype`; what is outside of it, the loss above all, stays float32."""
 
     def run(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

@@ -9,9 +9,9 @@ import grimp
 import pytest
 import torch
 
-from improved_diffusion.training import run_source
-from improved_diffusion.training.generate import SampleKey, load_model
-from improved_diffusion.training.run_source import GENERATING_CODE, RunSource, generating_code_hash
+from improved_diffusion.sampling import run_source
+from improved_diffusion.sampling.generate import SampleKey, load_model
+from improved_diffusion.sampling.run_source import GENERATING_CODE, RunSource, generating_code_hash
 
 PACKAGE = Path(run_source.__file__).parent.parent
 DECIDES_NO_IMAGE = {"errors", "files", "run_directory", "settings"}
@@ -21,7 +21,7 @@ DECIDES_NO_IMAGE = {"errors", "files", "run_directory", "settings"}
 def copied_code(tmp_path, monkeypatch):
     """A copy of the package, of which the hash is taken."""
     shutil.copytree(PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__", "personalize"))
-    monkeypatch.setattr(run_source, "__file__", str(tmp_path / "package" / "training" / "run_source.py"))
+    monkeypatch.setattr(run_source, "__file__", str(tmp_path / "package" / "sampling" / "run_source.py"))
     generating_code_hash.cache_clear()
     yield tmp_path / "package"
     generating_code_hash.cache_clear()
@@ -30,10 +30,11 @@ def copied_code(tmp_path, monkeypatch):
 def content_hash(run: Path) -> str:
     generating_code_hash.cache_clear()
     cpu = torch.device("cpu")
-    return RunSource(load_model(run, cpu), [SampleKey(1, 0, 0), SampleKey(1, 1, 0)], cpu).content_hash
+    model = load_model(run, cpu)
+    return RunSource(model, model.config.sampling, [SampleKey(1, 0, 0), SampleKey(1, 1, 0)], cpu).content_hash
 
 
-@pytest.mark.parametrize("name", ["diffusion/samplers.py", "models/unet.py", "training/generate.py"])
+@pytest.mark.parametrize("name", ["diffusion/samplers.py", "models/unet.py", "sampling/generate.py"])
 def test_another_sampler_gives_other_features(tiny_run, copied_code, name):
     before = content_hash(tiny_run)
     assert content_hash(tiny_run) == before
@@ -51,6 +52,6 @@ def test_code_that_decides_no_image_does_not_count(tiny_run, copied_code):
 
 def test_whatever_generating_imports_is_hashed():
     hashed = [name.removesuffix(".py").replace("/", ".") for name in GENERATING_CODE]
-    for module in grimp.build_graph("improved_diffusion").find_upstream_modules("improved_diffusion.training.generate"):
+    for module in grimp.build_graph("improved_diffusion").find_upstream_modules("improved_diffusion.sampling.generate"):
         name = module.removeprefix("improved_diffusion.")
         assert name in DECIDES_NO_IMAGE or any(f"{name}.".startswith(f"{part}.") for part in hashed), module

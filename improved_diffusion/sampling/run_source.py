@@ -19,7 +19,7 @@ from improved_diffusion.metrics.images.sources import Batch, Source
 from improved_diffusion.metrics.statistics import FeatureStatistics, is_statistics_file
 from improved_diffusion.run_directory import is_run_directory
 from improved_diffusion.sampling.flags import split_guide
-from improved_diffusion.training.generate import (
+from improved_diffusion.sampling.generate import (
     LoadedModel,
     SampleKey,
     generate,
@@ -30,10 +30,7 @@ from improved_diffusion.training.generate import (
 )
 
 # The source files, and folders of them, that decide what image a checkpoint, settings and a key give.
-GENERATING_CODE = (
-    *("config.py", "diffusion", "models"),
-    *("training/devices.py", "training/generate.py", "training/model.py"),
-)
+GENERATING_CODE = ("config.py", "diffusion", "models", "runtime", "sampling/generate.py")
 
 
 @functools.cache

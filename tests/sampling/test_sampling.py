@@ -15,8 +15,8 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
-from improved_diffusion.training.generate import SampleKey, generate, load_model, model_denoiser
-from improved_diffusion.training.identity import identify
+from improved_diffusion.sampling.generate import SampleKey, generate, load_model, model_denoiser
+from improved_diffusion.sampling.identity import identify
 
 
 def draw(run, keys, **settings) -> np.ndarray:

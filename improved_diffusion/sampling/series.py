@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from improved_diffusion.files import read_jsonl
 from improved_diffusion.run_directory import RunDirectory
-from improved_diffusion.training.run_log import read_jsonl
 
 # What an evaluation's value depends on beside the weights. `reference_hash` is of the images' content.
 PROTOCOL = (

@@ -14,11 +14,11 @@ from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.progress import progress
+from improved_diffusion.runtime.devices import Processes
+from improved_diffusion.sampling.generate import LoadedModel, SampleKey, generate, model_denoiser
+from improved_diffusion.sampling.grids import make_grid, save_png
+from improved_diffusion.sampling.sample_folder import ARRAY, claim, class_name, free_folder, manifest_of, sample_file
 from improved_diffusion.settings import read_settings
-from improved_diffusion.training.devices import Processes
-from improved_diffusion.training.generate import LoadedModel, SampleKey, generate, model_denoiser
-from improved_diffusion.training.grids import make_grid, save_png
-from improved_diffusion.training.sample_folder import ARRAY, claim, class_name, free_folder, manifest_of, sample_file
 
 SAMPLES = Path("samples")
 SHIPPED_RUN = Path("pretrained") / "synthetic-64"

@@ -11,10 +11,10 @@ from improved_diffusion.metrics.images.files import FileSource
 from improved_diffusion.metrics.images.sources import Source
 from improved_diffusion.metrics.statistics import FeatureStatistics
 from improved_diffusion.run_directory import RunDirectory
-from improved_diffusion.training.generate import image_record
-from improved_diffusion.training.run_source import RunSource
-from improved_diffusion.training.sample_folder import ARRAY, read_manifest, sample_file
-from improved_diffusion.training.series import selection
+from improved_diffusion.sampling.generate import image_record
+from improved_diffusion.sampling.run_source import RunSource
+from improved_diffusion.sampling.sample_folder import ARRAY, read_manifest, sample_file
+from improved_diffusion.sampling.series import selection
 
 Identity = dict[str, Any]
 

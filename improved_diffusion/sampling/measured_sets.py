@@ -15,10 +15,10 @@ from improved_diffusion.metrics.inception.extractor import FeatureExtractor
 from improved_diffusion.metrics.measure import OF_TRAINING_IMAGES, ImageSets, feature_sizes
 from improved_diffusion.metrics.statistics import FeatureStatistics
 from improved_diffusion.metrics.store import extract_features
+from improved_diffusion.runtime.devices import Processes, usable_device
 from improved_diffusion.sampling.flags import with_flags
-from improved_diffusion.training.devices import Processes, usable_device
-from improved_diffusion.training.identity import Identity, identify, warn_of_selection
-from improved_diffusion.training.run_source import RunImages, open_side
+from improved_diffusion.sampling.identity import Identity, identify, warn_of_selection
+from improved_diffusion.sampling.run_source import RunImages, open_side
 
 
 @dataclass(frozen=True)

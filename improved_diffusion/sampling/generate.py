@@ -19,9 +19,7 @@ from improved_diffusion.diffusion.samplers import SAMPLERS
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
 from improved_diffusion.models import Backbone
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
-from improved_diffusion.training.devices import arithmetic, with_autocast
-from improved_diffusion.training.model import (
+from improved_diffusion.models.build import (
     build_denoiser,
     build_network,
     build_sampling_denoiser,
@@ -29,6 +27,8 @@ from improved_diffusion.training.model import (
     number_of_steps,
     set_weights,
 )
+from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.runtime.devices import arithmetic, with_autocast
 
 
 class SampleKey(NamedTuple):

@@ -1,0 +1,1 @@
+"""What every floor may use of the machine: devices and processes."""
