@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> int:
         keys = [generate.SampleKey(options.seed, label, number) for label in classes for number in range(options.n)]
         out = Path(options.out) if options.out else Path("samples") / run.name
         if processes.is_first:
-            print(f"model: {model.checkpoint} (step {model.step:,}); {len(keys)} images", flush=True)
+            trained = f"{model.checkpoint} (step {model.step:,})"
+            print(f"model: {trained}; {len(keys)} images, drawn in {model.precision}", flush=True)
         samples.write_samples(model, keys, sampling, out, processes, with_npz=options.npz)
         if processes.is_first:
             npz = f" and {out}/samples.npz" if options.npz else ""

@@ -16,7 +16,7 @@ from improved_diffusion.diffusion.noise import PerSampleNoise
 from improved_diffusion.diffusion.samplers import SAMPLERS
 from improved_diffusion.models.unet import UNet
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
-from improved_diffusion.training.devices import arithmetic, with_autocast
+from improved_diffusion.training.devices import arithmetic, sampling_precision, with_autocast
 from improved_diffusion.training.model import build_network, build_sampling_denoiser, set_weights
 
 
@@ -33,6 +33,7 @@ class LoadedModel:
     """A trained network in evaluation mode, with what is needed to sample from it."""
 
     config: Config
+    precision: str  # what it is drawn in here: see `sampling_precision`
     network: UNet
     class_names: tuple[str, ...]
     step: int
@@ -57,12 +58,13 @@ def load_model(run_path: Path | str, device: torch.device, checkpoint: str | Non
     network = build_network(config, len(state["class_names"]))
     set_weights(network, next(iter(state["ema"].values()), state["model"]))
     network.to(device, memory_format=torch.channels_last).eval()
-    return LoadedModel(config, network, tuple(state["class_names"]), state["step"], file)
+    precision = sampling_precision(config.training.precision, device)
+    return LoadedModel(config, precision, network, tuple(state["class_names"]), state["step"], file)
 
 
 def model_denoiser(model: LoadedModel, sampling: SamplingConfig, device: torch.device) -> Denoiser:
     """The denoiser that samples from `model` as `sampling` says. Raises UserError as `build_sampling_denoiser` does."""
-    network = with_autocast(model.network, device, arithmetic(model.config.training.precision, device))
+    network = with_autocast(model.network, device, arithmetic(model.precision, device))
     return build_sampling_denoiser(model.config, sampling, network, len(model.class_names), device)
 
 

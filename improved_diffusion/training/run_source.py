@@ -49,7 +49,7 @@ class RunSource:
         config = self.model.config
         settings = [
             *map(repr, (config.model, config.diffusion, config.sampling, self.model.class_names)),
-            config.training.precision,
+            self.model.precision,
             self.device.type,
         ]
         digest = hashlib.sha256("\n".join(["run", file_sha256(self.model.checkpoint), *settings]).encode())
