@@ -19,7 +19,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
 from improved_diffusion.models.unet import UNet
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
-from improved_diffusion.training.devices import arithmetic, with_autocast
+from improved_diffusion.training.devices import arithmetic, sampling_precision, with_autocast
 from improved_diffusion.training.model import build_network, build_sampling_denoiser, set_weights
 
 
@@ -36,6 +36,7 @@ class LoadedModel:
     """A trained network in evaluation mode, with what is needed to sample from it."""
 
     config: Config
+    precision: str  # what it is drawn in here: see `sampling_precision`
     network: UNet
     class_names: tuple[str, ...]
     step: int
@@ -74,12 +75,13 @@ def load_model(
     rate = next(iter(averages), None) if ema is None else ema
     set_weights(network, state["model"] if rate is None else averages[rate])
     network.to(device, memory_format=torch.channels_last).eval()
-    return LoadedModel(config, network, tuple(state["class_names"]), state["step"], file, rate)
+    precision = sampling_precision(config.training.precision, device)
+    return LoadedModel(config, precision, network, tuple(state["class_names"]), state["step"], file, rate)
 
 
 def model_denoiser(model: LoadedModel, sampling: SamplingConfig, device: torch.device) -> Denoiser:
     """The denoiser that samples from `model` as `sampling` says. Raises UserError as `build_sampling_denoiser` does."""
-    network = with_autocast(model.network, device, arithmetic(model.config.training.precision, device))
+    network = with_autocast(model.network, device, arithmetic(model.precision, device))
     return build_sampling_denoiser(model.config, sampling, network, len(model.class_names), device)
 
 
@@ -92,14 +94,14 @@ def sampling_record(sampling: SamplingConfig, timesteps: int) -> dict[str, Any]:
     }
 
 
-def image_record(model: LoadedModel, sampling: SamplingConfig, device: torch.device) -> dict[str, Any]:
+def image_record(model: LoadedModel, sampling: SamplingConfig) -> dict[str, Any]:
     """What records say of images drawn from `model`: all that decides them, but for their keys and the code."""
     return {
         "checkpoint_sha256": model.checkpoint_sha256,
         "step": model.step,
         "ema_rate": model.ema_rate,
         **sampling_record(sampling, model.config.diffusion.timesteps),
-        "precision": str(arithmetic(model.config.training.precision, device)).removeprefix("torch."),
+        "precision": model.precision,
     }
 
 

@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
     add("--width", type=int, help="pixels (default: the run's, or what the base was made for)")
     add("--image", type=Path, help="a picture to start from (image-to-image)")
     add("--strength", type=float, default=0.6, help="with --image: 0 leaves it, 1 forgets it (default: %(default)s)")
-    add("--batch-size", type=int, default=4, help="pictures at once; changes speed and memory only")
+    add("--batch-size", type=int, default=4, help="pictures at once on a GPU; changes speed, memory and last digits")
     add_model_options(parser)
     add_scale_options(parser)
     options = parser.parse_args(arguments)

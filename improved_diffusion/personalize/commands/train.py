@@ -36,7 +36,8 @@ def run(arguments: list[str]) -> None:
         settings, source = read_settings(run.config_file), str(run.config_file)
     elif options.config is not None:
         settings, source = read_settings(options.config), options.config
-    config = to_settings(PersonalizeConfig, parser, parse_arguments(parser, arguments, settings, source))
+    given = to_settings(PersonalizeConfig, parser, parse_arguments(parser, arguments, settings, source))
+    config, why = start.with_precision(given)
     if state is not None:
         require_same_run(run.read_config(PersonalizeConfig), config, start.CHANGEABLE)
     accelerator = start.start_accelerator(config)
@@ -45,6 +46,7 @@ def run(arguments: list[str]) -> None:
         run = new_run(options.out, name, lambda path: broadcast_object_list([path])[0])
     say = accelerator.print
     say(f"run: {run.path}" + (f", going on at update {state['step']}" if state else ""))
+    say(f"arithmetic: {why}")
     loop = start.build(config, run, state, accelerator, say)
     finished = loop.train()
     say(f"done: {loop.trainer.counters}")

@@ -31,7 +31,7 @@ from improved_diffusion.personalize.training.watch import Watch, watched_prompts
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.settings import require, to_plain
-from improved_diffusion.training.devices import is_fast_at_bf16
+from improved_diffusion.training.devices import choose_precision
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "scaler", "images_seen", "prior_seen", "data_hash")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
@@ -44,8 +44,22 @@ CHANGEABLE = {
 }
 
 
+def with_precision(config: PersonalizeConfig) -> tuple[PersonalizeConfig, str]:
+    """The settings with `training.precision: auto` settled by the device, so that the run records it and keeps it
+    wherever it is resumed; and a line that says why."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.training.precision == "auto" and device.type == "cpu":
+        precision, why = "float32", "float32, for there is no GPU"
+    else:
+        precision, why = choose_precision(config.training.precision, device)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision)), why
+
+
 def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     """Device, precision and processes, as `accelerate launch` or torchrun started them.
+
+    Args:
+        config: with its precision settled.
 
     Raises:
         UserError: what takes a CUDA device, without one.
@@ -59,8 +73,6 @@ def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     }
     for setting, is_set in needs_cuda.items():
         require(has_cuda or not is_set, f"{setting} needs a CUDA device: leave it out here")
-    if precision == "auto":
-        precision = "bf16" if has_cuda and is_fast_at_bf16(torch.device("cuda")) else "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     return Accelerator(
         cpu=not has_cuda,
@@ -126,7 +138,7 @@ def build(
     base.to(accelerator.device, arithmetic(accelerator), config.training.vae_precision)
     prior = _prior(base, fingerprint, config, of_images, resolution, accelerator)  # drawn by the base as it came
     trained = prepare(base, config)
-    say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}; {arithmetic(accelerator)}")
+    say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}")
     trainer = Trainer(base, trained, config, _encode(base, learned.training, of_images, config), prior, accelerator)
     if state is not None:
         trainer.load_state_dict(state)

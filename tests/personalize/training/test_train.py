@@ -133,7 +133,9 @@ def test_killed_in_the_middle_it_goes_on(train, run_script, tiny_bases, photos, 
 
 
 def test_what_decides_the_result_cannot_change(train, run_script, tiny_bases, tmp_path):
-    train(tiny_bases["sd"], "run")
+    begun = train(tiny_bases["sd"], "run")
+    assert "arithmetic: float32, for there is no GPU" in begun.out
+    assert "\n  precision: float32\n" in (tmp_path / "run" / "config.yaml").read_text()
     outcome = run_script("personalize.py", "train", f"--resume={tmp_path / 'run'}", "--adapter.rank=4")
     assert outcome.is_one_clear_line()
     assert "cannot change adapter.rank from 8 to 4" in outcome.err
