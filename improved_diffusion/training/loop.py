@@ -65,11 +65,16 @@ class TrainingLoop:
         self.log = RunLog(run, trainer.step) if self.processes.is_first else contextlib.nullcontext()
         evaluations = self.processes.gather(self.log.evaluations() if self.processes.is_first else [])[0]
         self.evaluated_steps = {record["step"] for record in evaluations}
-        comparable = current_series(evaluations, evaluator.protocol)
-        if evaluations and not comparable and self.processes.is_first:
+        series = current_series(evaluations, evaluator.protocol)
+        if evaluations and not series and self.processes.is_first:
             what = difference(evaluations[-1], evaluator.protocol)
             print(f"evaluation: a new series, not compared with the one before, for its protocol differs: {what}")
-        self.best_value = min((record["value"] for record in comparable if "value" in record), default=math.inf)
+        # Of a run that was turned back the best checkpoint until then may have been removed.
+        scored = {record["step"]: record["value"] for record in series if "value" in record}
+        comparable = {step: value for step, value in scored.items() if run.checkpoint_file(step).is_file()}
+        self.best_value = min(comparable.values(), default=math.inf)
+        if self.processes.is_first and comparable and run.pointed("best") is None:
+            run.point("best", run.checkpoint_file(min(comparable, key=comparable.__getitem__)))
         self.saved_step = trainer.step  # of the newest checkpoint; 0 for none
         self.logged_step, self.logged_time = trainer.step, time.monotonic()
         self.stop = StopRequest()
@@ -96,8 +101,6 @@ class TrainingLoop:
                     if self._is_due(training.save_every):
                         self._save()
                 if self._should_stop():
-                    if self.logged_step < trainer.step:
-                        self._log_metrics()
                     self._save()
                     return False
         return True
@@ -148,12 +151,12 @@ class TrainingLoop:
         if step == self.saved_step:
             return
         self._require_finite()
+        state = {
+            **self.trainer.state_dict(),
+            "class_names": list(self.image_set.class_names),
+            "data_hash": self.image_set.content_hash,
+        }
         if self.processes.is_first:
-            state = {
-                **self.trainer.state_dict(),
-                "class_names": list(self.image_set.class_names),
-                "data_hash": self.image_set.content_hash,
-            }
             self.run.save_checkpoint(state, self.config.training.keep_checkpoints)
         self.saved_step = step
 

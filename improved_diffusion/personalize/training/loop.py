@@ -58,11 +58,12 @@ class PersonalizeLoop:
         self.log = RunLog(run, trainer.step) if self.is_first else contextlib.nullcontext()
         records = self.log.evaluations() if self.is_first else []
         self.looks = [look for record in records if (look := to_look(record)) is not None]
+        if self.is_first and run.pointed("best") is None:  # as after turning back to an earlier checkpoint
+            self._point_best()
         looked_at = trainer.step if any(record["step"] == trainer.step for record in records) else -1
         self.looked_at = broadcast_object_list([looked_at])[0]  # the others have no records, and wait for a look
         self.saved_step = trainer.step if trainer.step else -1
-        self.logged_step, self.logged_images, self.logged_time = trainer.step, trainer.images_seen, time.monotonic()
-        self.sums: dict[str, torch.Tensor] = {}
+        self.logged_images, self.logged_time = trainer.images_seen, time.monotonic()
         self.stop = StopRequest()
 
     def train(self) -> bool:
@@ -100,16 +101,13 @@ class PersonalizeLoop:
                 f"the loss or its gradient at update {self.trainer.step} is not finite; {saved}: use a lower "
                 "training.lr, or training.precision bf16 or float32"
             )
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        self.trainer.means.add(terms)
 
     def _log(self) -> dict[str, str]:
         """Write a line of metrics.jsonl; returns what the progress bar shows of it."""
         trainer, now = self.trainer, time.monotonic()
-        updates = trainer.step - self.logged_step
-        means = {name: (value / updates).item() for name, value in self.sums.items()}
         # In fp16 a gradient may overflow, whereupon the update is left out and the scale lowered.
-        means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        means = {name: mean for name, mean in trainer.means.flush().items() if math.isfinite(mean)}
         record = {
             "step": trainer.step,
             "images_seen": trainer.images_seen,
@@ -121,7 +119,7 @@ class PersonalizeLoop:
             self.log.write_metrics(record)
             if self.wandb is not None:
                 self.wandb.log({f"train/{name}": value for name, value in record.items()}, step=trainer.step)
-        self.sums, self.logged_step, self.logged_images, self.logged_time = {}, trainer.step, trainer.images_seen, now
+        self.logged_images, self.logged_time = trainer.images_seen, now
         return {"loss": f"{means['loss']:.4g}"}
 
     def _groups(self) -> zip:
@@ -175,13 +173,19 @@ class PersonalizeLoop:
     def _choose_and_warn(self) -> None:
         """Point `best` at the checkpoint of the best look, and say what speaks for overfitting."""
         cap = self.config.watch.copy_cap
-        best = choose([look for look in self.looks if self._is_there(look)], cap)
+        best = self._point_best()
         if best is not None:
-            self.run.point("best", self.run.checkpoint_file(best.step))
             self.run.prune(self.config.training.keep_checkpoints, [look.step for look in candidates(self.looks, cap)])
         for sign in overfitting(self.looks, cap) if self.looks[-1].step > 0 else ():
             chosen = f"the best checkpoint is that of step {best.step}" if best else "no checkpoint copies so little"
             tqdm.write(f"warning: {sign}; {chosen}")
+
+    def _point_best(self) -> Look | None:
+        """Point `best` at the checkpoint of the best look, if there is one."""
+        best = choose([look for look in self.looks if self._is_there(look)], self.config.watch.copy_cap)
+        if best is not None:
+            self.run.point("best", self.run.checkpoint_file(best.step))
+        return best
 
     def _is_there(self, look: Look) -> bool:
         return look.step == 0 or self.run.checkpoint_file(look.step).is_file()

@@ -22,7 +22,7 @@ from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
 from improved_diffusion.personalize.models.base import Base, load_base
 from improved_diffusion.personalize.models.trained import prepare, resolution_of
-from improved_diffusion.personalize.training.budget import plan
+from improved_diffusion.personalize.training.budget import plan, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
 from improved_diffusion.personalize.training.prior import prior_images
@@ -39,7 +39,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy",
 # What a resumed run may change; all else decides what the run computes.
 CHANGEABLE = {
     "": ("data", "base", "wandb"),
-    "training": ("steps", "epochs", "log_every", "save_every", "keep_checkpoints"),
+    "training": ("steps", "epochs", "accumulation", "log_every", "save_every", "keep_checkpoints"),
     "watch": tuple(field.name for field in dataclasses.fields(WatchConfig)),
 }
 
@@ -126,6 +126,8 @@ def build(
     _say_what_is_small(learned.training.images, of_images, say)
     stream = MicroBatchStream(of_images, config.images.repeats, config.training.batch_size, config.seed)
     budget = plan(stream, config.training, accelerator.num_processes, with_prior=config.prior.images > 0)
+    if state is not None:
+        require_same_updates(stream, budget, state["step"], state["images_seen"])
     say(f"budget: {budget}")
     estimate = estimate_memory(base, config)
     say(f"memory: {estimate}, on a GPU")

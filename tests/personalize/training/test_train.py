@@ -115,6 +115,47 @@ def test_a_resumed_run_is_an_unbroken_one(train, run_script, tiny_bases, tmp_pat
     assert all("held_out_loss" in record for record in records)
 
 
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_every_line_of_the_record_is_that_of_an_unbroken_run(train, run_script, tiny_bases, tmp_path, monkeypatch, how):
+    from improved_diffusion.personalize.training.trainer import Trainer
+
+    flags = ("--training.log_every=3", "--training.save_every=2")
+    assert train(tiny_bases["sd"], "unbroken", *flags, steps=7).code == 0
+    step = Trainer.train_step
+
+    def interrupting(trainer):
+        if trainer.step == 5:
+            monkeypatch.setattr(Trainer, "train_step", step)
+            if how == "killed":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupting)
+    assert train(tiny_bases["sd"], "broken", *flags, steps=7).code == 130
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert run_script("personalize.py", "train", f"--resume={tmp_path / 'broken'}").code == 0
+    of_both = []
+    for name in ("unbroken", "broken"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        of_both.append([{**json.loads(line), "images_per_second": None} for line in lines])
+    assert [record["step"] for record in of_both[0]] == [3, 6, 7]
+    assert of_both[0] == of_both[1]
+
+
+def test_a_second_process_is_refused(train, run_script, tiny_bases, tmp_path):
+    from improved_diffusion.run_directory import RunDirectory
+
+    assert train(tiny_bases["sd"], "run", steps=1).code == 0
+    with RunDirectory(tmp_path / "run").held():
+        for outcome in (
+            train(tiny_bases["sd"], "run"),
+            run_script("personalize.py", "train", f"--resume={tmp_path / 'run'}", "--training.steps=2"),
+        ):
+            assert outcome.is_one_clear_line(), outcome.err
+            assert f"another process trains in {tmp_path / 'run'}" in outcome.err
+
+
 def test_killed_in_the_middle_it_goes_on(train, run_script, tiny_bases, photos, tmp_path):
     assert train(tiny_bases["sd"], "unbroken", *EVERYTHING, steps=30).code == 0
     killed = tmp_path / "killed"
@@ -240,7 +281,7 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
         (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
         (("--training.epochs=3",), "both given: set one of them to null"),
         (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),
-        (("--seed=99999999999999999999",), "seed must be from 0 to 2^63 - 1"),
+        (("--seed=99999999999999999999",), "seed must be a number below 2^63"),
         (("--subject.prompt=a {token.x}",), "cannot be filled in"),
         (("--method=textual_inversion",), "knows 'sks' already"),
         (("--watch.clip=nowhere",), "the CLIP model nowhere does not exist"),
@@ -305,15 +346,24 @@ def in_two_processes(*flags: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_two_processes_are_one_that_accumulates(train, tiny_bases, photos, tmp_path):
+def test_two_processes_are_one_that_accumulates(train, run_script, tiny_bases, photos, tmp_path):
     """As many micro-batches an update, in two processes or one after the other: the same weights, up to rounding; also
-    after a resume at an update at which there was a look."""
+    after a resume at an update at which there was a look, and after one in a single process."""
     flags = ("--train_text_encoder=true", "--prior.images=2", "--prior.steps=2", "--training.lr=1e-2")
-    assert train(tiny_bases["sd"], "one", *flags, "--training.accumulation=4", steps=3).code == 0
+    assert train(tiny_bases["sd"], "one", *flags, "--training.accumulation=4", steps=4).code == 0
     where = (f"--base={tiny_bases['sd']}", f"--data={photos}", f"--out={tmp_path / 'two'}")
     in_two_processes(*where, *SUBJECT, *FAST, *flags, "--training.accumulation=2", "--training.steps=2")
     in_two_processes(f"--resume={tmp_path / 'two'}", "--training.steps=3")
-    one, two = (checkpoint(tmp_path / name, 3) for name in ("one", "two"))
-    assert (two["images_seen"], two["prior_seen"]) == (one["images_seen"], one["prior_seen"]) == (12, 12)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resume = ("personalize.py", "train", f"--resume={tmp_path / 'two'}", "--training.steps=4")
+    outcome = run_script(*resume)
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "takes 4 micro-batches" in outcome.err
+    assert "set training.accumulation to 4" in outcome.err
+    AcceleratorState._reset_state(reset_partial_state=True)
+    outcome = run_script(*resume, "--training.accumulation=4")
+    assert outcome.code == 0, outcome.err
+    one, two = (checkpoint(tmp_path / name, 4) for name in ("one", "two"))
+    assert (two["images_seen"], two["prior_seen"]) == (one["images_seen"], one["prior_seen"]) == (16, 16)
     for name, weight in one["model"].items():
         torch.testing.assert_close(two["model"][name], weight, rtol=1e-3, atol=1e-4)
