@@ -112,8 +112,20 @@ def load_base(name: str, bits: int | None = None, dtype: str = "float32") -> Bas
             raise UserError(f"{name} predicts {base.prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
         for tokenizer in base.tokenizers:
             require_vocabulary(tokenizer)
+    _name_the_end_token(base)
     pipeline.set_progress_bar_config(disable=True)
     return base
+
+
+def _name_the_end_token(base: Base) -> None:
+    """Tell the text encoders the number of the token that ends a text, in place.
+
+    Published configs say 2, upon which transformers takes the highest number of a text for its end: the same token,
+    until a word is added, whose number is higher."""
+    for tokenizer, encoder in zip(base.tokenizers, base.text_encoders.values(), strict=True):
+        for module in encoder.modules():
+            if hasattr(module, "eos_token_id"):
+                module.eos_token_id = tokenizer.eos_token_id
 
 
 def _few_bits(bits: int, dtype: torch.dtype) -> PipelineQuantizationConfig:

@@ -107,9 +107,11 @@ def test_arithmetic_is_that_of_autocast_on_a_gpu(base, settings):
 def forward(base, device: str) -> torch.Tensor:
     unet, bf16 = base.unet, {"device": device, "dtype": torch.bfloat16}
     states = torch.empty(2, 77, unet.config.cross_attention_dim, **bf16)
-    pooled = {"text_embeds": torch.empty(2, 32, **bf16), "time_ids": torch.empty(2, 6, device=device)}
-    t = torch.empty(2, device=device)
-    return unet(torch.empty(2, 4, 32, 32, **bf16), t, states, added_cond_kwargs=pooled if base.is_sdxl else None)
+    t, pooled = torch.empty(2, device=device), None
+    if base.is_sdxl:
+        width = base.pipeline.text_encoder_2.config.projection_dim
+        pooled = {"text_embeds": torch.empty(2, width, **bf16), "time_ids": torch.empty(2, 6, device=device)}
+    return unet(torch.empty(2, 4, 32, 32, **bf16), t, states, added_cond_kwargs=pooled)
 
 
 def pretend_on_gpu(part: nn.Module) -> None:
