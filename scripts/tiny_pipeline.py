@@ -123,15 +123,13 @@ def make_unet(kind: str):
 
     widths = {name: encoder["hidden_size"] for name, encoder in TEXT_ENCODERS.items()}
     settings = {
-        "sd": {"attention_head_dim": 8, "cross_attention_dim": widths["sd"]},
+        "sd": {"cross_attention_dim": widths["sd"]},
         "sd2": {
-            "attention_head_dim": (2, 4),
             "cross_attention_dim": widths["sd2"],
             "use_linear_projection": True,
             "upcast_attention": True,
         },
         "sdxl": {
-            "attention_head_dim": (2, 4),
             "cross_attention_dim": widths["sdxl"] + widths["sdxl, second"],
             "use_linear_projection": True,
             "transformer_layers_per_block": (1, 2),
@@ -145,6 +143,7 @@ def make_unet(kind: str):
         block_out_channels=(32, 64),
         layers_per_block=1,
         norm_num_groups=16,
+        attention_head_dim=(2, 4),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         **settings[kind],

@@ -97,7 +97,6 @@ class Trainer:
             group["lr"] = group["peak_lr"] * min(1.0, (self.step + 1) / max(1, training.warmup_steps))
         for part in self.trained.parts:
             getattr(self.base.pipeline, part).train()
-        self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
         for part in range(training.accumulation):
             first = (self.step * training.accumulation + part) * accelerator.num_processes
@@ -114,6 +113,7 @@ class Trainer:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.step)
+        self.optimizer.zero_grad()  # now, for a look takes memory too
         for part in self.trained.parts:
             getattr(self.base.pipeline, part).eval()
         self.step += 1
