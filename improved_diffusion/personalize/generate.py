@@ -105,13 +105,16 @@ def draw(
         yield from decode_latents(base, drawn)
 
 
-def _arithmetic(base: Base) -> contextlib.AbstractContextManager:
-    """Autocast where the parts have several types: what is being trained is float32, whatever the rest is."""
+def mixed_type(base: Base) -> torch.dtype | None:
+    """The shorter type of a base whose parts have several, in which it draws under autocast: what is being trained is
+    float32, whatever the rest is. None where all have one."""
     types = {part.dtype for part in (base.unet, *base.text_encoders.values())}
-    shorter = types - {torch.float32}
-    if len(types) == 1:
-        return contextlib.nullcontext()
-    return torch.autocast(base.unet.device.type, dtype=shorter.pop())
+    return (types - {torch.float32}).pop() if len(types) > 1 else None
+
+
+def _arithmetic(base: Base) -> contextlib.AbstractContextManager:
+    shorter = mixed_type(base)
+    return contextlib.nullcontext() if shorter is None else torch.autocast(base.unet.device.type, dtype=shorter)
 
 
 def _image_to_image(base: Base) -> StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline:

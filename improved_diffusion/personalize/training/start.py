@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import textwrap
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -129,21 +130,20 @@ def build(
     if state is not None:
         require_same_updates(stream, budget, state["step"], state["images_seen"])
     say(f"budget: {budget}")
-    estimate = estimate_memory(base, config)
-    say(f"memory: {estimate}, on a GPU")
-    if free is not None:
-        require_memory(estimate, free, config, str(accelerator.device))
     judge = None
     if accelerator.is_main_process:
         judge = Judge(config.watch.clip, config.watch.vision, accelerator.device, "watch.")
+    precision = arithmetic(accelerator)
+    estimate = estimate_memory(base, config, precision, judge.nbytes if judge is not None else 0)
+    say(f"memory on a GPU, in {precision}:\n{textwrap.indent(str(estimate), '  ')}")
+    if free is not None:
+        require_memory(estimate, free, config, precision, accelerator.device)
 
-    base.to(accelerator.device, arithmetic(accelerator), config.training.vae_precision)
+    base.to(accelerator.device, precision, config.training.vae_precision)
     prior = _prior(base, fingerprint, config, of_images, resolution, accelerator)  # drawn by the base as it came
     trained = prepare(base, config)
     say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}")
     trainer = Trainer(base, trained, config, _encode(base, learned.training, of_images, config), prior, accelerator)
-    if state is not None:
-        trainer.load_state_dict(state)
     held_out = None
     if learned.held_out.images:
         held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config)
@@ -152,7 +152,11 @@ def build(
         references = see_training(base, judge, learned.training.images, config.images.background, resolution)
         folder = run.samples / "class_base"
         watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder)
+        if state is not None:
+            watch.keep_base()
         _record_provenance(run, config, learned, accelerator)
+    if state is not None:
+        trainer.load_state_dict(state)
     wandb = _wandb(config, run, accelerator)
     return PersonalizeLoop(trainer, watch, held_out, budget, run, config, learned.content_hash, wandb)
 
