@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps
 
-from improved_diffusion.data.decode import EXTENSIONS, FORMATS, to_rgb
+from improved_diffusion.data.decode import EXTENSIONS, open_encoded, to_rgb
 from improved_diffusion.data.sources import Folder, is_hidden
 from improved_diffusion.errors import UserError
 
@@ -42,7 +42,7 @@ class CaptionedImage:
 
     def load(self, background: str = "white") -> Image.Image:
         """RGB, upright, of its own size; raises whatever Pillow raises for a damaged file."""
-        with Image.open(io.BytesIO(self.read()), formats=FORMATS) as image:
+        with open_encoded(self.read()) as image:
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image, background)
 
@@ -56,8 +56,8 @@ def load_image(path: Path, background: str = "white") -> Image.Image:
     try:
         return CaptionedImage(path.name, None, path.read_bytes).load(background)
     except Exception as error:  # Pillow raises almost anything on a damaged file
-        reasons = {FileNotFoundError: "there is no such file", UnidentifiedImageError: "it is no image, or damaged"}
-        reason = reasons.get(type(error)) or " ".join(str(error).split())
+        missing = isinstance(error, FileNotFoundError)
+        reason = "there is no such file" if missing else " ".join(str(error).split())
         raise UserError(f"cannot read the image {path}: {reason}") from error
 
 
