@@ -39,6 +39,8 @@ def run(arguments: list[str]) -> None:
     config = to_settings(PersonalizeConfig, parser, parse_arguments(parser, arguments, settings, source))
     if state is not None:
         require_same_run(run.read_config(PersonalizeConfig), config, start.CHANGEABLE)
+    else:
+        start.require_place(Path(options.out or "runs"), config.data)
     accelerator = start.start_accelerator(config)
     if state is None:
         name = f"{Path(config.data or 'data').name}-{config.method}"
