@@ -31,6 +31,7 @@ from improved_diffusion.errors import UserError
 CAPTION_COLUMNS = ("text", "caption", "en_text", "prompt")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 METADATA = ("metadata.jsonl", "metadata.csv")
+MANIFEST = "manifest.json"  # of pictures that were drawn: how
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _of_folder(path: Path, caption_column: str | None, skipped: list[str]) -> It
     for name in names:
         suffix = PurePosixPath(name).suffix.lower()
         if suffix not in EXTENSIONS:
-            if name not in METADATA and suffix != ".txt":
+            if name not in (*METADATA, MANIFEST) and suffix != ".txt":
                 skipped.append(f"{name}: not an image")
             continue
         caption = captions.pop(name, None)

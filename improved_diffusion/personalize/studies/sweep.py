@@ -14,16 +14,16 @@ from pathlib import Path
 from PIL import Image
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.learned import open_images
-from improved_diffusion.personalize.generate import Sampling, draw
+from improved_diffusion.personalize.generate import Sampling
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import References, measure, see_training
 from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.trained import resolution_of
 from improved_diffusion.personalize.models.tuned import Tuned, load_run
+from improved_diffusion.personalize.pictures import draw_missing
 from improved_diffusion.personalize.studies.sweep_config import DrawGrid, SweepConfig, TrainGrid
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
@@ -158,13 +158,10 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
             for number, prompt in prompts
             for seed in grid.seeds
         ]
-        missing = [picture for picture in pictures if not picture.file.is_file()]
         set_scales(tuned.base, unet, text)
         sampling = Sampling(grid.steps, guidance, grid.negative_prompt, height=side, width=side)
-        images = draw(tuned.base, [p.prompt for p in missing], [p.seed for p in missing], sampling, grid.batch_size)
-        for picture, image in zip(missing, images, strict=True):
-            with atomic_write(picture.file) as temporary:
-                image.save(temporary, format="png")
+        files, texts, seeds = zip(*((p.file, p.prompt, p.seed) for p in pictures), strict=True)
+        draw_missing(tuned.base, files, texts, seeds, sampling, grid.batch_size)
         yield pictures
 
 
