@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -112,6 +113,53 @@ class TestCommandLine:
         assert np.array_equal(alone, folders["whole"][1])
         records = [json.loads(line) for line in (tmp_path / "whole" / "metadata.jsonl").read_text().splitlines()]
         assert records[1] == {"file_name": "0001.png", "text": "a dog", "seed": 4}
+
+    def test_interrupted_it_goes_on(self, run_script, tiny_bases, tmp_path, monkeypatch):
+        from improved_diffusion.personalize import pictures
+        from improved_diffusion.personalize.data.captioned import open_captioned_set
+
+        command = ("generate", "a dog", "a cat", "--n=2", "--steps=2", f"--base={tiny_bases['sd']}")
+        assert run_script("personalize.py", *command, f"--out={tmp_path / 'unbroken'}").code == 0
+
+        def draw_two(*arguments):
+            yield from itertools.islice(draw(*arguments), 2)
+            raise KeyboardInterrupt
+
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "draw", draw_two)
+            assert run_script("personalize.py", *command, f"--out={out}").code == 130
+        (out / ".0002.png.abc.tmp").write_bytes(b"half a picture")  # as a kill leaves it
+        kept = {name: (out / name).stat().st_mtime_ns for name in ("0000.png", "0001.png")}
+        outcome = run_script("personalize.py", *command, f"--out={out}")
+        assert outcome.code == 0, outcome.err
+        assert f"4 pictures in {out} (2 were there)" in outcome.out
+        assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+        for name in ("0000.png", "0001.png", "0002.png", "0003.png"):
+            one, other = arrays([Image.open(out / name), Image.open(tmp_path / "unbroken" / name)])
+            assert np.abs(one - other).max() <= 1  # in batches of two and of four
+        assert (out / "metadata.jsonl").read_text() == (tmp_path / "unbroken" / "metadata.jsonl").read_text()
+        assert open_captioned_set(out).skipped == ()
+        assert "(4 were there)" in run_script("personalize.py", *command, f"--out={out}").out
+
+    def test_other_pictures_are_not_drawn_into_the_same_folder(self, run_script, tiny_bases, tmp_path):
+        def generate(*changed: str):
+            where = (f"--base={tiny_bases['sd']}", f"--out={tmp_path / 'out'}")
+            return run_script("personalize.py", "generate", "--n=1", "--steps=1", *where, *changed, "a dog")
+
+        assert generate().code == 0
+        there = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+        for change, message in {
+            "--seed=1": "seed 0, not 1",
+            "--guidance-scale=3": "guidance_scale 7.5, not 3.0",
+            "a cat": "prompts ['a dog'], not ['a cat', 'a dog']",
+            "--precision=bf16": "precision 'float32', not 'bfloat16'",
+            f"--base={tiny_bases['sdxl']}": "base ",
+        }.items():
+            outcome = generate(change)
+            assert outcome.is_one_clear_line(), outcome.err
+            assert f"the pictures in {tmp_path / 'out'} were drawn with {message}" in outcome.err
+            assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == there
 
     @pytest.mark.parametrize(
         ("flags", "message"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,12 +50,22 @@ class Judge:
         vision: name or folder of a DINO model, or `inception`, which is in this project and needs no download.
         device: where they run.
         group: of the settings `clip` and `vision`, which messages name: `watch.` or none.
+        inception_weights: a file; by default those that are found.
     """
 
-    def __init__(self, clip: str | None, vision: str | None, device: torch.device | str, group: str = ""):
+    def __init__(
+        self,
+        clip: str | None,
+        vision: str | None,
+        device: torch.device | str,
+        group: str = "",
+        inception_weights: Path | None = None,
+    ):
         self.clip_name, self.vision_name = clip, vision
         self._clip: tuple[Any, Any] | None = load_clip(clip, device, f"--{group}clip") if clip is not None else None
-        self._vision = _vision(vision, device, f"--{group}vision") if vision is not None else None
+        self._vision = None
+        if vision is not None:
+            self._vision = _vision(vision, device, f"--{group}vision", inception_weights)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -91,13 +102,13 @@ class Judge:
 
 
 def _vision(
-    name: str, device: torch.device | str, setting: str
+    name: str, device: torch.device | str, setting: str, inception_weights: Path | None
 ) -> tuple[nn.Module, Callable[[list[Image.Image]], Tensor]]:
     """A network, and what embeds pictures with it."""
     if name != INCEPTION:
         model, processor = load_vision(name, device, setting)
         return model, lambda pictures: dino_embeddings(pictures, model, processor)
-    extractor = FeatureExtractor((2048,), device)
+    extractor = FeatureExtractor((2048,), device, inception_weights)
 
     def embed(pictures: list[Image.Image]) -> Tensor:
         features = [extractor(array[None])[2048].cpu() for array in rgb_arrays(pictures)]

@@ -8,10 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.personalize.models.tokens import inspect_token
 
 FILE = "learned_embeds.safetensors"
 EMBEDDINGS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # as the files of SDXL call them
@@ -41,18 +39,13 @@ class ExtendedEmbedding(nn.Module):
 
 
 def add_word(base: Base, word: str, like: str, vectors: int) -> None:
-    """Teach the tokenizers `word`, which stands for `vectors` embeddings, and let the encoders learn these, in place.
+    """Teach the tokenizers a new `word`, standing for `vectors` embeddings, and let the encoders learn them, in place.
 
     They start as the embedding of the first token of the word `like`. Prompts name the word; the pipeline writes it out
     as `word word_1 word_2 ...`.
-
-    Raises:
-        UserError: the word is known already.
     """
     names = [word, *(f"{word}_{i}" for i in range(1, vectors))]
     for tokenizer, encoder in zip(base.tokenizers, base.text_encoders.values(), strict=True):
-        if inspect_token(word, tokenizer).is_single:
-            raise UserError(f"the tokenizer knows {word!r} already: textual inversion needs a new word, <{word}> say")
         tokenizer.add_tokens(names)
         numbers = tokenizer.convert_tokens_to_ids(names)
         start = tokenizer(like).input_ids[1]

@@ -7,6 +7,7 @@ import hashlib
 import textwrap
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from improved_diffusion.personalize.data.learned import Captioned, Learned, open
 from improved_diffusion.personalize.data.stream import MicroBatchStream
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
-from improved_diffusion.personalize.models.base import Base, load_base
-from improved_diffusion.personalize.models.trained import prepare, resolution_of
+from improved_diffusion.personalize.models.base import Base, load_base, load_tokenizer
+from improved_diffusion.personalize.models.trained import prepare, require_token, resolution_of
 from improved_diffusion.personalize.training.budget import plan, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
@@ -54,6 +55,22 @@ def with_precision(config: PersonalizeConfig) -> tuple[PersonalizeConfig, str]:
     else:
         precision, why = choose_precision(config.training.precision, device)
     return dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision)), why
+
+
+def require_place(out: Path, data: str | None) -> None:
+    """A run lies beside its images: among them it would learn from its own samples.
+
+    Raises:
+        UserError: `out` is the folder `data`, or lies in it; or there is a file in its place.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    require(there.is_dir(), f"{there} is a file, and a run is a folder: choose another --out than {out}")
+    if data is not None:
+        images, run = Path(data).resolve(), out.resolve()
+        require(
+            images not in (run, *run.parents),
+            f"{out} is among the images of {data}, and the run would learn from its own samples: choose another --out",
+        )
 
 
 def start_accelerator(config: PersonalizeConfig) -> Accelerator:
@@ -113,6 +130,7 @@ def build(
     )
     _say_what_was_found(learned, config, say)
     prompts, class_prompts = watched_prompts(config, (*learned.held_out.texts, *learned.training.texts))
+    require_token(config, [load_tokenizer(config.base)])  # before the weights, which take long, are read
     free = free_memory(accelerator.device)  # before anything of the run is there
     base = load_base(config.base, config.base_bits, arithmetic(accelerator) if config.base_bits else "float32")
     fingerprint = base.fingerprint()  # before it is cast

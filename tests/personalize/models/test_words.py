@@ -6,8 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from improved_diffusion.errors import UserError
-
 pytest.importorskip("diffusers")
 from diffusers import StableDiffusionXLPipeline  # noqa: E402
 
@@ -47,11 +45,6 @@ def test_its_embeddings_alone_learn(base):
         assert [parameter.requires_grad for parameter in table.parameters()] == [True, False]
     sum(states.square().sum() for states in encode_texts(base, [PROMPT]).values()).backward()
     assert all(rows.grad.abs().sum() > 0 for rows in learned_rows(base).values())
-
-
-def test_a_known_word_is_refused(base):
-    with pytest.raises(UserError, match="knows 'sks' already"):
-        add_word(base, "sks", "cat", 1)
 
 
 def learn(base, vectors: int) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,6 +352,49 @@ def test_mistakes_are_one_clear_line(train, tiny_bases, tmp_path, flags, message
     )
     assert outcome.is_one_clear_line(), outcome.err
     assert message in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--subject.token=zwx",), "the token 'zwx' splits into"),
+        (("--method=textual_inversion",), "knows 'sks' already"),
+    ],
+    ids=["splits", "known"],
+)
+def test_a_token_that_will_not_do_is_refused_before_the_weights_are_read(
+    train, tiny_bases, tmp_path, monkeypatch, flags, message
+):
+    from improved_diffusion.personalize.training import start
+
+    monkeypatch.setattr(start, "load_base", lambda *_: pytest.fail("the weights were read"))
+    outcome = train(tiny_bases["sdxl"], "run", *flags)
+    assert outcome.is_one_clear_line(), outcome.err
+    assert message in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("photos", "is among the images of"),
+        ("photos/runs/dog", "is among the images of"),
+        ("link", "is among the images of"),
+        ("file", "is a file, and a run is a folder"),
+        ("file/dog", "is a file, and a run is a folder"),
+    ],
+)
+def test_a_place_that_will_not_do_is_refused_at_once(train, photos, tmp_path, monkeypatch, out, message):
+    from improved_diffusion.personalize.training import start
+
+    monkeypatch.setattr(start, "build", lambda *_: pytest.fail("the run was begun"))
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(tmp_path.rglob("*"))
+    outcome = train("nowhere", out, f"--data={folder}")
+    assert outcome.is_one_clear_line(), outcome.err
+    assert message in outcome.err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_interrupt_saves(train, tiny_bases, photos, tmp_path):
