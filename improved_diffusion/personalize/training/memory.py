@@ -27,7 +27,7 @@ from improved_diffusion.personalize.models.base import DTYPES, Base
 from improved_diffusion.personalize.models.encoding import encode_texts, latent_moments
 from improved_diffusion.personalize.models.trained import Trained, prepare, resolution_of
 from improved_diffusion.personalize.training.emulation import GPUArithmetic, LiveBytes
-from improved_diffusion.training.devices import is_fast_at_bf16
+from improved_diffusion.training.devices import bf16_hardware
 
 ALLOWANCE = 500_000_000  # bytes, of CUDA itself above all; a round figure, as it differs by GPU and driver
 MOMENTS = {False: 2 * 4, True: 2 * 1}  # bytes of Adam's two for each parameter, by whether they are kept in 8 bits
@@ -154,7 +154,7 @@ def require_memory(
     raise UserError(
         f"{larger} needs about {_amount(needs[larger])}, {smaller} {_amount(needs[smaller])}, and {device} has "
         f"{_amount(available)} free; to need less: "
-        + ", ".join(_remedies(estimate, available, config, precision, is_fast_at_bf16(device)))
+        + ", ".join(_remedies(estimate, available, config, precision, bf16_hardware(device) is not None))
     )
 
 
