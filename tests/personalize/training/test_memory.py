@@ -206,7 +206,7 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def gpu(monkeypatch):
     """Says whether a GPU that is not there is fast at bf16."""
-    return lambda fast: monkeypatch.setattr(memory, "is_fast_at_bf16", lambda device: fast)
+    return lambda fast: monkeypatch.setattr(memory, "bf16_hardware", lambda device: "there" if fast else None)
 
 
 def test_step_and_look_are_printed_and_the_larger_is_named():
