@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"--n must be at least 1 and --seed at least 0, not {options.n} and {options.seed}")
         keys = [generate.SampleKey(options.seed, label, number) for label in classes for number in range(options.n)]
         if processes.is_first:
-            print(f"model: {model.checkpoint} (step {model.step:,}); {len(keys)} images", flush=True)
+            trained = f"{model.checkpoint} (step {model.step:,})"
+            print(f"model: {trained}; {len(keys)} images, drawn in {model.precision}", flush=True)
         out = writing.write_samples(
             *(model, keys, sampling, options.out, processes), with_npz=options.npz, overwrite=options.overwrite
         )

@@ -166,7 +166,7 @@ class TrainingConfig:
     flip: bool = True
     """Mirror half of the images."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """Arithmetic of the network; auto is bf16 where the device is fast at it."""
+    """Arithmetic of the network; auto is bf16 where the device has hardware for it. The run records which it was."""
     compile: bool = False
     """Run the network through torch.compile: faster steps after a minute or two of compilation."""
     log_every: int = 100

@@ -28,7 +28,7 @@ from improved_diffusion.models.build import (
     set_weights,
 )
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
-from improved_diffusion.runtime.devices import arithmetic, with_autocast
+from improved_diffusion.runtime.devices import arithmetic, sampling_precision, with_autocast
 
 
 class SampleKey(NamedTuple):
@@ -44,6 +44,7 @@ class LoadedModel:
     """A trained network in evaluation mode, with what is needed to sample from it."""
 
     config: Config
+    precision: str  # what it is drawn in here: see `sampling_precision`
     network: Backbone
     class_names: tuple[str, ...]
     step: int
@@ -83,7 +84,8 @@ def load_model(
     rate = next(iter(averages), None) if ema is None else ema
     set_weights(network, state["model"] if rate is None else averages[rate])
     network.to(device, memory_format=torch.channels_last).eval()
-    return LoadedModel(config, network, tuple(state["class_names"]), state["step"], file, rate)
+    precision = sampling_precision(config.training.precision, device)
+    return LoadedModel(config, precision, network, tuple(state["class_names"]), state["step"], file, rate)
 
 
 def with_guide(model: LoadedModel, guide: LoadedModel) -> LoadedModel:
@@ -113,7 +115,7 @@ def model_denoiser(model: LoadedModel, sampling: SamplingConfig, device: torch.d
 
 
 def _run_network(model: LoadedModel, device: torch.device) -> Network:
-    return with_autocast(model.network, device, arithmetic(model.config.training.precision, device))
+    return with_autocast(model.network, device, arithmetic(model.precision, device))
 
 
 def sampling_record(config: Config, sampling: SamplingConfig) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def sampling_record(config: Config, sampling: SamplingConfig) -> dict[str, Any]:
     }
 
 
-def image_record(model: LoadedModel, sampling: SamplingConfig, device: torch.device) -> dict[str, Any]:
+def image_record(model: LoadedModel, sampling: SamplingConfig) -> dict[str, Any]:
     """What records say of images drawn from `model`: all that decides them, but for their keys and the code."""
     guide = model.guide
     return {
@@ -138,7 +140,7 @@ def image_record(model: LoadedModel, sampling: SamplingConfig, device: torch.dev
         "ema_rate": model.ema_rate,
         **sampling_record(model.config, sampling),
         "guide": None if guide is None else {"sha256": guide.checkpoint_sha256, "ema_rate": guide.ema_rate},
-        "precision": str(arithmetic(model.config.training.precision, device)).removeprefix("torch."),
+        "precision": model.precision,
     }
 
 

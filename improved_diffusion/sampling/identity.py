@@ -35,7 +35,7 @@ def identify(side: Source | FeatureStatistics) -> Identity:
         **common,
         "path": str(run.path),
         "checkpoint": str(model.checkpoint),
-        **image_record(model, side.sampling, side.device),
+        **image_record(model, side.sampling),
         "generation_seed": side.keys[0].seed,
         "selected_on": selection(run, model.step),
     }

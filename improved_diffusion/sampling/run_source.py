@@ -94,7 +94,7 @@ class RunSource:
         config = self.model.config
         settings = [
             *map(repr, (config.model, config.diffusion, self.sampling, self.model.class_names)),
-            *map(str, image_record(self.model, self.sampling, self.device).values()),
+            *map(str, image_record(self.model, self.sampling).values()),
             self.device.type,
         ]
         digest = hashlib.sha256("\n".join(["run", generating_code_hash(), *settings]).encode())

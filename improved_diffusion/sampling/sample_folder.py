@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from improved_diffusion.config import SamplingConfig
 from improved_diffusion.data.decode import EXTENSIONS
 from improved_diffusion.errors import UserError
@@ -30,13 +28,11 @@ INFORMATION = {"checkpoint", "selected_on", "improved_diffusion"}  # of a manife
 Manifest = dict[str, Any]
 
 
-def manifest_of(
-    model: LoadedModel, sampling: SamplingConfig, keys: Sequence[SampleKey], device: torch.device
-) -> Manifest:
+def manifest_of(model: LoadedModel, sampling: SamplingConfig, keys: Sequence[SampleKey]) -> Manifest:
     """What is to be drawn, and from what."""
     return {
         "checkpoint": str(model.checkpoint),
-        **image_record(model, sampling, device),
+        **image_record(model, sampling),
         "selected_on": selection(RunDirectory(model.checkpoint.parent.parent), model.step),
         "improved_diffusion": project_version(),
         "keys": [[key.seed, class_name(model, key.class_index), key.number] for key in keys],

@@ -130,7 +130,7 @@ def _claim_folder(
     """The folder to write in, which the first process chooses and claims for all."""
     problem = None
     if processes.is_first:
-        manifest, name = manifest_of(model, sampling, keys, processes.device), model.checkpoint.parent.parent.name
+        manifest, name = manifest_of(model, sampling, keys), model.checkpoint.parent.parent.name
         try:
             out = out or (SAMPLES / name if overwrite else free_folder(SAMPLES, name, manifest))
             claim(out, manifest, overwrite)

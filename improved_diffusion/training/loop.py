@@ -70,9 +70,8 @@ class TrainingLoop:
             what = difference(evaluations[-1], evaluator.protocol)
             print(f"evaluation: a new series, not compared with the one before, for its protocol differs: {what}")
         # Of a run that was turned back the best checkpoint until then may have been removed.
-        comparable = {
-            r["step"]: r["value"] for r in series if "value" in r and run.checkpoint_file(r["step"]).is_file()
-        }
+        scored = {record["step"]: record["value"] for record in series if "value" in record}
+        comparable = {step: value for step, value in scored.items() if run.checkpoint_file(step).is_file()}
         self.best_value = min(comparable.values(), default=math.inf)
         if self.processes.is_first and comparable and run.pointed("best") is None:
             run.point("best", run.checkpoint_file(min(comparable, key=comparable.__getitem__)))
