@@ -1,0 +1,130 @@
+"""FID of a run's images against the number of network evaluations, for every sampler: a table and a plot.
+
+python scripts/sampler_curve.py runs/hybrid data/food101-64/val --evaluations 5 10 15 25 50 100 250 --out runs/curve
+
+All points share their latents. Features are kept as fid.py keeps them, so an interrupted command goes on where it
+stopped, and one that is given again draws nothing anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+from improved_diffusion.files import atomic_write
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("real", type=Path, metavar="REAL", help="reference images")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 15, 25, 50, 100, 250])
+    parser.add_argument("--samplers", nargs="+", choices=tuple(SAMPLER_OPTIONS), default=list(SAMPLER_OPTIONS))
+    parser.add_argument("--features", type=int, default=64, choices=(64, 192, 768, 2048), help="default: %(default)s")
+    parser.add_argument("--per-class", type=int, help="images of each class (default: as many as REAL has)")
+    parser.add_argument("--checkpoint", help="best, latest or step_0015000.pt (default: best, or else latest)")
+    parser.add_argument("--guidance-scale", type=float, help="default: the run's own")
+    parser.add_argument("--seed", type=int, default=1, help="of the images (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for curve.md, curve.json and curve.png")
+    return parser.parse_args(arguments)
+
+
+def steps_for(sampler: str, evaluations: int) -> int:
+    """The steps that take at most so many network evaluations: Heun's method takes two in each but the last."""
+    return max(1, (evaluations + 1) // 2) if sampler == "heun" else evaluations
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    if min(options.evaluations) < 1:
+        raise UserError(f"--evaluations must be at least 1, not {min(options.evaluations)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    import torch
+
+    from improved_diffusion.metrics import FeatureExtractor, extract_features, metric_name, open_source
+    from improved_diffusion.metrics.estimate import bootstrap_interval
+    from improved_diffusion.metrics.fid import frechet_inception_distance
+    from improved_diffusion.sampling.run_source import RunImages, run_source
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    extractor = FeatureExtractor((options.features,), device)
+    real = extract_features(open_source(options.real), extractor)[options.features]
+    points = []
+    for sampler in options.samplers:
+        for evaluations in options.evaluations:
+
+            def change(own: SamplingConfig, sampler: str = sampler, evaluations: int = evaluations) -> SamplingConfig:
+                scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
+                steps = steps_for(sampler, evaluations)
+                changes = {"sampler": sampler, "steps": steps, "spacing": None, "options": {}, "guidance_scale": scale}
+                return dataclasses.replace(own, **changes)
+
+            which = RunImages(options.per_class, options.checkpoint, seed=options.seed, change=change)
+            source = run_source(options.run, options.real, device, which)
+            timesteps = source.model.config.diffusion.timesteps
+            if source.sampling.chosen_spacing == "uniform" and timesteps is not None and evaluations > timesteps:
+                continue
+            estimate = frechet_inception_distance(real, extract_features(source, extractor)[options.features])
+            low, high = bootstrap_interval(estimate)
+            points.append(
+                {
+                    "sampler": sampler,
+                    "evaluations": 2 * source.sampling.steps - 1 if sampler == "heun" else evaluations,
+                    "steps": source.sampling.steps,
+                    "value": estimate.value,
+                    "low": low,
+                    "high": high,
+                }
+            )
+            print(
+                f"{sampler:>10} {points[-1]['evaluations']:>4} {estimate.value:.4f} ({low:.4f} to {high:.4f})",
+                flush=True,
+            )
+    report(
+        points,
+        options.out,
+        f"{metric_name(options.features)}, n = {len(source)} against {real.n:,}, seed {options.seed}",
+    )
+
+
+def report(points: list[dict], out: Path, title: str) -> None:
+    """Write curve.json, curve.md and curve.png."""
+    with atomic_write(out / "curve.json") as temporary:
+        temporary.write_text(json.dumps({"title": title, "points": points}, indent=2) + "\n")
+    samplers = list(dict.fromkeys(point["sampler"] for point in points))
+    columns = sorted({point["evaluations"] for point in points})
+    values = {(point["sampler"], point["evaluations"]): point["value"] for point in points}
+    lines = [f"{title}, by network evaluations", "", "| sampler | " + " | ".join(map(str, columns)) + " |"]
+    lines.append("| --- |" + " --- |" * len(columns))
+    for sampler in samplers:
+        cells = (f"{values[sampler, n]:.3f}" if (sampler, n) in values else "" for n in columns)
+        lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
+    with atomic_write(out / "curve.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    print("\n".join(["", *lines]))
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for sampler in samplers:
+        of_one = [point for point in points if point["sampler"] == sampler]
+        x = [point["evaluations"] for point in of_one]
+        axes.plot(x, [point["value"] for point in of_one], "o-", label=sampler)
+        axes.fill_between(x, [point["low"] for point in of_one], [point["high"] for point in of_one], alpha=0.15)
+    axes.set(title=title, xlabel="network evaluations per image", ylabel="FID", xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with atomic_write(out / "curve.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        main(sys.argv[1:])
