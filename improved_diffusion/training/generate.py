@@ -55,7 +55,7 @@ def load_model(run_path: Path | str, device: torch.device, checkpoint: str | Non
     file = run.choose_checkpoint(checkpoint)
     state = read_checkpoint(file, ("step", "model", "ema", "class_names"))
     network = build_network(config, len(state["class_names"]))
-    set_weights(network, next(iter(state["ema"].values()), state["model"]))
+    set_weights(network, next(iter((state["ema"] or {}).values()), state["model"]))
     network.to(device, memory_format=torch.channels_last).eval()
     return LoadedModel(config, network, tuple(state["class_names"]), state["step"], file)
 
