@@ -38,7 +38,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.image_size >= 1, f"model.image_size must be at least 1, not {self.image_size}")
-        require(self.num_res_blocks >= 1, f"model.num_res_blocks must be at least 1, not {self.num_res_blocks}")
+        blocks = self.num_res_blocks
+        require(1 <= blocks <= 100, f"model.num_res_blocks must be from 1 to 100, not {blocks}")
         require(len(self.channel_multipliers) >= 1, "model.channel_multipliers must not be empty")
         require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
         require(0 <= self.class_dropout < 1, f"model.class_dropout must be in [0, 1), not {self.class_dropout}")
@@ -67,7 +68,8 @@ class DiffusionConfig:
     """Which t to train on; by default loss_second_moment for the vlb loss and uniform for the others."""
 
     def __post_init__(self) -> None:
-        require(self.timesteps >= 1, f"diffusion.timesteps must be at least 1, not {self.timesteps}")
+        most = 1_000_000
+        require(1 <= self.timesteps <= most, f"diffusion.timesteps must be from 1 to {most:,}, not {self.timesteps}")
         require(self.timestep_range > 0, f"diffusion.timestep_range must be positive, not {self.timestep_range}")
         require(
             self.vlb_weight is None or self.vlb_weight >= 0,
@@ -111,6 +113,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"training.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.batch_size <= 1_000_000, f"training.batch_size must be at most 1,000,000, not {self.batch_size}")
         require(self.lr > 0, f"training.lr must be positive, not {self.lr}")
         require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
         require(self.warmup_steps >= 0, f"training.warmup_steps must not be negative, not {self.warmup_steps}")
@@ -119,6 +122,7 @@ class TrainingConfig:
             f"training.grad_clip must be positive or null, not {self.grad_clip}",
         )
         require(len(self.ema_rates) >= 1, "training.ema_rates needs at least one rate")
+        require(len(set(self.ema_rates)) == len(self.ema_rates), "training.ema_rates must differ from each other")
         for rate in self.ema_rates:
             require(0 <= rate < 1, f"training.ema_rates must be in [0, 1), not {rate}")
         require(
@@ -166,8 +170,10 @@ class EvaluationConfig:
     """Seed of the generated images, the same at every evaluation."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "samples_per_class", "grid_columns"):
-            require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.every >= 1, f"evaluation.every must be at least 1, not {self.every}")
+        for name, most in {"samples_per_class": 1_000_000, "grid_columns": 1000}.items():
+            value = getattr(self, name)
+            require(1 <= value <= most, f"evaluation.{name} must be from 1 to {most:,}, not {value}")
         require(self.seed >= 0, f"evaluation.seed must not be negative, not {self.seed}")
 
 

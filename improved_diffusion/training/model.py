@@ -36,8 +36,9 @@ def build_network(config: Config, num_classes: int) -> UNet:
             null_class=model.class_dropout > 0,
             out_channels=6 if config.diffusion.variance == "learned_range" else 3,
         )
-    except ValueError as error:
-        raise UserError(f"the settings under model do not fit together: {error}") from error
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:  # PyTorch's, of absurd sizes
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the settings under model do not fit together, or not into memory: {reason}") from error
 
 
 def build_denoiser(config: Config, network: Network, device: torch.device) -> DiscreteDenoiser:

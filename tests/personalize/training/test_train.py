@@ -331,7 +331,7 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
         (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
         (("--training.epochs=3",), "both given: set one of them to null"),
         (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),
-        (("--seed=99999999999999999999",), "seed must be a number below 2^63"),
+        (("--seed=99999999999999999999",), "seed must be a finite number, and a whole one below 2^63"),
         (("--subject.prompt=a {token.x}",), "cannot be filled in"),
         (("--method=textual_inversion",), "knows 'sks' already"),
         (("--watch.clip=nowhere",), "the CLIP model nowhere does not exist"),
