@@ -35,6 +35,7 @@ setup(
         "matplotlib>=3.8",
         "jsonargparse[signatures]>=4.49",
         "pyyaml>=6.0",
+        "filelock>=3.20",
     ],
     extras_require={
         "similarity": SIMILARITY,

@@ -8,6 +8,7 @@ torchrun --nproc-per-node 8 train.py ...           the same on several GPUs
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -33,10 +34,16 @@ def main(arguments: list[str]) -> int:
     from improved_diffusion.training.loop import TrainingLoop
     from improved_diffusion.training.trainer import Trainer
 
-    with start_processes() as processes:
+    with start_processes() as processes, contextlib.ExitStack() as stack:
         say = print if processes.is_first else lambda *_, **__: None
+
+        def hold(run):
+            of_first = start.held_by_first(run, processes.is_first, lambda value: processes.gather(value)[0])
+            return stack.enter_context(of_first)
+
         if options.resume is not None:
-            run, state = start.open_run(options.resume)
+            run = hold(start.run_to_resume(options.resume).held())
+            state = start.state_to_resume(run, options.resume)
             config_file = run.config_file
             say(f"going on with {run.path} at step {state['step']}", flush=True)
         else:
@@ -46,13 +53,14 @@ def main(arguments: list[str]) -> int:
             why = "as --config says" if options.config else f"because {defaults.reason}"
             say(f"settings: {config_file}, {why}", flush=True)
         parsed = parse_arguments(parser, arguments, read_settings(config_file), str(config_file))
-        config = to_settings(Config, parser, parsed)
+        config, why = start.with_precision(to_settings(Config, parser, parsed), processes)
+        say(f"arithmetic: {why}", flush=True)
         if options.resume is not None:
             start.require_same_run(run.read_config(), config)
         else:
+            name = f"{Path(config.data or defaults.data).name}-{config.loss}"
+            run = hold(start.new_run(options.out, name))
             config = start.with_data(config, defaults, processes)
-            name = f"{Path(config.data).name}-{config.loss}"
-            run = start.new_run(options.out, name, lambda path: processes.gather(path)[0])
 
         image_set = open_image_set(config.data)
         trainer = Trainer(config, image_set, processes)

@@ -2,20 +2,23 @@
 
 config.yaml  metrics.jsonl  evaluations.jsonl  tensorboard/  samples/  curves.png
 checkpoints/step_0015000.pt ...; `latest` and `best` are text files that name one of them
+.lock, which the process that trains holds
 """
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from improved_diffusion.config import Config
 from improved_diffusion.errors import UserError
@@ -64,6 +67,34 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[RunDirectory]:
+        """Keep other processes from training here while the block lasts. The directory is made if it is not there, and
+        removed at the end if nothing was written.
+
+        The system lets go of the lock when the process ends, however it ends.
+
+        Raises:
+            UserError: another process holds it, or it cannot be made.
+        """
+        lock_file = self.path / ".lock"
+        lock = FileLock(lock_file)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another process trains in {self.path}: wait for its end, or give another --out") from None
+        except OSError as error:
+            raise UserError(f"could not write {self.path}: {error.strerror or error}") from error
+        try:
+            yield self
+        finally:
+            with contextlib.suppress(OSError):
+                if list(self.path.iterdir()) == [lock_file]:
+                    lock_file.unlink()  # still locked: who has opened it meanwhile sees that it has gone
+                    self.path.rmdir()
+            lock.release()
+
     def write_config(self, config: Any, provenance: list[dict[str, Any]]) -> None:
         """Write the resolved settings, with `provenance` (command lines, versions, commit, data) beside them."""
         with atomic_write(self.config_file) as temporary:
@@ -110,11 +141,22 @@ class RunDirectory:
             if old != best and _step(old) < _step(latest) and _step(old) not in spared:
                 old.unlink()
 
+    def turn_to(self, step: int) -> None:
+        """Let the run stand at `step`: a new run at 0, a resumed one at its checkpoint, the latest or an earlier one.
+
+        `latest` moves first, in one rename, and it decides: what lies after it, of `best` and of the records, is of no
+        account from then on, so that a kill at any moment leaves the run where it was, or where it is to be.
+        """
+        if self.checkpoint_file(step).is_file():
+            self.point("latest", self.checkpoint_file(step))
+        if self.pointed("best") is None:
+            (self.checkpoints / "best").unlink(missing_ok=True)
+
     def discard(self, step: int) -> None:
-        """Remove the checkpoint of `step`, if there is one, and let `latest` name the newest of the others."""
+        """Remove the checkpoint of `step`, if there is one, and let `latest` name the one before it."""
         self.checkpoint_file(step).unlink(missing_ok=True)
-        if files := self.checkpoint_files():
-            self.point("latest", files[-1])
+        if earlier := [file for file in self.checkpoint_files() if _step(file) < step]:
+            self.point("latest", earlier[-1])
 
     def remove_leftovers(self) -> None:
         """Remove what a kill in the middle of a save left of it."""
@@ -127,12 +169,14 @@ class RunDirectory:
             temporary.write_text(file.name + "\n")
 
     def pointed(self, name: str) -> Path | None:
-        """The checkpoint that `name` names; None if there is no such pointer or the file has gone."""
+        """The checkpoint that `name` names; None if there is no such pointer, if the file has gone, or if the run was
+        turned back to a checkpoint before that one."""
         pointer = self.checkpoints / name
-        if not pointer.is_file():
+        text = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+        file = self.checkpoints / text
+        if not CHECKPOINT_NAME.fullmatch(text) or not file.is_file():
             return None
-        file = self.checkpoints / pointer.read_text().strip()
-        return file if file.is_file() else None
+        return file if name == "latest" or _step(file) <= _step(self.latest_checkpoint()) else None
 
     def latest_checkpoint(self) -> Path:
         """The newest checkpoint.
@@ -192,7 +236,7 @@ def read_checkpoint(file: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
 
     Raises:
         UserError: no such file; a damaged one, where the message names the other checkpoints beside it; or one without
-            some of `keys`.
+            some of `keys`, or with something else under them.
     """
     if not file.is_file():
         there = ", ".join(sorted(other.name for other in file.parent.glob("step_*.pt")))
@@ -207,4 +251,30 @@ def read_checkpoint(file: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"the checkpoint {file} cannot be used for this: it holds no {', '.join(missing)}")
+    for key in keys:
+        if key in IS_USABLE and not IS_USABLE[key](state[key]):
+            raise UserError(f"the checkpoint {file} is damaged: its {key} is a {type(state[key]).__name__} of no use")
     return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        for name, weight in value.items()
+    )
+
+
+# What readers rely on, of the keys that a checkpoint may have.
+IS_USABLE: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "images_seen": _is_count,
+    "prior_seen": _is_count,
+    "model": _is_weights,
+    "ema": lambda value: value is None or (isinstance(value, dict) and all(map(_is_weights, value.values()))),
+    "optimizer": lambda value: isinstance(value, dict),
+    "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}

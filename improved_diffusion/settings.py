@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,8 @@ from improved_diffusion.errors import UserError
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Settings = TypeVar("Settings")
+
+LARGEST = 2**63  # what PyTorch and numpy count with
 
 # What a user writes for a value of a type, as jsonargparse's complaints name types.
 WRITTEN = {
@@ -87,8 +90,27 @@ def to_settings(kind: type[Settings], parser: jsonargparse.ArgumentParser, parse
     Raises:
         UserError: a value that is out of range, or does not fit another one.
     """
+    _require_values(kind, parsed)
     filled = vars(parser.instantiate(parsed))
     return kind(**{field.name: filled[field.name] for field in dataclasses.fields(kind)})
+
+
+def _require_values(kind: type, values: argparse.Namespace, group: str = "") -> None:
+    """Refuse what jsonargparse lets pass: null for a setting that cannot be null, and numbers that no setting takes.
+
+    Raises:
+        UserError: the message names the setting.
+    """
+    for name, hint in typing.get_type_hints(kind).items():
+        value, key = getattr(values, name), group + name
+        if dataclasses.is_dataclass(hint):
+            _require_values(hint, value, f"{key}.")
+            continue
+        may_be_null = type(None) in typing.get_args(hint)
+        require(value is not None or may_be_null, f"{key} cannot be null: give a value, or leave it out")
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(number, (int, float)):
+                require(abs(number) < LARGEST, f"{key} must be a number below 2^63, not {number}")
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
 from improved_diffusion.config import Config, load_config
 from improved_diffusion.errors import UserError
 from improved_diffusion.run_directory import RunDirectory, is_run_directory, read_checkpoint
+from improved_diffusion.training.start import held_by_first, new_run
 
 
 @pytest.fixture
@@ -69,3 +74,62 @@ def test_is_run_directory(run, tmp_path):
     run.save_checkpoint({"step": 1}, keep=1)
     run.write_config(Config(), [])
     assert is_run_directory(run.path)
+
+
+class TestHolding:
+    """One process trains in a directory; the system lets go of it when that process ends, however it ends."""
+
+    def test_a_second_process_is_refused_until_the_first_is_killed(self, run):
+        pid = os.fork()
+        if pid == 0:
+            with run.held():
+                (run.path / "held").touch()
+                time.sleep(60)
+            os._exit(0)
+        while not (run.path / "held").is_file():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=f"another process trains in {run.path}"), run.held():
+            pass
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with run.held():
+            pass
+
+    def test_a_directory_in_which_nothing_was_written_does_not_stay(self, run):
+        with run.held():
+            assert run.path.is_dir()
+        assert not run.path.exists()
+        with run.held():
+            run.metrics_file.touch()
+        assert run.metrics_file.is_file()
+
+    def test_new_runs_started_together_have_directories_of_their_own(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with new_run(None, "x") as one, new_run(None, "x") as two:
+            assert {one.path.name, two.path.name} == {"x", "x-2"}
+            with pytest.raises(UserError, match="another process trains in runs/x:"), new_run("runs/x", "x"):
+                pass
+
+    def test_a_directory_without_checkpoints_can_be_used(self, run):
+        run.checkpoints.mkdir(parents=True)
+        with new_run(str(run.path), "x"):
+            run.save_checkpoint({"step": 1}, keep=1)
+        with pytest.raises(UserError, match="already holds a run"), new_run(str(run.path), "x"):
+            pass
+
+    def test_where_the_first_process_is_refused_all_are(self, run):
+        with pytest.raises(UserError, match="no"), held_by_first(run.held(), False, lambda value: UserError("no")):
+            pass
+        with run.held():
+            said = []
+            with pytest.raises(UserError), held_by_first(run.held(), True, lambda value: said.append(value) or value):
+                pass
+        assert "another process" in str(said[0])
+
+    @pytest.mark.parametrize("flags", [("--out",), ("--resume",)], ids=str)
+    def test_on_the_command_line(self, run, run_script, tiny_set, flags):
+        with run.held():
+            run.write_config(Config(data=str(tiny_set)), [])
+            outcome = run_script("train.py", *flags, run.path)
+        assert outcome.is_one_clear_line(), outcome.err
+        assert str(run.path) in outcome.err

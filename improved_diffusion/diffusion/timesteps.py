@@ -106,6 +106,8 @@ class LossSecondMomentTimesteps:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if state["losses"].shape != self.losses.shape:
             raise ValueError(f"a history of {len(state['losses'])} timesteps cannot serve {self.timesteps}")
+        if not state["losses"].isfinite().all():
+            raise ValueError("the history of losses is not finite")
         self.losses.copy_(state["losses"])
         self.counts.copy_(state["counts"])
 

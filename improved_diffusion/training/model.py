@@ -85,6 +85,20 @@ def set_weights(network: nn.Module, weights: dict) -> None:
     network.load_state_dict(weights)
 
 
+def set_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Give an AdamW the moments in `state`, from its `state_dict`. The groups in it are settings, which a resumed run
+    has already.
+
+    Raises ValueError where they are those of other parameters.
+    """
+    shapes = [tuple(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
+    for index, moments in state["state"].items():
+        found = {name: tuple(moment.shape) for name, moment in moments.items() if moment.is_floating_point()}
+        if found != {"step": (), "exp_avg": shapes[index], "exp_avg_sq": shapes[index]}:
+            raise ValueError(f"the saved moments of parameter {index} are of another shape or kind")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 @contextlib.contextmanager
 def swapped_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Let `parameters`, {name: parameter}, have the `weights` of these names inside the block, and their own after."""

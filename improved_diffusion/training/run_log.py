@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,24 @@ from improved_diffusion.run_directory import RunDirectory
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line; a last line that a kill cut short is left out."""
+    """The objects of a file with one JSON object per line; a line that a kill cut short is left out."""
     if not file.is_file():
         return []
     records = []
-    for line in file.read_text().splitlines():
-        try:
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
 class RunLog:
-    """Writes the record of a run that starts, or goes on, at `first_step`; what it said of later steps is dropped."""
+    """Writes the record of a run that starts, or goes on, at `first_step`; what it said of later steps is dropped,
+    which is safe once `latest` names that step: the next resume would drop it too."""
 
     def __init__(self, run: RunDirectory, first_step: int):
         self.run = run
         run.remove_leftovers()
+        run.turn_to(first_step)
         for file in (run.metrics_file, run.evaluations_file):
             kept = [record for record in read_jsonl(file) if record["step"] <= first_step]
             with atomic_write(file) as temporary:
@@ -52,12 +53,12 @@ class RunLog:
         self.tensorboard.add_image("samples", grid, record["step"], dataformats="HWC")
         self.tensorboard.flush()
 
-    def write_look(self, record: dict[str, Any], sheet: np.ndarray) -> None:
-        """Add a line to evaluations.jsonl; its `scores`, {name: {"mean": ...}}, and the contact `sheet` (H, W, 3) uint8
-        go to TensorBoard too."""
+    def write_look(self, record: dict[str, Any], sheet: np.ndarray, group: str) -> None:
+        """Add a line to evaluations.jsonl; its `scores`, {name: {"mean": ...}}, go to the curves of `group` in
+        TensorBoard, and the contact `sheet` (H, W, 3) uint8 beside them."""
         self._append(self.run.evaluations_file, record)
         for name, score in record["scores"].items():
-            self.tensorboard.add_scalar(f"watch/{name}", score["mean"], record["step"])
+            self.tensorboard.add_scalar(f"{group}/{name}", score["mean"], record["step"])
         self.tensorboard.add_image("sheet", sheet, record["step"], dataformats="HWC")
         self.tensorboard.flush()
 

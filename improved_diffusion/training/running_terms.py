@@ -45,6 +45,18 @@ class RunningTerms:
         """Count the gradient norm of a step."""
         self.grad_norm += torch.stack([norm.detach().double(), torch.ones_like(norm, dtype=torch.float64)])
 
+    def state_dict(self, processes: Processes) -> dict[str, Tensor]:
+        """What has been counted since the last `flush`, of each process apart; to be called in all of them."""
+        return {"sums": processes.concatenate(self.sums[None]), "grad_norm": self.grad_norm.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor], processes: Processes) -> None:
+        """Go on counting from `state`. The first process takes all of it where their number was another one."""
+        sums = state["sums"]
+        if len(sums) != processes.world_size:
+            sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(processes.world_size - 1, *self.sums.shape)])
+        self.sums.copy_(sums[processes.rank])
+        self.grad_norm.copy_(state["grad_norm"])
+
     def are_finite(self, processes: Processes) -> bool:
         """Whether everything counted so far is finite, in every process."""
         return bool(torch.isfinite(processes.total(self.sums).sum() + processes.total(self.grad_norm).sum()))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from improved_diffusion.config import Config
 from improved_diffusion.data.image_set import ImageSet, is_image_set
@@ -17,7 +19,7 @@ from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.errors import UserError
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
-from improved_diffusion.training.devices import Processes, arithmetic
+from improved_diffusion.training.devices import Processes, choose_precision
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.trainer import Trainer
 
@@ -29,7 +31,7 @@ TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "clas
 # What a resumed run may change, by group ("" for what is in none); all else decides what the run computes.
 CHANGEABLE = {
     "": ("data",),
-    "training": ("steps", "log_every", "save_every", "keep_checkpoints", "compile"),
+    "training": ("steps", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
 }
@@ -59,55 +61,114 @@ def with_data(config: Config, defaults: Defaults, processes: Processes) -> Confi
     """The settings with the default data where they name none. The embedded set is drawn if it is not there yet."""
     data = Path(config.data) if config.data is not None else defaults.data
     if data == SYNTHETIC:
-        if processes.is_first and not data.exists():
-            print(f"drawing the embedded image set into {data}", flush=True)
-            pack_synthetic(data, SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS, seed=0)
+        if processes.is_first:
+            _draw_embedded_set(data)
         processes.wait()
     return dataclasses.replace(config, data=str(data))
 
 
-def new_run(out: str | None, name: str, agree: Callable[[Path], Path]) -> RunDirectory:
-    """The directory of a new run: `out`, or a free name under runs/ that starts with `name`.
+def with_precision(config: Config, processes: Processes) -> tuple[Config, str]:
+    """The settings with `training.precision: auto` settled by the first process's device, so that the run records it
+    and keeps it wherever it is resumed; and a line that says why."""
+    precision, why = processes.gather(choose_precision(config.training.precision, processes.device))[0]
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision)), why
 
-    `agree` gives all processes the path of the first one.
+
+def _draw_embedded_set(data: Path) -> None:
+    """Draw it unless it is there. Of two commands that want it the second waits for the first."""
+    data.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(data.with_name(f".{data.name}.lock")):
+        if not data.exists():
+            print(f"drawing the embedded image set into {data}", flush=True)
+            pack_synthetic(data, SYNTHETIC_PER_CLASS, SYNTHETIC_TEST_PER_CLASS, seed=0)
+
+
+@contextlib.contextmanager
+def held_by_first(
+    run: contextlib.AbstractContextManager[RunDirectory], is_first: bool, broadcast: Callable[[Any], Any]
+) -> Iterator[RunDirectory]:
+    """The directory `run`, which the first process holds for all of them while the block lasts.
+
+    Args:
+        run: from `new_run`, or `RunDirectory.held`.
+        is_first: whether this process is the first.
+        broadcast: gives every process the first one's value.
 
     Raises:
-        UserError: `out` already holds a run.
+        UserError: what kept the first process from holding it, in all of them.
     """
-    if out is not None:
-        run = RunDirectory(Path(out))
+    with contextlib.ExitStack() as stack:
+        held: RunDirectory | UserError | None = None
+        if is_first:
+            try:
+                held = stack.enter_context(run)
+            except UserError as error:
+                held = error
+        held = broadcast(held)
+        if isinstance(held, UserError):
+            raise held
+        yield held
+
+
+@contextlib.contextmanager
+def new_run(out: str | None, name: str) -> Iterator[RunDirectory]:
+    """The directory of a new run, `held` while the block lasts: `out`, or a new one under runs/ whose name starts with
+    `name`.
+
+    Raises:
+        UserError: `out` already holds a run, or another process holds it.
+    """
+    with RunDirectory(Path(out) if out is not None else _new_directory(name)).held() as run:
         if run.checkpoint_files():
             raise UserError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
-        return run
-    candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
-    free = next(path for path in candidates if not path.exists())
-    return RunDirectory(agree(free))
+        yield run
 
 
-def open_run(
-    path: str, kind: type = Config, keys: tuple[str, ...] = TRAINING_STATE
-) -> tuple[RunDirectory, dict[str, Any]]:
-    """The run to resume, and the state to go on from: that of its latest checkpoint, or of the checkpoint at `path`.
+def _new_directory(name: str) -> Path:
+    """runs/NAME, NAME-2, NAME-3, ...: the first that is not there yet, made at once, so that it is no one else's."""
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"could not make {path}: {error.strerror}") from error
+        return path
+    raise AssertionError("the numbers have no end")
+
+
+def run_to_resume(path: str, kind: type = Config) -> RunDirectory:
+    """The run at `path`, or of the checkpoint at `path`.
 
     Raises:
-        UserError: no run, no checkpoint in it, or a damaged one.
+        UserError: no run, or none that can be resumed.
     """
-    if path.endswith(".pt"):
-        file = Path(path)
-        run = RunDirectory(file.parent.parent)
-    else:
-        run = RunDirectory(Path(path))
-        run.read_config(kind)  # says it if this is no run, before the checkpoints are looked for
-        file = run.latest_checkpoint()
+    run = RunDirectory(Path(path).parent.parent if path.endswith(".pt") else Path(path))
     if run.read_config(kind).data is None:
         raise UserError(
             f"{run.path} was imported or exported: it holds a model to sample from, and no run to go on with"
         )
-    return run, read_checkpoint(file, keys)
+    return run
+
+
+def state_to_resume(run: RunDirectory, path: str, keys: tuple[str, ...] = TRAINING_STATE) -> dict[str, Any]:
+    """The state in the checkpoint at `path`, or in the latest one of the run there.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, or one that lies under another step's name.
+    """
+    file = Path(path) if path.endswith(".pt") else run.latest_checkpoint()
+    state = read_checkpoint(file, keys)
+    named = run.checkpoint_file(state["step"])
+    if file.name != named.name:
+        raise UserError(f"{file} is the checkpoint of step {state['step']}: to go on from it, name it {named.name}")
+    return state
 
 
 def require_same_run(old: Any, new: Any, changeable: Mapping[str, Collection[str]] = CHANGEABLE) -> None:
-    """A resumed run keeps the settings that decide what it computes: all but the `changeable`.
+    """A resumed run keeps the settings that decide what it computes: all but the `changeable`, and an `auto` of old
+    runs, which did not record what it came to.
 
     Raises:
         UserError: one of them differs; the message names it.
@@ -120,7 +181,7 @@ def require_same_run(old: Any, new: Any, changeable: Mapping[str, Collection[str
             fixed = [f.name for f in dataclasses.fields(before) if f.name not in changeable.get(field.name, ())]
             pairs = [(f"{field.name}.{name}", getattr(before, name), getattr(after, name)) for name in fixed]
         for name, was, now in pairs:
-            if was != now:
+            if was not in (now, "auto"):
                 raise UserError(
                     f"a resumed run cannot change {name} from {was} to {now}: start a new run, or leave the setting out"
                 )
@@ -141,7 +202,7 @@ def require_same_data(state: dict[str, Any], image_set: ImageSet) -> None:
 
 def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: RunDirectory) -> str:
     """What is about to run, in a few lines."""
-    config, device = trainer.config, trainer.processes.device
+    config = trainer.config
     training, classes = config.training, len(image_set.class_names)
     epochs = training.steps * training.batch_size / len(image_set.images)
     parameters = sum(p.numel() for p in trainer.network.parameters())
@@ -149,13 +210,12 @@ def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: Ru
     if evaluator.metric:
         measured = f"{evaluator.metric} of {config.evaluation.samples_per_class} images per class "
         measured += f"against the {len(evaluator.reference.images):,} of {evaluator.reference.path}"
-    dtype = str(arithmetic(training.precision, device)).removeprefix("torch.")
     return "\n".join(
         (
             f"data: {image_set.path}, {len(image_set.images):,} images of {classes} classes",
             f"model: {parameters / 1e6:.2f} M parameters, {config.loss} loss, T = {config.diffusion.timesteps}",
             f"training: steps {trainer.step:,} to {training.steps:,} of {training.batch_size} images "
-            f"({epochs:.1f} epochs), {dtype} on {device}, {trainer.processes.world_size} process(es)",
+            f"({epochs:.1f} epochs), on {trainer.processes.device}, {trainer.processes.world_size} process(es)",
             f"evaluation: every {config.evaluation.every:,} steps, {measured}",
             f"run: {run.path}",
         )

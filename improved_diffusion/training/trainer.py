@@ -17,8 +17,9 @@ from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.diffusion.timesteps import TIMESTEP_SAMPLERS
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.ema import EMA
+from improved_diffusion.run_directory import DAMAGE
 from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
-from improved_diffusion.training.model import build_denoiser, build_network, set_weights
+from improved_diffusion.training.model import build_denoiser, build_network, set_moments, set_weights
 from improved_diffusion.training.running_terms import RunningTerms
 
 # Generators of a run are keyed (seed, purpose, step): resuming draws what an unbroken run would have drawn.
@@ -30,7 +31,7 @@ class Trainer:
 
     What a step draws (images, flips, timesteps, noise, dropped classes) is a function of (seed, step), drawn for the
     whole batch and then divided among the processes and their accumulated parts; only the network's dropout also
-    depends on that division.
+    depends on how many parts there are, in all processes together.
 
     Raises:
         UserError: settings that fit neither each other, nor the images, nor the number of processes.
@@ -94,7 +95,7 @@ class Trainer:
         parts = zip(*(tensor.chunk(training.accumulation) for tensor in (x_start, t, y, noise, weights)), strict=True)
         for part, (x_part, t_part, y_part, noise_part, weights_part) in enumerate(parts):
             if self.config.model.dropout > 0:
-                torch.manual_seed(self._generator_seed(part))
+                torch.manual_seed(self._dropout_seed(part))
             with self._gradients_shared_only_if(part == training.accumulation - 1):
                 classes = y_part if self.config.model.class_conditional else None
                 terms = self.loss(self.denoiser, x_part, t_part, classes, noise_part)
@@ -123,9 +124,11 @@ class Trainer:
             y = torch.where((draws < config.model.class_dropout).to(device), self.num_classes, y)
         return t[share].to(device), weights[share].to(device), noise, y
 
-    def _generator_seed(self, part: int) -> int:
-        """Seed of the network's dropout, which can only be drawn from the global generator."""
-        return seeded_generator(self.config.seed, DROPOUT, self.step, self.processes.rank, part).initial_seed()
+    def _dropout_seed(self, part: int) -> int:
+        """Seed of the network's dropout, which can only be drawn from the global generator, for a part of the batch."""
+        number = self.processes.rank * self.config.training.accumulation + part  # among those of all processes
+        # The 0 was the rank once: without it runs of one process would no longer draw what they did.
+        return seeded_generator(self.config.seed, DROPOUT, self.step, 0, number).initial_seed()
 
     def _gradients_shared_only_if(self, last: bool) -> contextlib.AbstractContextManager:
         """Let the processes average their gradients only once, with the last part of the batch."""
@@ -138,7 +141,7 @@ class Trainer:
         return torch.nn.utils.clip_grad_norm_(self.network.parameters(), float("inf") if limit is None else limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: tensors and plain values."""
+        """All that a resumed run needs: tensors and plain values; to be called in all processes."""
         return {
             "step": self.step,
             "images_seen": self.step * self.config.training.batch_size,
@@ -146,6 +149,7 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "timestep_sampler": self.timestep_sampler.state_dict(),
+            "running_terms": self.terms.state_dict(self.processes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -157,8 +161,10 @@ class Trainer:
         set_weights(self.network, state["model"])
         try:
             self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            set_moments(self.optimizer, state["optimizer"])
             self.timestep_sampler.load_state_dict(state["timestep_sampler"])
-        except (ValueError, KeyError) as error:
+            if "running_terms" in state:  # older checkpoints have none
+                self.terms.load_state_dict(state["running_terms"], self.processes)
+        except DAMAGE as error:
             raise UserError(f"the checkpoint does not fit the settings of the run: {error}") from error
         self.step = state["step"]

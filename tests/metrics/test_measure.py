@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -16,6 +18,7 @@ from PIL import Image
 import fid as command
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import METRICS, ImageSets, measure
+from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import balanced_rows
 from improved_diffusion.metrics.measure import feature_sizes
 from improved_diffusion.metrics.report import table
@@ -159,6 +162,11 @@ def test_the_command_line_measures_draws_and_writes(tmp_path, weights, folders):
     }
     names = [part["metric"] for part in result["measurements"]]
     assert names[:5] == ["FID64", "KID64", "precision", "recall", "FID64 of " + names[4].split()[-1]]
+    for side, path in (("real", real), ("fake", fake), ("train", train)):
+        source = open_source(path)
+        assert result[side] == {"path": str(path), "content_hash": source.content_hash, "n": len(source)}
+    assert result["improved_diffusion"]["version"] == importlib.metadata.version("improved_diffusion")
+    assert len(result["improved_diffusion"]["commit"]) >= 7
     memory = result["measurements"][-1]
     assert (memory["metric"], memory["value"], memory["details"]["near_copies"]) == ("memorisation", 1.0, 1.0)
     assert f"{result['value']:.4f}" in done.stdout.splitlines()[1]
@@ -169,7 +177,10 @@ def test_the_command_line_measures_draws_and_writes(tmp_path, weights, folders):
             assert min(image.size) > 300
     again = run_fid(statistics, fake, *arguments)
     assert again.returncode == 0, again.stderr
-    assert json.loads(report.read_text())["value"] == pytest.approx(result["value"], rel=1e-6)
+    of_statistics = json.loads(report.read_text())
+    assert of_statistics["value"] == pytest.approx(result["value"], rel=1e-6)
+    digest = hashlib.sha256(statistics.read_bytes()).hexdigest()
+    assert of_statistics["real"] == {"path": str(statistics), "content_hash": digest, "n": 60}
     subset = run_fid(real, fake, *arguments, "--n", 30, "--train", train, "--metrics", "fid", "memorisation")
     assert subset.returncode == 0, subset.stderr
     fid, memory = json.loads(report.read_text())["measurements"]

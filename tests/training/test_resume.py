@@ -14,6 +14,7 @@ import torch
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint, write_checkpoint
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.run_log import read_jsonl
+from improved_diffusion.training.trainer import Trainer
 
 
 def assert_same(one: object, other: object, where: str = "state") -> None:
@@ -99,7 +100,7 @@ def test_a_signal_saves_and_exits_cleanly(start_script, run_script, tiny_config_
     assert f"--resume {out}" in printed
     step = read_checkpoint(RunDirectory(out).latest_checkpoint())["step"]
     assert 0 < step < 100000
-    assert read_jsonl(RunDirectory(out).metrics_file)[-1]["step"] == step
+    assert all(record["step"] % 3 == 0 for record in read_jsonl(RunDirectory(out).metrics_file))  # the stop adds none
     outcome = run_script("train.py", "--resume", out, f"--training.steps={step + 2}")
     assert outcome.code == 0, outcome.err
     assert read_checkpoint(RunDirectory(out).latest_checkpoint())["step"] == step + 2
@@ -121,6 +122,41 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(
     outcome = run_script("train.py", "--resume", out)
     assert outcome.code == 0, outcome.err
     assert [record["step"] for record in read_jsonl(RunDirectory(out).evaluations_file)] == [12]
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_every_line_of_the_record_is_that_of_an_unbroken_run(run_script, tiny_config_file, tmp_path, monkeypatch, how):
+    """Interrupted twice, between two lines each time; a kill is an exception that nothing answers."""
+    flags = ["--training.log_every=5", "--training.save_every=4"]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert run_script("train.py", "--config", tiny_config_file, "--out", unbroken, *flags).code == 0
+    step, interrupted = Trainer.train_step, {6, 9}
+
+    def interrupting(trainer, *batch):
+        if trainer.step in interrupted:
+            interrupted.remove(trainer.step)
+            if how == "killed":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
+        step(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupting)
+    assert run_script("train.py", "--config", tiny_config_file, "--out", broken, *flags).code == 130
+    assert run_script("train.py", "--resume", broken).code == 130
+    outcome = run_script("train.py", "--resume", broken)
+    assert outcome.code == 0, outcome.err
+    assert [record["step"] for record in read_jsonl(RunDirectory(broken).metrics_file)] == [5, 10, 12]
+    assert_same_run(unbroken, broken)
+
+
+def test_a_checkpoint_without_running_means_can_be_resumed(run_script, tiny_config_file, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    assert run_script("train.py", "--config", tiny_config_file, "--out", run.path, "--training.steps=4").code == 0
+    state = read_checkpoint(run.latest_checkpoint())
+    del state["running_terms"]
+    write_checkpoint(run.latest_checkpoint(), state)
+    outcome = run_script("train.py", "--resume", run.path, "--training.steps=5")
+    assert outcome.code == 0, outcome.err
 
 
 KILLED_WHILE_SAVING = """

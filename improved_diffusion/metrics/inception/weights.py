@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, file_sha256
 from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.progress import progress
 
@@ -274,15 +274,6 @@ def _fetch(url: str) -> Iterator[bytes]:
                 raise DownloadError(f"{url} broke off after {received:,} of {length:,} bytes")
     except (OSError, http.client.HTTPException) as error:
         raise DownloadError(f"{url} could not be fetched ({getattr(error, 'reason', None) or error})") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def weights_hash(layers: dict[str, Layer]) -> str:

@@ -28,28 +28,37 @@ def run(arguments: list[str]) -> None:
     from accelerate.utils import broadcast_object_list
 
     from improved_diffusion.personalize.training import start
-    from improved_diffusion.training.start import new_run, open_run, require_same_run
+    from improved_diffusion.training.start import (
+        held_by_first,
+        new_run,
+        require_same_run,
+        run_to_resume,
+        state_to_resume,
+    )
 
-    state, settings, source = None, {}, ""
+    settings, source = {}, ""
     if options.resume is not None:
-        run, state = open_run(options.resume, PersonalizeConfig, start.TRAINING_STATE)
-        settings, source = read_settings(run.config_file), str(run.config_file)
+        resumed = run_to_resume(options.resume, PersonalizeConfig)
+        settings, source = read_settings(resumed.config_file), str(resumed.config_file)
     elif options.config is not None:
         settings, source = read_settings(options.config), options.config
-    config = to_settings(PersonalizeConfig, parser, parse_arguments(parser, arguments, settings, source))
-    if state is not None:
-        require_same_run(run.read_config(PersonalizeConfig), config, start.CHANGEABLE)
+    given = to_settings(PersonalizeConfig, parser, parse_arguments(parser, arguments, settings, source))
+    config, why = start.with_precision(given)
+    if options.resume is not None:
+        require_same_run(resumed.read_config(PersonalizeConfig), config, start.CHANGEABLE)
+        opened = resumed.held()
     else:
         start.require_place(Path(options.out or "runs"), config.data)
+        opened = new_run(options.out, f"{Path(config.data or 'data').name}-{config.method}")
     accelerator = start.start_accelerator(config)
-    if state is None:
-        name = f"{Path(config.data or 'data').name}-{config.method}"
-        run = new_run(options.out, name, lambda path: broadcast_object_list([path])[0])
     say = accelerator.print
-    say(f"run: {run.path}" + (f", going on at update {state['step']}" if state else ""))
-    loop = start.build(config, run, state, accelerator, say)
-    finished = loop.train()
-    say(f"done: {loop.trainer.counters}")
+    with held_by_first(opened, accelerator.is_main_process, lambda value: broadcast_object_list([value])[0]) as run:
+        state = state_to_resume(run, options.resume, start.TRAINING_STATE) if options.resume is not None else None
+        say(f"run: {run.path}" + (f", going on at update {state['step']}" if state else ""))
+        say(f"arithmetic: {why}")
+        loop = start.build(config, run, state, accelerator, say)
+        finished = loop.train()
+        say(f"done: {loop.trainer.counters}")
     if not finished:
         say(f"stopped; go on with: python personalize.py train --resume {run.path}")
         sys.exit(130)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
 from improved_diffusion.metrics.similarity import dino_embeddings, image_embeddings, rgb_arrays, text_embeddings
+from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_clip, load_vision
 
 INCEPTION = "inception"
@@ -67,6 +68,21 @@ class Judge:
             self._vision = _vision(vision, device, f"--{group}vision", inception_weights)
 
     @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Those that are there, of `clip` and `vision`."""
+        pairs = {"clip": self._clip, "vision": self._vision}
+        return {name: pair[0] for name, pair in pairs.items() if pair is not None}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the networks: {name: SHA-256}."""
+        return {name: fingerprint(network) for name, network in self.networks.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the networks' weights."""
+        return sum(tensor.nbytes for network in self.networks.values() for tensor in network.state_dict().values())
+
+    @property
     def compares(self) -> bool:
         """Whether there is a model by which pictures can be compared."""
         return self._clip is not None or self._vision is not None
@@ -77,7 +93,7 @@ class Judge:
         pictures = iter(pictures)
         while batch := list(itertools.islice(pictures, BATCH)):
             clip += [image_embeddings(batch, *self._clip)] if self._clip else []
-            vision += [self._vision(batch)] if self._vision else []
+            vision += [self._vision[1](batch)] if self._vision else []
         return Seen(clip=torch.cat(clip) if clip else None, vision=torch.cat(vision) if vision else None)
 
     def read(self, texts: Sequence[str]) -> Tensor | None:
@@ -87,14 +103,15 @@ class Judge:
 
 def _vision(
     name: str, device: torch.device | str, setting: str, inception_weights: Path | None
-) -> Callable[[list[Image.Image]], Tensor]:
+) -> tuple[nn.Module, Callable[[list[Image.Image]], Tensor]]:
+    """A network, and what embeds pictures with it."""
     if name != INCEPTION:
         model, processor = load_vision(name, device, setting)
-        return lambda pictures: dino_embeddings(pictures, model, processor)
+        return model, lambda pictures: dino_embeddings(pictures, model, processor)
     extractor = FeatureExtractor((2048,), device, inception_weights)
 
     def embed(pictures: list[Image.Image]) -> Tensor:
         features = [extractor(array[None])[2048].cpu() for array in rgb_arrays(pictures)]
         return F.normalize(torch.cat(features), dim=1)
 
-    return embed
+    return extractor.network, embed

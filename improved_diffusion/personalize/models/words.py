@@ -52,10 +52,6 @@ def add_word(base: Base, word: str, like: str, vectors: int) -> None:
         table = encoder.get_input_embeddings()
         rows = table.weight[start].expand(vectors, -1)
         encoder.set_input_embeddings(ExtendedEmbedding(table, numbers[0], rows))
-        # Old configs say 2, upon which the encoder takes the highest number for the end token: the new word's.
-        for module in encoder.modules():
-            if getattr(module, "eos_token_id", None) is not None:
-                module.eos_token_id = tokenizer.eos_token_id
 
 
 def learned_rows(base: Base) -> dict[str, nn.Parameter]:
@@ -74,3 +70,19 @@ def export_word(base: Base, word: str, folder: Path) -> Path:
     with atomic_write(folder / FILE) as temporary:
         save_file(state, temporary)
     return folder / FILE
+
+
+def advice_to_readers(base: Base) -> str | None:
+    """What a user of diffusers must do beside loading the file of `export_word`; None if that is all.
+
+    Only SDXL looks at what its (second) encoder makes of the end token.
+    """
+    if not base.is_sdxl:
+        return None
+    said, number = base.pipeline.text_encoder_2.config.eos_token_id, base.pipeline.tokenizer_2.eos_token_id
+    if said == number:
+        return None
+    return (
+        f"{base.name} says eos_token_id {said}, for which diffusers would take the new word for the end of the text: "
+        f"there, set pipeline.text_encoder_2.text_model.eos_token_id = {number}"
+    )

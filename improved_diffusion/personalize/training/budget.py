@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -36,6 +37,10 @@ class Budget:
     total: Counters
 
     @property
+    def batches_per_update(self) -> int:
+        return self.accumulation * self.processes
+
+    @property
     def epochs(self) -> float:
         return self.total.images_seen / (self.images * self.repeats)
 
@@ -44,7 +49,7 @@ class Budget:
         return (
             f"{self.images:,} images x {self.repeats} repeats / batch {self.batch_size} = {self.batches_per_epoch:,} "
             f"batches an epoch / accumulation {self.accumulation}{gpus} = "
-            f"{self.batches_per_epoch / (self.accumulation * self.processes):,.2f} updates an epoch; "
+            f"{self.batches_per_epoch / self.batches_per_update:,.2f} updates an epoch; "
             f"in all {self.epochs:,.1f} epochs: {self.total}"
         )
 
@@ -71,4 +76,23 @@ def plan(stream: MicroBatchStream, training: TrainingConfig, processes: int, wit
         processes=processes,
         batches_per_epoch=stream.batches_per_epoch,
         total=Counters(updates, seen, seen if with_prior else 0),
+    )
+
+
+def require_same_updates(stream: MicroBatchStream, budget: Budget, step: int, images_seen: int) -> None:
+    """An update of a resumed run takes as many micro-batches of `stream` as its first `step` did, which saw
+    `images_seen` images: what is drawn goes by their numbers.
+
+    Raises:
+        UserError: accumulation and processes make others of them.
+    """
+    taken = budget.batches_per_update
+    if stream.images_in(step * taken) == images_seen:
+        return
+    before = bisect.bisect_left(range(images_seen), images_seen, key=lambda count: stream.images_in(step * count))
+    fits = before % budget.processes == 0
+    raise UserError(
+        f"an update of this run takes {before} micro-batches, and training.accumulation {budget.accumulation} in "
+        f"{budget.processes} process(es) makes {taken} of them, so that it would not go on with what comes next: "
+        + (f"set training.accumulation to {before // budget.processes}" if fits else "start fewer or more processes")
     )

@@ -17,7 +17,7 @@ from improved_diffusion.personalize.generate import BrokenPicture
 from improved_diffusion.personalize.measuring.choice import Look, candidates, choose, overfitting
 from improved_diffusion.personalize.training.budget import Budget
 from improved_diffusion.personalize.training.trainer import Source, Trainer
-from improved_diffusion.personalize.training.watch import Watch, fixed_loss, to_look
+from improved_diffusion.personalize.training.watch import Watch, difference, fixed_loss, series_of, to_look
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.grids import save_png
@@ -58,11 +58,14 @@ class PersonalizeLoop:
         self.log = RunLog(run, trainer.step) if self.is_first else contextlib.nullcontext()
         records = self.log.evaluations() if self.is_first else []
         self.looks = [look for record in records if (look := to_look(record)) is not None]
-        looked_at = trainer.step if any(record["step"] == trainer.step for record in records) else -1
+        self.group = self._open_series(records) if self.is_first else ""
+        if self.is_first and run.pointed("best") is None:  # as after turning back to an earlier checkpoint
+            self._point_best()
+        looks_of_now = [r for r in records if r["step"] == trainer.step and r.get("protocol") == watch.protocol]
+        looked_at = trainer.step if looks_of_now else -1
         self.looked_at = broadcast_object_list([looked_at])[0]  # the others have no records, and wait for a look
         self.saved_step = trainer.step if trainer.step else -1
-        self.logged_step, self.logged_images, self.logged_time = trainer.step, trainer.images_seen, time.monotonic()
-        self.sums: dict[str, torch.Tensor] = {}
+        self.logged_images, self.logged_time = trainer.images_seen, time.monotonic()
         self.stop = StopRequest()
 
     def train(self) -> bool:
@@ -86,6 +89,15 @@ class PersonalizeLoop:
             self._save()
         return trainer.step >= updates
 
+    def _open_series(self, records: list[dict[str, Any]]) -> str:
+        """What the curves of this run's looks are called; says so where they cannot be compared with the last ones."""
+        protocol = self.watch.protocol
+        if records and records[-1].get("protocol") != protocol:
+            reason = difference(records[-1].get("protocol"), protocol)
+            tqdm.write(f"looks: a new series, not compared with the one before ({reason})")
+        number = series_of(records, protocol)
+        return "watch" if number == 1 else f"watch_{number}"
+
     def _is_due(self, every: int) -> bool:
         return self.trainer.step % every == 0 or self.trainer.step == self.budget.total.updates
 
@@ -100,16 +112,13 @@ class PersonalizeLoop:
                 f"the loss or its gradient at update {self.trainer.step} is not finite; {saved}: use a lower "
                 "training.lr, or training.precision bf16 or float32"
             )
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        self.trainer.means.add(terms)
 
     def _log(self) -> dict[str, str]:
         """Write a line of metrics.jsonl; returns what the progress bar shows of it."""
         trainer, now = self.trainer, time.monotonic()
-        updates = trainer.step - self.logged_step
-        means = {name: (value / updates).item() for name, value in self.sums.items()}
         # In fp16 a gradient may overflow, whereupon the update is left out and the scale lowered.
-        means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        means = {name: mean for name, mean in trainer.means.flush().items() if math.isfinite(mean)}
         record = {
             "step": trainer.step,
             "images_seen": trainer.images_seen,
@@ -121,7 +130,7 @@ class PersonalizeLoop:
             self.log.write_metrics(record)
             if self.wandb is not None:
                 self.wandb.log({f"train/{name}": value for name, value in record.items()}, step=trainer.step)
-        self.sums, self.logged_step, self.logged_images, self.logged_time = {}, trainer.step, trainer.images_seen, now
+        self.logged_images, self.logged_time = trainer.images_seen, now
         return {"loss": f"{means['loss']:.4g}"}
 
     def _groups(self) -> zip:
@@ -160,7 +169,7 @@ class PersonalizeLoop:
             if self.held_out is not None:
                 record["held_out_loss"] = fixed_loss(trainer, self.held_out, timesteps)
         save_png(sheet, self.run.samples / f"step_{step:07d}.png")
-        self.log.write_look(record, sheet)
+        self.log.write_look(record, sheet, self.group)
         if self.wandb is not None:
             self._to_wandb(record, sheet)
         said = [f"{name} {score['mean']:.3f}" for name, score in record["scores"].items()]
@@ -175,13 +184,19 @@ class PersonalizeLoop:
     def _choose_and_warn(self) -> None:
         """Point `best` at the checkpoint of the best look, and say what speaks for overfitting."""
         cap = self.config.watch.copy_cap
-        best = choose([look for look in self.looks if self._is_there(look)], cap)
+        best = self._point_best()
         if best is not None:
-            self.run.point("best", self.run.checkpoint_file(best.step))
             self.run.prune(self.config.training.keep_checkpoints, [look.step for look in candidates(self.looks, cap)])
         for sign in overfitting(self.looks, cap) if self.looks[-1].step > 0 else ():
             chosen = f"the best checkpoint is that of step {best.step}" if best else "no checkpoint copies so little"
             tqdm.write(f"warning: {sign}; {chosen}")
+
+    def _point_best(self) -> Look | None:
+        """Point `best` at the checkpoint of the best look, if there is one."""
+        best = choose([look for look in self.looks if self._is_there(look)], self.config.watch.copy_cap)
+        if best is not None:
+            self.run.point("best", self.run.checkpoint_file(best.step))
+        return best
 
     def _is_there(self, look: Look) -> bool:
         return look.step == 0 or self.run.checkpoint_file(look.step).is_file()
@@ -196,5 +211,5 @@ class PersonalizeLoop:
     def _to_wandb(self, record: dict[str, Any], sheet: Any) -> None:
         import wandb
 
-        scalars = {f"watch/{name}": score["mean"] for name, score in record["scores"].items()}
-        self.wandb.log({**scalars, "watch/sheet": wandb.Image(sheet)}, step=record["step"])
+        scalars = {f"{self.group}/{name}": score["mean"] for name, score in record["scores"].items()}
+        self.wandb.log({**scalars, f"{self.group}/sheet": wandb.Image(sheet)}, step=record["step"])

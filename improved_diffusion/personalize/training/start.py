@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import textwrap
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,7 @@ from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
 from improved_diffusion.personalize.models.base import Base, load_base, load_tokenizer
 from improved_diffusion.personalize.models.trained import prepare, require_token, resolution_of
-from improved_diffusion.personalize.training.budget import plan
+from improved_diffusion.personalize.training.budget import plan, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
 from improved_diffusion.personalize.training.prior import prior_images
@@ -32,7 +33,7 @@ from improved_diffusion.personalize.training.watch import Watch, watched_prompts
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.settings import require, to_plain
-from improved_diffusion.training.devices import is_fast_at_bf16
+from improved_diffusion.training.devices import choose_precision
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "scaler", "images_seen", "prior_seen", "data_hash")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
@@ -40,9 +41,20 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy",
 # What a resumed run may change; all else decides what the run computes.
 CHANGEABLE = {
     "": ("data", "base", "wandb"),
-    "training": ("steps", "epochs", "log_every", "save_every", "keep_checkpoints"),
+    "training": ("steps", "epochs", "accumulation", "log_every", "save_every", "keep_checkpoints"),
     "watch": tuple(field.name for field in dataclasses.fields(WatchConfig)),
 }
+
+
+def with_precision(config: PersonalizeConfig) -> tuple[PersonalizeConfig, str]:
+    """The settings with `training.precision: auto` settled by the device, so that the run records it and keeps it
+    wherever it is resumed; and a line that says why."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.training.precision == "auto" and device.type == "cpu":
+        precision, why = "float32", "float32, for there is no GPU"
+    else:
+        precision, why = choose_precision(config.training.precision, device)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision)), why
 
 
 def require_place(out: Path, data: str | None) -> None:
@@ -64,6 +76,9 @@ def require_place(out: Path, data: str | None) -> None:
 def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     """Device, precision and processes, as `accelerate launch` or torchrun started them.
 
+    Args:
+        config: with its precision settled.
+
     Raises:
         UserError: what takes a CUDA device, without one.
     """
@@ -76,8 +91,6 @@ def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     }
     for setting, is_set in needs_cuda.items():
         require(has_cuda or not is_set, f"{setting} needs a CUDA device: leave it out here")
-    if precision == "auto":
-        precision = "bf16" if has_cuda and is_fast_at_bf16(torch.device("cuda")) else "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     return Accelerator(
         cpu=not has_cuda,
@@ -132,22 +145,23 @@ def build(
     _say_what_is_small(learned.training.images, of_images, say)
     stream = MicroBatchStream(of_images, config.images.repeats, config.training.batch_size, config.seed)
     budget = plan(stream, config.training, accelerator.num_processes, with_prior=config.prior.images > 0)
+    if state is not None:
+        require_same_updates(stream, budget, state["step"], state["images_seen"])
     say(f"budget: {budget}")
-    estimate = estimate_memory(base, config)
-    say(f"memory: {estimate}, on a GPU")
-    if free is not None:
-        require_memory(estimate, free, config, str(accelerator.device))
     judge = None
     if accelerator.is_main_process:
         judge = Judge(config.watch.clip, config.watch.vision, accelerator.device, "watch.")
+    precision = arithmetic(accelerator)
+    estimate = estimate_memory(base, config, precision, judge.nbytes if judge is not None else 0)
+    say(f"memory on a GPU, in {precision}:\n{textwrap.indent(str(estimate), '  ')}")
+    if free is not None:
+        require_memory(estimate, free, config, precision, accelerator.device)
 
-    base.to(accelerator.device, arithmetic(accelerator), config.training.vae_precision)
+    base.to(accelerator.device, precision, config.training.vae_precision)
     prior = _prior(base, fingerprint, config, of_images, resolution, accelerator)  # drawn by the base as it came
     trained = prepare(base, config)
-    say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}; {arithmetic(accelerator)}")
+    say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}")
     trainer = Trainer(base, trained, config, _encode(base, learned.training, of_images, config), prior, accelerator)
-    if state is not None:
-        trainer.load_state_dict(state)
     held_out = None
     if learned.held_out.images:
         held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config)
@@ -156,7 +170,11 @@ def build(
         references = see_training(base, judge, learned.training.images, config.images.background, resolution)
         folder = run.samples / "class_base"
         watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder)
+        if state is not None:
+            watch.keep_base()
         _record_provenance(run, config, learned, accelerator)
+    if state is not None:
+        trainer.load_state_dict(state)
     wandb = _wandb(config, run, accelerator)
     return PersonalizeLoop(trainer, watch, held_out, budget, run, config, learned.content_hash, wandb)
 

@@ -27,6 +27,9 @@ from improved_diffusion.personalize.training.losses import (
     per_sample_loss,
     target,
 )
+from improved_diffusion.personalize.training.running_means import RunningMeans
+from improved_diffusion.run_directory import DAMAGE
+from improved_diffusion.training.model import set_moments
 
 # Generators of a run are keyed (seed, purpose, micro-batch): resuming draws what an unbroken run would have drawn.
 DRAWS, DROPOUT = range(100, 102)
@@ -81,6 +84,7 @@ class Trainer:
             base.unet.enable_gradient_checkpointing()
             for name in trained.parts.keys() - {"unet"}:
                 base.text_encoders[name].gradient_checkpointing_enable()
+        self.means = RunningMeans(accelerator.device)
         self.step = self.images_seen = self.prior_seen = 0
 
     @property
@@ -97,7 +101,6 @@ class Trainer:
             group["lr"] = group["peak_lr"] * min(1.0, (self.step + 1) / max(1, training.warmup_steps))
         for part in self.trained.parts:
             getattr(self.base.pipeline, part).train()
-        self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
         for part in range(training.accumulation):
             first = (self.step * training.accumulation + part) * accelerator.num_processes
@@ -114,6 +117,7 @@ class Trainer:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.step)
+        self.optimizer.zero_grad()  # now, for a look takes memory too
         for part in self.trained.parts:
             getattr(self.base.pipeline, part).eval()
         self.step += 1
@@ -206,6 +210,7 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
+            "running_means": self.means.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,10 +223,15 @@ class Trainer:
         try:
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if self.config.training.adam_8bit:
+                self.optimizer.load_state_dict(state["optimizer"])
+            else:
+                set_moments(self.optimizer, state["optimizer"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        except (ValueError, KeyError, TypeError) as error:
+            if "running_means" in state:  # older checkpoints have none
+                self.means.load_state_dict(state["running_means"])
+        except DAMAGE as error:
             raise UserError(f"the checkpoint does not fit the settings of the run: {error}") from error
         self.step, self.images_seen, self.prior_seen = (state[n] for n in ("step", "images_seen", "prior_seen"))
 

@@ -5,7 +5,7 @@ import pytest
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import TrainingConfig
 from improved_diffusion.personalize.data.stream import MicroBatchStream
-from improved_diffusion.personalize.training.budget import Counters, plan
+from improved_diffusion.personalize.training.budget import Counters, plan, require_same_updates
 
 SQUARE, TALL = (64, 64), (128, 64)
 
@@ -45,3 +45,27 @@ def test_it_says_what_it_counts():
 def test_no_length_at_all():
     with pytest.raises(UserError, match=r"how long to train\? give training.steps"):
         plan(MicroBatchStream([SQUARE], 1, 1, seed=0), TrainingConfig(), 1, with_prior=False)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "processes", "advice"),
+    [
+        (1, 8, None),
+        (8, 1, None),
+        (2, 4, None),
+        (1, 1, "set training.accumulation to 8"),
+        (1, 2, "set training.accumulation to 4"),
+        (3, 3, "start fewer or more processes"),
+    ],
+)
+def test_a_resumed_run_takes_as_many_micro_batches_an_update(accumulation, processes, advice):
+    """Five images in batches of 2, so that an update may see more images or fewer: its first run had 8 processes."""
+    stream = MicroBatchStream([SQUARE] * 5, 1, 2, seed=0)
+    seen = plan(stream, TrainingConfig(steps=7, batch_size=2), 8, with_prior=False).total.images_seen
+    training = TrainingConfig(steps=20, batch_size=2, accumulation=accumulation)
+    budget = plan(stream, training, processes, with_prior=False)
+    if advice is None:
+        require_same_updates(stream, budget, 7, seen)
+    else:
+        with pytest.raises(UserError, match=f"takes 8 micro-batches, .*{advice}"):
+            require_same_updates(stream, budget, 7, seen)

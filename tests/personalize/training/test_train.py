@@ -75,22 +75,30 @@ def assert_equal(one, other) -> None:
         assert one == other
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--train_text_encoder=true", "--images.buckets=true", "--training.batch_size=2", "--prior.images=2"),
-        ("--adapter.dora=true", "--adapter.targets=attention+feedforward", "--training.gradient_checkpointing=true"),
-        ("--method=full", "--train_text_encoder=true"),
-        ("--method=full", "--training.precision=bf16"),
-        ("--method=textual_inversion", "--subject.token=<ball>", "--subject.vectors=2", "--training.precision=bf16"),
-    ],
-    ids=["lora", "dora", "full", "full, bf16", "textual inversion, bf16"],
-)
+METHODS = {
+    "lora": ("--train_text_encoder=true", "--images.buckets=true", "--training.batch_size=2", "--prior.images=2"),
+    "dora": (
+        "--adapter.dora=true",
+        "--adapter.targets=attention+feedforward",
+        "--training.gradient_checkpointing=true",
+    ),
+    "full": ("--method=full", "--train_text_encoder=true"),
+    "full, bf16": ("--method=full", "--training.precision=bf16"),
+    "textual inversion, bf16": (
+        "--method=textual_inversion",
+        "--subject.token=<ball>",
+        "--subject.vectors=2",
+        "--training.precision=bf16",
+    ),
+}
+ALL = [(kind, method) for kind in ("sd", "sdxl") for method in METHODS]
+
+
+@pytest.mark.parametrize(("kind", "method"), [*ALL, ("sd2", "lora"), ("sd2", "textual inversion, bf16")])
 def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
-    train, run_script, tiny_bases, tmp_path, kind, flags
+    train, run_script, tiny_bases, tmp_path, kind, method
 ):
-    outcome = train(tiny_bases[kind], "run", "--prior.steps=2", *flags)
+    outcome = train(tiny_bases[kind], "run", "--prior.steps=2", *METHODS[method])
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
     planned = re.search(r"epochs: (.*)", outcome.out).group(1)
@@ -116,6 +124,47 @@ def test_a_resumed_run_is_an_unbroken_one(train, run_script, tiny_bases, tmp_pat
     assert all("held_out_loss" in record for record in records)
 
 
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_every_line_of_the_record_is_that_of_an_unbroken_run(train, run_script, tiny_bases, tmp_path, monkeypatch, how):
+    from improved_diffusion.personalize.training.trainer import Trainer
+
+    flags = ("--training.log_every=3", "--training.save_every=2")
+    assert train(tiny_bases["sd"], "unbroken", *flags, steps=7).code == 0
+    step = Trainer.train_step
+
+    def interrupting(trainer):
+        if trainer.step == 5:
+            monkeypatch.setattr(Trainer, "train_step", step)
+            if how == "killed":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupting)
+    assert train(tiny_bases["sd"], "broken", *flags, steps=7).code == 130
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert run_script("personalize.py", "train", f"--resume={tmp_path / 'broken'}").code == 0
+    of_both = []
+    for name in ("unbroken", "broken"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        of_both.append([{**json.loads(line), "images_per_second": None} for line in lines])
+    assert [record["step"] for record in of_both[0]] == [3, 6, 7]
+    assert of_both[0] == of_both[1]
+
+
+def test_a_second_process_is_refused(train, run_script, tiny_bases, tmp_path):
+    from improved_diffusion.run_directory import RunDirectory
+
+    assert train(tiny_bases["sd"], "run", steps=1).code == 0
+    with RunDirectory(tmp_path / "run").held():
+        for outcome in (
+            train(tiny_bases["sd"], "run"),
+            run_script("personalize.py", "train", f"--resume={tmp_path / 'run'}", "--training.steps=2"),
+        ):
+            assert outcome.is_one_clear_line(), outcome.err
+            assert f"another process trains in {tmp_path / 'run'}" in outcome.err
+
+
 def test_killed_in_the_middle_it_goes_on(train, run_script, tiny_bases, photos, tmp_path):
     assert train(tiny_bases["sd"], "unbroken", *EVERYTHING, steps=30).code == 0
     killed = tmp_path / "killed"
@@ -134,7 +183,9 @@ def test_killed_in_the_middle_it_goes_on(train, run_script, tiny_bases, photos, 
 
 
 def test_what_decides_the_result_cannot_change(train, run_script, tiny_bases, tmp_path):
-    train(tiny_bases["sd"], "run")
+    begun = train(tiny_bases["sd"], "run")
+    assert "arithmetic: float32, for there is no GPU" in begun.out
+    assert "\n  precision: float32\n" in (tmp_path / "run" / "config.yaml").read_text()
     outcome = run_script("personalize.py", "train", f"--resume={tmp_path / 'run'}", "--adapter.rank=4")
     assert outcome.is_one_clear_line()
     assert "cannot change adapter.rank from 8 to 4" in outcome.err
@@ -209,6 +260,47 @@ def test_copying_is_noticed_and_the_choice_precedes_it(train, tiny_bases, photos
     assert [record["scores"]["copying"]["mean"] > 0.9 for record in records] == [False, False, False, True, True]
 
 
+def records_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_other_looks_on_a_resume_are_a_new_series(train, run_script, tiny_bases, tmp_path):
+    """What hardly learns has hardly moved from the base, on any seeds; and scores of other pictures choose nothing."""
+    run = tmp_path / "run"
+    looks = ("--watch.vision=inception", "--watch.every=1", "--images.resolution=64", "--training.keep_checkpoints=1")
+    prompts = ('--watch.prompts=["a {token} {class}"]', '--watch.class_prompts=["a {class}"]')
+    assert train(tiny_bases["sd"], "run", *looks, *prompts, "--training.lr=1e-9").code == 0
+    best = (run / "checkpoints" / "best").read_text().strip()
+    outcome = run_script("personalize.py", "train", f"--resume={run}", "--training.steps=3", "--watch.seeds=[7,8]")
+    assert outcome.code == 0, outcome.err
+    assert "looks: a new series, not compared with the one before (other seeds)" in outcome.out
+    records = records_of(run)
+    assert [(record["step"], record["protocol"]["seeds"]) for record in records] == [
+        *((step, [0]) for step in (0, 1, 2)),
+        *((step, [7, 8]) for step in (2, 3)),  # the one of the checkpoint that it goes on from is looked at again
+    ]
+    assert all(max(record["values"]["drift"]) < 1e-3 for record in records)
+    assert (run / "checkpoints" / "best").read_text().strip() in ("step_0000002.pt", "step_0000003.pt")
+    assert (run / "checkpoints" / best).is_file()
+
+    again = run_script("personalize.py", "train", f"--resume={run}", "--training.steps=4")
+    assert again.code == 0, again.err
+    assert "a new series" not in again.out
+    assert len(records_of(run)) == 6
+
+
+def test_any_other_looks_can_be_taken_up(train, run_script, tiny_bases, tiny_judges, tmp_path):
+    looks = ("--watch.vision=inception", "--watch.every=1", "--images.resolution=64", '--watch.prompts=["a {token}"]')
+    assert train(tiny_bases["sd"], "run", *looks, steps=1).code == 0
+    changes = ("--watch.class_prompts=[]", f"--watch.clip={tiny_judges['clip']}", "--watch.vision=null")
+    for step, change in enumerate(changes, start=2):
+        flags = (f"--training.steps={step}", change)
+        outcome = run_script("personalize.py", "train", f"--resume={tmp_path / 'run'}", *flags)
+        assert outcome.code == 0, outcome.err
+        assert "a new series" in outcome.out
+    assert [record["step"] for record in records_of(tmp_path / "run")] == [0, 1, 1, 2, 2, 3, 3, 4]
+
+
 def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -260,7 +352,7 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
         (("--training.epochs=3",), "both given: set one of them to null"),
         (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),
-        (("--seed=99999999999999999999",), "seed must be from 0 to 2^63 - 1"),
+        (("--seed=99999999999999999999",), "seed must be a number below 2^63"),
         (("--subject.prompt=a {token.x}",), "cannot be filled in"),
         (("--method=textual_inversion",), "knows 'sks' already"),
         (("--watch.clip=nowhere",), "the CLIP model nowhere does not exist"),
@@ -346,7 +438,8 @@ def test_a_gpu_too_small_is_said_before_anything_starts(train, tiny_bases, tmp_p
     monkeypatch.setattr(start, "free_memory", lambda device: 400_000_000)
     outcome = train(tiny_bases["sd"], "run", "--method=full")
     assert outcome.is_one_clear_line(), outcome.err
-    assert re.search(r"needs about 5\d\d MB and cpu has 400 MB free; to need less: .*method lora", outcome.err)
+    needs = r"a training step needs about 5\d\d MB, a look at the run 5\d\d MB, and cpu has 400 MB free"
+    assert re.search(needs + "; to need less: .*method lora", outcome.err)
     assert not (tmp_path / "run").exists()
 
 
@@ -363,15 +456,24 @@ def in_two_processes(*flags: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_two_processes_are_one_that_accumulates(train, tiny_bases, photos, tmp_path):
+def test_two_processes_are_one_that_accumulates(train, run_script, tiny_bases, photos, tmp_path):
     """As many micro-batches an update, in two processes or one after the other: the same weights, up to rounding; also
-    after a resume at an update at which there was a look."""
+    after a resume at an update at which there was a look, and after one in a single process."""
     flags = ("--train_text_encoder=true", "--prior.images=2", "--prior.steps=2", "--training.lr=1e-2")
-    assert train(tiny_bases["sd"], "one", *flags, "--training.accumulation=4", steps=3).code == 0
+    assert train(tiny_bases["sd"], "one", *flags, "--training.accumulation=4", steps=4).code == 0
     where = (f"--base={tiny_bases['sd']}", f"--data={photos}", f"--out={tmp_path / 'two'}")
     in_two_processes(*where, *SUBJECT, *FAST, *flags, "--training.accumulation=2", "--training.steps=2")
     in_two_processes(f"--resume={tmp_path / 'two'}", "--training.steps=3")
-    one, two = (checkpoint(tmp_path / name, 3) for name in ("one", "two"))
-    assert (two["images_seen"], two["prior_seen"]) == (one["images_seen"], one["prior_seen"]) == (12, 12)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resume = ("personalize.py", "train", f"--resume={tmp_path / 'two'}", "--training.steps=4")
+    outcome = run_script(*resume)
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "takes 4 micro-batches" in outcome.err
+    assert "set training.accumulation to 4" in outcome.err
+    AcceleratorState._reset_state(reset_partial_state=True)
+    outcome = run_script(*resume, "--training.accumulation=4")
+    assert outcome.code == 0, outcome.err
+    one, two = (checkpoint(tmp_path / name, 4) for name in ("one", "two"))
+    assert (two["images_seen"], two["prior_seen"]) == (one["images_seen"], one["prior_seen"]) == (16, 16)
     for name, weight in one["model"].items():
         torch.testing.assert_close(two["model"][name], weight, rtol=1e-3, atol=1e-4)
