@@ -68,7 +68,8 @@ class UNetConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_res_blocks >= 1, f"model.num_res_blocks must be at least 1, not {self.num_res_blocks}")
+        blocks = self.num_res_blocks
+        require(1 <= blocks <= 100, f"model.num_res_blocks must be from 1 to 100, not {blocks}")
         require(len(self.channel_multipliers) >= 1, "model.channel_multipliers must not be empty")
 
 
@@ -90,6 +91,10 @@ class TransformerConfig(ModelConfig):
     """Tokens of the class that join the patches after a third of the blocks; 0 for none."""
     bottleneck: int | None = None
     """Channels of a narrow layer through which patches enter: worth it where they are large."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.depth <= 1000, f"model.depth must be from 1 to 1,000, not {self.depth}")
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,10 @@ class DiffusionConfig:
     """Which t to train on; by default loss_second_moment for the vlb loss and uniform for the others."""
 
     def __post_init__(self) -> None:
-        steps = self.timesteps
-        require(steps is None or steps >= 1, f"diffusion.timesteps must be at least 1, or null, not {steps}")
+        steps, most = self.timesteps, 1_000_000
+        require(
+            steps is None or 1 <= steps <= most, f"diffusion.timesteps must be from 1 to {most:,}, or null, not {steps}"
+        )
         require(
             steps is None or self.schedule in ("cosine", "linear"),
             f"diffusion.schedule {self.schedule} is continuous in time: set diffusion.timesteps to null",
@@ -179,6 +186,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"training.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.batch_size <= 1_000_000, f"training.batch_size must be at most 1,000,000, not {self.batch_size}")
         require(self.lr > 0, f"training.lr must be positive, not {self.lr}")
         require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
         require(self.warmup_steps >= 0, f"training.warmup_steps must not be negative, not {self.warmup_steps}")
@@ -187,6 +195,7 @@ class TrainingConfig:
             f"training.grad_clip must be positive or null, not {self.grad_clip}",
         )
         require(len(self.ema_rates) >= 1, "training.ema_rates needs at least one rate")
+        require(len(set(self.ema_rates)) == len(self.ema_rates), "training.ema_rates must differ from each other")
         for rate in self.ema_rates:
             require(0 <= rate < 1, f"training.ema_rates must be in [0, 1), not {rate}")
         require(
@@ -264,8 +273,10 @@ class EvaluationConfig:
     """Seed of the generated images, the same at every evaluation."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "samples_per_class", "grid_columns"):
-            require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.every >= 1, f"evaluation.every must be at least 1, not {self.every}")
+        for name, most in {"samples_per_class": 1_000_000, "grid_columns": 1000}.items():
+            value = getattr(self, name)
+            require(1 <= value <= most, f"evaluation.{name} must be from 1 to {most:,}, not {value}")
         require(self.seed >= 0, f"evaluation.seed must not be negative, not {self.seed}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -21,14 +22,26 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, numpy (a MemoryError) or PyTorch (on a CPU any RuntimeError) found no memory."""
+    return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)) is not None
+
+
 @contextlib.contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """Wrap a command line's `main`: a `UserError` prints `error: ...` and exits 2, Ctrl-C exits 130."""
+    """Wrap a command line's `main`: a `UserError` prints `error: ...` and exits 2, and so does a want of memory;
+    Ctrl-C exits 130."""
     try:
         yield
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(f"error: out of memory, use smaller batches, for one: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 import typing
 from pathlib import Path
@@ -22,7 +23,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Settings = TypeVar("Settings")
 
-LARGEST = 2**63  # what PyTorch and numpy count with
+LARGEST = 2**63  # whole number that PyTorch and numpy count with
 
 # What a user writes for a value of a type, as jsonargparse's complaints name types.
 WRITTEN = {
@@ -110,7 +111,8 @@ def _require_values(kind: type, values: argparse.Namespace, group: str = "") -> 
         require(value is not None or may_be_null, f"{key} cannot be null: give a value, or leave it out")
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, (int, float)):
-                require(abs(number) < LARGEST, f"{key} must be a number below 2^63, not {number}")
+                limit = LARGEST if isinstance(number, int) else math.inf  # neither inf nor nan is below that
+                require(abs(number) < limit, f"{key} must be a finite number, and a whole one below 2^63, not {number}")
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:

@@ -37,8 +37,9 @@ def build_network(config: Config, num_classes: int) -> Backbone:
             num_classes=num_classes if model.class_conditional else None,
             null_class=model.class_dropout > 0,
         )
-    except ValueError as error:
-        raise UserError(f"the settings under model do not fit together: {error}") from error
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:  # PyTorch's, of absurd sizes
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the settings under model do not fit together, or not into memory: {reason}") from error
 
 
 def build_process(diffusion: DiffusionConfig) -> Process:

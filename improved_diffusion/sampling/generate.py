@@ -77,7 +77,7 @@ def load_model(
     file = run.choose_checkpoint(checkpoint)
     state = read_checkpoint(file, ("step", "model", "ema", "class_names"))
     network = build_network(config, len(state["class_names"]))
-    averages = {float(rate): weights for rate, weights in state["ema"].items()}
+    averages = {float(rate): weights for rate, weights in (state["ema"] or {}).items()}
     if ema is not None and ema not in averages:
         stored = f"it has those of {', '.join(map(str, averages))}" if averages else "it has none"
         raise UserError(f"{file} has no moving average of rate {ema}: {stored}")

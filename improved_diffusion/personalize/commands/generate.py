@@ -7,7 +7,6 @@ python personalize.py generate "a sticker" --base BASE --adapter lora.safetensor
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def run(arguments: list[str]) -> None:
         parser.error(f"--seed must be from 0 to 2^62, not {options.seed}")
 
     # Imported only now: torch takes seconds, and typos are answered at once.
-    from improved_diffusion.files import atomic_write
+    from improved_diffusion.files import atomic_write, file_sha256
     from improved_diffusion.personalize.data.captioned import MANIFEST, load_image
     from improved_diffusion.personalize.generate import Sampling
     from improved_diffusion.personalize.measuring.sheet import contact_sheet
@@ -66,10 +65,11 @@ def run(arguments: list[str]) -> None:
         "n": options.n,
         "seed": options.seed,
         **dataclasses.asdict(sampling),
-        "image": hashlib.sha256(options.image.read_bytes()).hexdigest() if options.image is not None else None,
+        "image": file_sha256(options.image) if options.image is not None else None,
         "scales": list(scales),
         "precision": str(base.unet.dtype).removeprefix("torch."),
         "base": base.name,
+        "adapter": file_sha256(options.adapter) if options.adapter is not None else None,  # its alpha is no weight
         "weights": base.fingerprint(),
     }
     claim(manifest, request, "choose another --out")

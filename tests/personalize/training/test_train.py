@@ -316,11 +316,32 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     assert "budget: 6 images" in outcome.out
 
 
+@pytest.fixture(scope="module")
+def mistaken_data(photos, tmp_path_factory) -> Path:
+    """What people give in place of a folder of photos, and a parquet file in which a caption is missing."""
+    import pyarrow
+    import pyarrow.parquet
+
+    places = tmp_path_factory.mktemp("mistaken")
+    (places / "empty").mkdir()
+    shutil.make_archive(str(places / "photos"), "zip", photos)
+    shutil.copy(photos / "0.png", places / "a.png")
+    images = [(photos / f"{number}.png").read_bytes() for number in range(2)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "text": ["a ball", None]}), places / "a.parquet")
+    return places
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--data=nowhere",), "there is no folder or parquet file of images at nowhere"),
-        (("--data={empty}",), "no usable images in"),
+        (("--data={places}/empty",), "no usable images in"),
+        (("--data={places}/photos.zip",), "it is a zip archive: unpack it, and give the folder"),
+        (("--data={places}/a.png",), "it is a single picture: give the folder that holds it"),
+        (("--data={places}/a.parquet", "--subject.token=null"), "fill in the caption of its row"),
+        (("--images.caption_column=en",), "leave out images.caption_column"),
+        (("--training.steps=1.5",), "training.steps must be a whole number or null, not 1.5"),
+        (("--base=models/dog.safetensors",), "models/dog.safetensors does not exist; give a folder"),
         (("--subject.token=null",), "have no caption, the first is 1.png: write 1.txt beside it"),
         (("--base=nowhere",), "the base model nowhere does not exist"),
         (("--subject.token=zwx",), "the token 'zwx' splits into"),
@@ -331,7 +352,7 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
         (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
         (("--training.epochs=3",), "both given: set one of them to null"),
         (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),
-        (("--seed=99999999999999999999",), "seed must be a number below 2^63"),
+        (("--seed=99999999999999999999",), "seed must be a finite number, and a whole one below 2^63"),
         (("--subject.prompt=a {token.x}",), "cannot be filled in"),
         (("--method=textual_inversion",), "knows 'sks' already"),
         (("--watch.clip=nowhere",), "the CLIP model nowhere does not exist"),
@@ -343,13 +364,8 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_mistakes_are_one_clear_line(train, tiny_bases, tmp_path, flags, message):
-    (tmp_path / "empty").mkdir()
-    outcome = train(
-        tiny_bases["sd"],
-        "run",
-        *(flag.format(empty=tmp_path / "empty") if "{empty}" in flag else flag for flag in flags),
-    )
+def test_mistakes_are_one_clear_line(train, tiny_bases, mistaken_data, flags, message):
+    outcome = train(tiny_bases["sd"], "run", *(flag.replace("{places}", str(mistaken_data)) for flag in flags))
     assert outcome.is_one_clear_line(), outcome.err
     assert message in outcome.err
 
