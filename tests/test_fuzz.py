@@ -20,8 +20,6 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from improved_diffusion.training.devices import Processes
-from improved_diffusion.training.generate import SampleKey, generate, load_model, model_denoiser
 from PIL import Image
 
 from improved_diffusion import settings as settings_module
@@ -35,6 +33,8 @@ from improved_diffusion.personalize.data.crops import buckets
 from improved_diffusion.personalize.data.stream import MicroBatchStream
 from improved_diffusion.personalize.training.budget import plan
 from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.runtime.devices import Processes
+from improved_diffusion.sampling.generate import SampleKey, generate, load_model, model_denoiser
 from improved_diffusion.settings import load_settings
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.loop import TrainingLoop
