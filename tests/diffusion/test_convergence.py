@@ -66,7 +66,7 @@ def flow_error(sampler, process, steps: int, analytic_gaussian) -> float:
 
 
 @every_process
-@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2), (dpmpp_2m, 2)], ids=lambda value: str(value))
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (heun, 2), (dpmpp_2m, 2)], ids=["ddim", "heun", "dpmpp_2m"])
 def test_error_falls_with_the_order_of_the_method(process, sampler, order, analytic_gaussian):
     errors = [flow_error(sampler, process, steps, analytic_gaussian) for steps in (20, 40, 80)]
     slopes = np.log2(np.divide(errors[:-1], errors[1:]))
