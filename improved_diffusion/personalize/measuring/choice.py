@@ -22,7 +22,7 @@ class Look:
     fidelity: tuple[float, ...]  # likeness to the subject
     prompt: tuple[float, ...]  # match of the prompt; empty where it could not be measured
     copying: tuple[float, ...]  # empty where it could not be measured
-    protocol: str = ""  # of what was drawn and by what it was measured
+    protocol: str  # of what was drawn and by what it was measured
 
     @property
     def point(self) -> tuple[float, float]:

@@ -91,10 +91,10 @@ class PersonalizeLoop:
 
     def _open_series(self, records: list[dict[str, Any]]) -> str:
         """What the curves of this run's looks are called; says so where they cannot be compared with the last ones."""
-        protocol = self.watch.protocol
-        if records and records[-1].get("protocol") != protocol:
-            reason = difference(records[-1].get("protocol"), protocol)
-            tqdm.write(f"looks: a new series, not compared with the one before ({reason})")
+        protocol, known = self.watch.protocol, [record.get("protocol") for record in records]
+        if known and known[-1] != protocol:
+            which = "an earlier" if protocol in known else "a new"
+            tqdm.write(f"looks: {which} series, not compared with the last one ({difference(known[-1], protocol)})")
         number = series_of(records, protocol)
         return "watch" if number == 1 else f"watch_{number}"
 

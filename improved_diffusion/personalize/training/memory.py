@@ -52,6 +52,8 @@ class MemoryEstimate:
     activations: int
     """What the step needs beside all that. Gradients come as activations go, so that they share room; what is counted
     here is what does not fit into that of the gradients."""
+    encodes: bool
+    """Whether it is in encoding its images that a step needs most."""
     swapped: int
     """What is trained, kept aside while its moving average is looked at."""
     denoising: int
@@ -115,6 +117,7 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
     model.to("meta", precision, training.vae_precision)
     trained = prepare(model, config)
     denoising, decoding = _peaks_of_look(model, config)
+    encoding = 0 if config.images.cache else _peak_of_encoding(model, config)
     peak = _peak_of_step(model, trained, config, DTYPES[precision])
     # The last layer of SDXL's first text encoder, for one, is not used, and has neither gradient nor moments.
     learning = sum(parameter.numel() for parameter in trained.parameters.values() if parameter.grad is not None)
@@ -129,6 +132,7 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
         optimizer=MOMENTS[training.adam_8bit] * learning,
         averages=averages,
         activations=peak - 4 * learning,
+        encodes=encoding > 0 and encoding + (4 * learning if training.accumulation > 1 else 0) >= peak,
         swapped=averages,
         denoising=denoising,
         decoding=decoding,
@@ -166,11 +170,11 @@ def _remedies(
     step, look = estimate.step > available, estimate.look > available
     decodes = look and estimate.decoding > estimate.denoising
     remedies = {
-        "training.gradient_checkpointing true": step and not training.gradient_checkpointing,
+        "training.gradient_checkpointing true": step and not (training.gradient_checkpointing or estimate.encodes),
         "training.batch_size 1 and more training.accumulation": step and training.batch_size > 1,
         # Of weights in training there would be a second copy in the shorter type, which a look does not make up for.
         f"training.precision {'bf16' if fast_at_bf16 else 'fp16'}": precision == "float32" and (step or not is_full),
-        "images.cache true": step and not config.images.cache,
+        "images.cache true": step and estimate.encodes,
         # In fp16 the autoencoder of SDXL overflows.
         "training.vae_precision bf16": decodes and fast_at_bf16 and training.vae_precision == "float32",
         "watch.batch_size 1": look and not decodes and watch.batch_size > 1,
@@ -213,12 +217,21 @@ def _peaks_of_look(model: Base, config: PersonalizeConfig) -> tuple[int, int]:
     """Bytes of what the UNet makes in denoising as many pictures as are drawn at once, and the autoencoder of one."""
     watch, vae, side = config.watch, model.pipeline.vae, _latent_side(model, config)
     count = watch.batch_size * (2 if watch.guidance_scale > 1 else 1)
+    for part in (model.unet, *model.text_encoders.values()):
+        part.eval()
     with LiveBytes() as denoising, GPUArithmetic(mixed_type(model)):
         _predict(model, count, side, model.unet.dtype)
     with LiveBytes() as decoding, GPUArithmetic():
         latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=vae.dtype, device="meta")
         vae.decode(latent).sample.float()
     return denoising.peak, decoding.peak
+
+
+def _peak_of_encoding(model: Base, config: PersonalizeConfig) -> int:
+    """Bytes of what the autoencoder makes of the images of a micro-batch."""
+    with LiveBytes() as live:
+        _encode_images(model, config)
+    return live.peak
 
 
 def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtype: torch.dtype) -> int:
@@ -239,13 +252,17 @@ def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtyp
 def _loss(model: Base, config: PersonalizeConfig, dtype: torch.dtype) -> Tensor:
     """Of a micro-batch, the images of the prior included."""
     count = config.training.batch_size * (2 if config.prior.images else 1)
-    resolution = resolution_of(config, model)
     if not config.images.cache:
-        with GPUArithmetic():
-            latent_moments(model, torch.empty(config.training.batch_size, 3, resolution, resolution, device="meta"))
+        _encode_images(model, config)
     with GPUArithmetic(dtype):
         predicted = _predict(model, count, _latent_side(model, config), dtype, config.trains_text)
     return F.mse_loss(predicted.float(), torch.empty(predicted.shape, device="meta"))
+
+
+def _encode_images(model: Base, config: PersonalizeConfig) -> None:
+    side = resolution_of(config, model)
+    with GPUArithmetic():
+        latent_moments(model, torch.empty(config.training.batch_size, 3, side, side, device="meta"))
 
 
 def _latent_side(model: Base, config: PersonalizeConfig) -> int:

@@ -24,7 +24,7 @@ def look(step: int, fidelity: float, prompt: float | None, copying: float = 0.0)
     """Eight pictures that scatter about their means."""
     scatter = [0.01 * (i - 3.5) for i in range(8)]
     prompts = () if prompt is None else tuple(prompt + d for d in scatter)
-    return Look(step, tuple(fidelity + d for d in scatter), prompts, (copying,) * 8)
+    return Look(step, tuple(fidelity + d for d in scatter), prompts, (copying,) * 8, "usual")
 
 
 BASE = look(0, 0.3, 0.32)
@@ -60,7 +60,7 @@ def test_overfitting_is_said_when_it_is_seen():
 
 def test_chance_is_no_overfitting():
     """Half of the pictures up and half down: the interval of the change holds 0."""
-    noisy = Look(200, tuple(x + (-1) ** i * 0.1 for i, x in enumerate(GOOD.fidelity)), GOOD.prompt, GOOD.copying)
+    noisy = replace(GOOD, step=200, fidelity=tuple(x + (-1) ** i * 0.1 for i, x in enumerate(GOOD.fidelity)))
     assert overfitting([BASE, GOOD, noisy], 0.2) == []
 
 

@@ -15,6 +15,7 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 from torch._subclasses import FakeTensorMode
 
 from improved_diffusion.errors import UserError
@@ -195,6 +196,7 @@ FULL = MemoryEstimate(
     optimizer=20_500_000_000,
     averages=0,
     activations=280_000_000,
+    encodes=False,
     swapped=0,
     denoising=5_000_000_000,
     decoding=4_300_000_000,
@@ -234,7 +236,7 @@ def test_where_only_the_look_does_not_fit_nothing_is_suggested_for_the_step(gpu)
     gpu(fast=True)
     config = PersonalizeConfig(training=TrainingConfig(batch_size=2), images=ImagesConfig(cache=False))
     with pytest.raises(UserError) as error:
-        require_memory(LORA, int(11.8e9), config, "bf16", GPU)
+        require_memory(replace(LORA, encodes=True), int(11.8e9), config, "bf16", GPU)
     assert str(error.value) == (
         "a look at the run needs about 14.0 GB, a training step 10.1 GB, and cuda:0 has 11.8 GB free; to need less: "
         "training.vae_precision bf16, base_bits 4, watch.clip null, a smaller images.resolution"
@@ -251,11 +253,11 @@ def test_where_only_the_look_does_not_fit_nothing_is_suggested_for_the_step(gpu)
             "training.precision bf16, training.vae_precision bf16, watch.clip null",
         ),
         (  # as `auto` is float32 on a GPU that is slow at bf16
-            {"training": TrainingConfig(batch_size=2, ema_rate=0.9), "images": ImagesConfig(cache=False)},
+            {"training": TrainingConfig(batch_size=2, ema_rate=0.9)},
             "float32",
             False,
             "training.gradient_checkpointing true, training.batch_size 1 and more training.accumulation, "
-            "training.precision fp16, images.cache true, base_bits 4, watch.clip null",
+            "training.precision fp16, base_bits 4, watch.clip null",
         ),
         (
             {"method": "full", "train_text_encoder": True, "training": replace(CHECKPOINTING, ema_rate=0.9)},
@@ -285,21 +287,20 @@ def remedied(config: PersonalizeConfig, remedy: str) -> PersonalizeConfig:
     return replace(config, **{group[0]: replace(getattr(config, group[0]), **{name: value})})
 
 
+UNCACHED = replace(LARGE, cache=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "precision"),
     [
-        (
-            {
-                "images": replace(LARGE, cache=False),
-                "training": TrainingConfig(batch_size=8),
-                "watch": WatchConfig(batch_size=16),  # so that the UNet takes more than the autoencoder
-            },
+        (  # looks of so many pictures that the UNet takes more than the autoencoder
+            {"images": UNCACHED, "training": TrainingConfig(batch_size=8), "watch": WatchConfig(batch_size=16)},
             "float32",
         ),
         ({"method": "full", "train_text_encoder": True, "training": TrainingConfig(ema_rate=0.9)}, "bf16"),
         ({"method": "full", "watch": WatchConfig(guidance_scale=1.0)}, "float32"),
     ],
-    ids=["lora", "full", "full, float32"],
+    ids=["lora", "full", "full-float32"],
 )
 def test_what_is_suggested_helps(gpu, tiny_bases, settings, precision):
     """Each setting lowers the very moment that does not fit."""
@@ -315,10 +316,28 @@ def test_what_is_suggested_helps(gpu, tiny_bases, settings, precision):
         return estimate_memory(base, changed, arithmetic, judges=0 if changed.watch.clip is None else 1000)
 
     before = estimate_memory(base, config, precision, judges=1000)
-    drawing = "decoding" if before.decoding > before.denoising else "denoising"
-    for moment, grown in (("step", "activations"), ("look", drawing)):
-        other = {"step": before.look, "look": before.step}[moment]
+    only = {
+        "step": replace(before, swapped=0, denoising=0, decoding=0),
+        "look": replace(before, gradients=0, activations=0),
+    }
+    for moment, estimate in only.items():
         with pytest.raises(UserError) as error:
-            require_memory(replace(before, **{grown: 10**12}), other, config, precision, GPU)
+            require_memory(estimate, min(estimate.step, estimate.look), config, precision, GPU)
         for remedy in str(error.value).partition("to need less: ")[2].split(", "):
             assert getattr(after(remedy), moment) < getattr(before, moment), (moment, remedy)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_latents_are_to_be_kept_where_encoding_takes_most(gpu, tiny_bases, accumulation):
+    gpu(fast=True)
+    base = load_base(str(tiny_bases["sd"]))
+    training = TrainingConfig(gradient_checkpointing=True, accumulation=accumulation)
+    config = PersonalizeConfig(images=UNCACHED, training=training)
+    assert not estimate_memory(base, config, "bf16").encodes
+    levels = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    base.pipeline.vae = AutoencoderKL(3, 3, *levels, block_out_channels=(128, 128))
+    estimate = estimate_memory(base, config, "bf16")
+    assert estimate.encodes
+    with pytest.raises(UserError, match="images.cache true"):
+        require_memory(estimate, 0, config, "bf16", GPU)
+    assert estimate_memory(base, replace(config, images=LARGE), "bf16").step < estimate.step
