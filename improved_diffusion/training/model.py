@@ -37,7 +37,7 @@ def build_network(config: Config, num_classes: int) -> UNet:
             out_channels=6 if config.diffusion.variance == "learned_range" else 3,
         )
     except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:  # PyTorch's, of absurd sizes
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the settings under model do not fit together, or not into memory: {reason}") from error
 
 
