@@ -54,6 +54,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, help="images per network call (default: what suits the device)")
     add("--per-class", type=int, help="images that a run generates (default: as many as REAL has)")
     add("--checkpoint", help="of a run: best, latest or step_0015000.pt (default: best, or else latest)")
+    add("--ema", type=float, metavar="RATE", help="of a run: which moving average of its weights (default: the first)")
+    add("--generation-seed", type=int, default=1, help="of a run's images (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     options = parser.parse_args(arguments)
     check(parser, options)
@@ -63,7 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def check(parser: ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse at once what would only fail after the work."""
     options.metrics = list(dict.fromkeys(options.metrics))
-    for name, least in {"batch_size": 1, "n": 2, "seed": 0}.items():
+    for name, least in {"batch_size": 1, "n": 2, "seed": 0, "generation_seed": 0}.items():
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
@@ -87,7 +89,9 @@ def main() -> None:
     from improved_diffusion.metrics import measure
     from improved_diffusion.metrics.fid import statistics
     from improved_diffusion.metrics.report import plot, plot_pairs, table
+    from improved_diffusion.provenance import project_version
     from improved_diffusion.training.devices import start_processes
+    from improved_diffusion.training.identity import selection_line
     from improved_diffusion.training.measured_sets import open_sets
 
     with start_processes() as processes:
@@ -102,10 +106,13 @@ def main() -> None:
             refused.append(str(error))
     if results:
         print(table(results))
+    for line in filter(None, map(selection_line, opened.identities.values())):
+        print(line)
     if options.json and results:
         records = [result.as_dict() for result in results]
+        report = {**records[0], "measurements": records, **opened.identities, "improved_diffusion": project_version()}
         with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps({**records[0], "measurements": records}, indent=2) + "\n")
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
     if options.plot:
         plot(results, options.plot)
     for result in results:

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"the GPU has no memory left: try {advice}") from error
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name, "personalize")
-        raise UserError(f"{error.name} is missing: pip install 'improved_diffusion[{extra}]'") from error
+        raise UserError(f"{error.name} is missing: in the checkout, pip install -e '.[{extra}]'") from error
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--class", dest="class_name", default="all", help="a class name, or all (default: all)")
     parser.add_argument("--run", help="run directory (default: the newest run, or else the model that ships)")
     parser.add_argument("--checkpoint", help="best, latest or step_0015000.pt (default: best, or else latest)")
+    parser.add_argument("--ema", type=float, metavar="RATE", help="moving average of the weights (default: the first)")
     parser.add_argument("--n", type=int, default=16, help="images per class (default: 16)")
     parser.add_argument("--sampler", choices=("ancestral", "ddim"), help="default: the run's own")
     parser.add_argument("--sampling-steps", type=int, help="default: the run's own")
@@ -27,7 +28,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="images drawn at once; changes speed and memory only")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 (N, H, W, 3), labels (N,)")
-    parser.add_argument("--out", help="default: samples/NAME_OF_THE_RUN")
+    parser.add_argument("--out", type=Path, help="folder (default: samples/NAME_OF_THE_RUN, or a free name like it)")
+    parser.add_argument("--overwrite", action="store_true", help="replace other samples that are in the folder")
     return parser.parse_args(arguments)
 
 
@@ -46,17 +48,19 @@ def main(arguments: list[str]) -> int:
     }
     with start_processes() as processes:
         run = Path(options.run) if options.run else samples.newest_run(Path(__file__).resolve().parent)
-        model = generate.load_model(run, processes.device, options.checkpoint)
+        model = generate.load_model(run, processes.device, options.checkpoint, options.ema)
         given = {name: value for name, value in overrides.items() if value is not None}
         sampling = dataclasses.replace(model.config.sampling, **given)
         classes = samples.choose_classes(options.class_name, model)
         if options.n < 1 or options.seed < 0:
             raise UserError(f"--n must be at least 1 and --seed at least 0, not {options.n} and {options.seed}")
         keys = [generate.SampleKey(options.seed, label, number) for label in classes for number in range(options.n)]
-        out = Path(options.out) if options.out else Path("samples") / run.name
         if processes.is_first:
-            print(f"model: {model.checkpoint} (step {model.step:,}); {len(keys)} images", flush=True)
-        samples.write_samples(model, keys, sampling, out, processes, with_npz=options.npz)
+            trained = f"{model.checkpoint} (step {model.step:,})"
+            print(f"model: {trained}; {len(keys)} images, drawn in {model.precision}", flush=True)
+        out = samples.write_samples(
+            *(model, keys, sampling, options.out, processes), with_npz=options.npz, overwrite=options.overwrite
+        )
         if processes.is_first:
             npz = f" and {out}/samples.npz" if options.npz else ""
             print(f"wrote {samples.grid_file(out)}, {out}/CLASS/seed{options.seed}_NUMBER.png{npz}")

@@ -12,6 +12,7 @@ PERSONALIZE = [
     "accelerate>=1.15",
     "pyarrow>=15",
     "ftfy>=6",
+    "pillow-heif>=1.0",  # photographs of telephones
 ]
 
 setup(

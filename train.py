@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> int:
             why = "as --config says" if options.config else f"because {defaults.reason}"
             say(f"settings: {config_file}, {why}", flush=True)
         parsed = parse_arguments(parser, arguments, read_settings(config_file), str(config_file))
-        config = to_settings(Config, parser, parsed)
+        config, why = start.with_precision(to_settings(Config, parser, parsed), processes)
+        say(f"arithmetic: {why}", flush=True)
         if options.resume is not None:
             start.require_same_run(run.read_config(), config)
         else:

@@ -1,14 +1,15 @@
-"""Memory of fine-tuning: what a step takes, what was estimated, and what Stable Diffusion and SDXL will need.
+"""Memory of fine-tuning: what a step and a look take, what was estimated, and what Stable Diffusion and SDXL will need.
 
     python benchmarks/personalize_memory.py
 
 First, one training step of tiny random models on the CPU in float32, on all weights of the UNet (DreamBooth) and with
-LoRA: the tensors that stay and the most that PyTorch's allocator has given out beside them, in MB (10^6), each with the
-estimate.
+LoRA, and a picture drawn after a step of LoRA: the tensors that stay and the most that PyTorch's allocator has given
+out beside them, in MB (10^6), each with the estimate.
 
 Then the estimates for the published architectures on a GPU, one image a step, LoRA of rank 16 on attention, bfloat16
-but for what is trained, in GB (10^9). Activations are what does not fit into the room of the gradients, which come when
-they go. The total has 0.5 GB for what is not counted. `text`: the text encoders are trained too.
+but for what is trained and the autoencoder, looks as they are by default, in GB (10^9). Activations are what does not
+fit into the room of the gradients, which come when they go. Step and look have weights and judges, and 0.5 GB for what
+is not counted. `text`: the text encoders are trained too. `float32`: as on a GPU that is slow at bfloat16.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import runpy
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says that it starts
@@ -32,18 +34,28 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    ViTConfig,
+    ViTModel,
+)
 
 from improved_diffusion.errors import user_errors_exit
 from improved_diffusion.personalize.config import AdapterConfig, ImagesConfig, PersonalizeConfig, TrainingConfig
 from improved_diffusion.personalize.data.captioned import open_captioned_set
 from improved_diffusion.personalize.data.examples import Examples
+from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.trained import prepare
 from improved_diffusion.personalize.training.memory import estimate_memory
 from improved_diffusion.personalize.training.trainer import Source, Trainer
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "tiny_pipeline.py"))
+WIDTH = 12  # of a column
 TINY_RESOLUTION = 64  # four times what the tiny models are made for, so that activations count as they do in real ones
 
 # Settings of the published models where they differ from the defaults of diffusers and transformers.
@@ -99,8 +111,18 @@ def published_base(kind: str) -> Base:
     return Base("SD 1.5", StableDiffusionPipeline(**parts, requires_safety_checker=False))
 
 
-def measure(base: Base, config: PersonalizeConfig) -> int:
-    """Bytes that a run on the CPU holds at the worst moment of its second step; the first makes the moments of Adam."""
+def published_judges() -> dict[str, torch.nn.Module]:
+    """CLIP of ViT-L/14 and DINO of ViT-S/16, without weights, on the meta device."""
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    clip = CLIPConfig(text_config=CLIP_L, vision_config={**vision, "patch_size": 14}, projection_dim=768)
+    dino = ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6)
+    with torch.device("meta"):
+        return {"clip": CLIPModel(clip), "vision": ViTModel(dino, add_pooling_layer=False)}
+
+
+def measure(base: Base, config: PersonalizeConfig) -> tuple[int, int]:
+    """Bytes that a run on the CPU holds at the worst moments of its second step, for the first makes the moments of
+    Adam, and of drawing a picture after it."""
     trained = prepare(base, config)
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(Path(folder) / "black.png")
@@ -111,8 +133,9 @@ def measure(base: Base, config: PersonalizeConfig) -> int:
         prior = {(resolution, resolution): source} if config.prior.images else None
         trainer = Trainer(base, trained, config, source, prior, Accelerator(cpu=True, mixed_precision="no"))
         trainer.train_step()
-        trainer.optimizer.zero_grad()
-        return bytes_that_stay(trainer) + allocator_peak(trainer.train_step)
+        sampling = Sampling(1, config.watch.guidance_scale, height=resolution, width=resolution)
+        step = bytes_that_stay(trainer) + allocator_peak(trainer.train_step)
+        return step, bytes_that_stay(trainer) + allocator_peak(lambda: list(draw(base, ["a dog"], [0], sampling)))
 
 
 def bytes_that_stay(trainer: Trainer) -> int:
@@ -141,9 +164,10 @@ def allocator_peak(run: Callable[[], object]) -> int:
 
 
 def compare_with_measurement() -> None:
-    print(f"{'MB':28}{'full':>8}{'estimate':>10}{'LoRA':>8}{'estimate':>10}{'full / LoRA':>13}")
+    columns = ("full", "estimate", "LoRA", "estimate", "full / LoRA", "LoRA's look", "estimate")
+    print(f"{'MB':24}" + "".join(f"{column:>{WIDTH}}" for column in columns))
     for kind, checkpointing in itertools.product(("sd", "sdxl"), (False, True)):
-        bytes_of = {}
+        steps = []
         for method in ("full", "lora"):
             config = PersonalizeConfig(
                 method=method,
@@ -151,34 +175,41 @@ def compare_with_measurement() -> None:
                 training=TrainingConfig(precision="float32", gradient_checkpointing=checkpointing),
             )
             base = Base(f"tiny {kind}", TINY["make_pipeline"](kind))
-            estimate = estimate_memory(base, config)
-            bytes_of[method] = measure(base, config), estimate.total - estimate.allowance
-        cells = "".join(f"{measured / 1e6:8.1f}{said / 1e6:10.1f}" for measured, said in bytes_of.values())
+            estimate = estimate_memory(base, config, "float32")
+            step, look = measure(base, config)
+            steps += [step, estimate.step - estimate.allowance]
+        cells = [*(f"{size / 1e6:.1f}" for size in steps), f"{steps[0] / steps[2]:.2f}"]
+        cells += [f"{size / 1e6:.1f}" for size in (look, estimate.look - estimate.allowance)]
         name = f"tiny {kind}{', checkpointing' if checkpointing else ''}"
-        print(f"{name:28}{cells}{bytes_of['full'][0] / bytes_of['lora'][0]:13.2f}")
+        print(f"{name:24}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
 
 
-def published_runs() -> Iterator[tuple[str, PersonalizeConfig]]:
-    """Names and settings."""
+def published_runs() -> Iterator[tuple[str, PersonalizeConfig, str]]:
+    """Names, settings and precisions."""
     adapter = AdapterConfig(rank=16, alpha=16)
     for method, text, checkpointing in itertools.product(("full", "lora"), (False, True), (False, True)):
         training = TrainingConfig(gradient_checkpointing=checkpointing)
         name = f"{method}{', text' * text}{', checkpointing' * checkpointing}"
-        yield name, PersonalizeConfig(method=method, train_text_encoder=text, adapter=adapter, training=training)
-    least = PersonalizeConfig(base_bits=4, adapter=adapter, training=TrainingConfig(gradient_checkpointing=True))
-    yield "lora, checkpointing, 4 bits", least
+        config = PersonalizeConfig(method=method, train_text_encoder=text, adapter=adapter, training=training)
+        yield name, config, "bf16"
+    checkpointing = PersonalizeConfig(adapter=adapter, training=TrainingConfig(gradient_checkpointing=True))
+    yield "lora, checkpointing, 4 bits", replace(checkpointing, base_bits=4), "bf16"
+    yield "lora, checkpointing, float32", checkpointing, "float32"
 
 
 def tabulate_published() -> None:
-    columns = ("weights", "gradients", "optimizer", "activations", "total")
+    columns = ("weights", "gradients", "optimizer", "activations", "step", "denoising", "decoding", "look")
+    counts = {name: sum(p.numel() for p in judge.parameters()) for name, judge in published_judges().items()}
+    print("\njudges, in float32: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
+    judges = 4 * sum(counts.values())
     for base in map(published_base, ("sd", "sdxl")):
         parts = {"unet": base.unet, "vae": base.pipeline.vae, **base.text_encoders}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         print(f"\n{base.name} at {base.resolution}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
-        print(f"{'GB':28}{'trained':>15}" + "".join(f"{column:>13}" for column in columns))
-        for name, config in published_runs():
-            estimate = estimate_memory(base, config)
-            cells = "".join(f"{getattr(estimate, column) / 1e9:13.2f}" for column in columns)
+        print(f"{'GB':28}{'trained':>15}" + "".join(f"{column:>{WIDTH}}" for column in columns))
+        for name, config, precision in published_runs():
+            estimate = estimate_memory(base, config, precision, judges)
+            cells = "".join(f"{getattr(estimate, column) / 1e9:{WIDTH}.2f}" for column in columns)
             print(f"{name:28}{estimate.gradients // 4:15,}{cells}")
 
 

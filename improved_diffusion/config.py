@@ -100,7 +100,7 @@ class TrainingConfig:
     flip: bool = True
     """Mirror half of the images."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """Arithmetic of the network; auto is bf16 where the device is fast at it."""
+    """Arithmetic of the network; auto is bf16 where the device has hardware for it. The run records which it was."""
     compile: bool = False
     """Run the network through torch.compile: faster steps after a minute or two of compilation."""
     log_every: int = 100
@@ -162,7 +162,8 @@ class EvaluationConfig:
     samples_per_class: int = 20
     """Images generated for each class."""
     reference: str | None = None
-    """Packed set to compare with; by default the test (or val) split that lies in the training set's folder."""
+    """What to compare with: val or test, a split in the training set's folder, or the path of a packed set; by default
+    val, or else test, or else the training set."""
     grid_columns: int = 8
     """Images in each row of the grid, one row per class."""
     seed: int = 0

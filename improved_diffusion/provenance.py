@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def provenance_entry(
     return {
         "command_line": shlex.join(sys.argv),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "data": data,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "processes": processes,
@@ -30,7 +30,17 @@ def provenance_entry(
     }
 
 
-def _git_commit() -> str | None:
+def project_version() -> dict[str, str | None]:
+    """The version and the commit of this project, with `-dirty` where files differ from it; None where unknown."""
+    try:
+        number = version("improved_diffusion")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        number = None
+    return {"version": number, "commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    """The commit of this project, if it lies in a repository."""
     here = Path(__file__).parent
     try:
         done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)

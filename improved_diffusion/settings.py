@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,18 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 Settings = TypeVar("Settings")
 
 LARGEST = 2**63  # whole number that PyTorch and numpy count with
+
+# What a user writes for a value of a type, as jsonargparse's complaints name types.
+WRITTEN = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "a list in brackets",
+    "list": "a list in brackets",
+    "dict": "keys and values",
+    "NoneType": "null",
+}
 
 
 def require(condition: bool, message: str) -> None:
@@ -57,7 +70,19 @@ def parse_arguments(
         where = "the command line"
         return parser.parse_args(arguments, namespace=base)
     except argparse.ArgumentError as error:
-        raise UserError(f"in {where}: {error}") from error
+        raise UserError(f"in {where}: {_in_words(str(error))}") from error
+
+
+def _in_words(complaint: str) -> str:
+    """jsonargparse's complaint about a value, without Python's types; another complaint as it is."""
+    key = re.match(r'Parser key "([^"]+)"', complaint)
+    types = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", complaint)
+    value = re.search(r"(?:Got value|Given value): (.*)", complaint)
+    if not (key and types and value):
+        return complaint
+    wanted = " or ".join(WRITTEN.get(name, name) if name else f"one of {choices}" for name, choices in types)
+    example = f", '[{value[1]}]' say" if ("tuple", "") in types else ""
+    return f"{key[1]} must be {wanted}{example}, not {value[1]}"
 
 
 def to_settings(kind: type[Settings], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> Settings:

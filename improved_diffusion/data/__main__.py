@@ -6,8 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
-from improved_diffusion.data.packing import PackedSplit, check_free, pack, pack_synthetic
-from improved_diffusion.data.sources import folder_source, food101_source
+from improved_diffusion.data.packing import VALIDATION_PER_CLASS, PackedSplit, check_free, pack, pack_synthetic
+from improved_diffusion.data.sources import folder_source, food101_source, with_validation
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
 
 LISTED_BROKEN = 10
@@ -37,11 +37,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     food101.add_argument("--source", type=Path, help="folder that holds food-101/ (default: download it beside --out)")
     folder = commands.add_parser("folder", help="a folder of class folders, or a zip of one")
     folder.add_argument("path", type=Path, help="CLASS/IMAGE, or train/CLASS/IMAGE with val/ and test/ as more splits")
+    validation = {"type": natural, "default": VALIDATION_PER_CLASS}
     for command in (food101, folder):
+        taken = "images taken out of train where there is no val split; 0 for none (default: %(default)s)"
+        command.add_argument("--validation-per-class", **validation, help=taken)
         command.add_argument("--image-size", type=positive, default=64, help="side in pixels (default: %(default)s)")
 
-    synthetic = commands.add_parser("synthetic", help="the embedded synthetic set, drawn here; 64x64, train and test")
+    synthetic = commands.add_parser("synthetic", help="the embedded synthetic set, drawn here; 64x64")
     synthetic.add_argument("--per-class", type=positive, default=500, help="training images (default: %(default)s)")
+    synthetic.add_argument("--validation-per-class", **validation, help="val images (default: %(default)s)")
     synthetic.add_argument("--test-per-class", type=positive, default=100, help="test images (default: %(default)s)")
     synthetic.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
 
@@ -73,15 +77,18 @@ def main() -> None:
     arguments = parse_arguments()
     check_free(arguments.out, arguments.overwrite)  # before a long download, too
     start = time.perf_counter()
+    validation = arguments.validation_per_class
     options = {"overwrite": arguments.overwrite, "workers": arguments.workers}
     notes: tuple[str, ...] = ()
     if arguments.command == "synthetic":
+        options["validation_per_class"] = validation
         packed = pack_synthetic(arguments.out, arguments.per_class, arguments.test_per_class, arguments.seed, **options)
     else:
         if arguments.command == "folder":
             source = folder_source(arguments.path)
         else:
             source = food101_source(arguments.source or arguments.out.parent, download=arguments.source is None)
+        source = with_validation(source, validation)
         notes = source.notes
         packed = pack(source, arguments.out, arguments.image_size, **options)
     print_report(packed, notes, time.perf_counter() - start)

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Told apart by content, not by file name; Pillow alone would open much more, EPS (through Ghostscript) for one.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
+with contextlib.suppress(ImportError):  # of the extra `personalize`; reads what telephones write
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS.append("HEIF")
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+    + (".heic", ".heif")
 )
+HEIF_TYPES = (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftypmif1", b"ftypmsf1")  # after 4 bytes of size
 RESIZE_FILTER = "lanczos"
 
 # A large image is first shrunk cheaply (in the JPEG's own DCT, then by box averages) to no less than this many times
 # the target; at 3 the result differs from a full Lanczos resize by a fraction of a grey level.
 REDUCING_GAP = 3.0
+
+
+def open_encoded(data: bytes) -> Image.Image:
+    """The image in the content of a file of one of FORMATS, not yet decoded.
+
+    Raises:
+        PIL.UnidentifiedImageError: another kind of file; or a HEIC photo, and what reads these is not installed.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        problem = "damaged, or not an image of a known format"  # Pillow's own message is an address in memory
+        if data[4:12] in HEIF_TYPES and "HEIF" not in FORMATS:
+            problem = "a HEIC photo: to read it pip install pillow-heif, or save it as JPEG"
+        raise UnidentifiedImageError(problem) from None
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
@@ -32,7 +55,7 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     `PIL.Image.MAX_IMAGE_PIXELS` allows, raises whatever Pillow raises: OSError, ValueError, SyntaxError, struct.error,
     `DecompressionBombError` and others, so callers that must go on catch Exception.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with open_encoded(data) as image:
         image.draft(None, (round(size * REDUCING_GAP), round(size * REDUCING_GAP)))  # JPEG only; never below that size
         ImageOps.exif_transpose(image, in_place=True)
         image = to_rgb(image)

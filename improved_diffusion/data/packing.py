@@ -26,6 +26,8 @@ from improved_diffusion.errors import UserError
 
 COPY_BYTES = 1 << 26
 SYNTHETIC_TEST_START = 1_000_000  # index of the first test image, so that no training set reaches it
+SYNTHETIC_VALIDATION_START = 2_000_000
+VALIDATION_PER_CLASS = 20  # images for the choice of a checkpoint, where a source has none for that
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def pack(
     The first split is the set at `out`, every other is a set of its own in the folder `out`/SPLIT. Rows are in the
     order of `source`, whatever the number of `workers` (default: one per usable core). Broken images are left out.
 
-    Raises `UserError` when `out` is taken (see `check_free`), more than 2% of a split is broken, the disk is full,
-    or a worker dies; `out` is then as it was.
+    Raises `UserError` when `out` is taken (see `check_free`), more than 2% of a split is broken (train and val count as
+    one: of a few validation images one would be more), the disk is full, or a worker dies; `out` is then as it was.
     """
     render = functools.partial(_decode, source.files, image_size)
     details = {"source": source.description, "notes": source.notes, "resize_filter": RESIZE_FILTER}
@@ -65,21 +67,24 @@ def pack_synthetic(
     test_per_class: int,
     seed: int,
     *,
+    validation_per_class: int = VALIDATION_PER_CLASS,
     overwrite: bool = False,
     workers: int | None = None,
 ) -> list[PackedSplit]:
-    """Draw the embedded synthetic set and write it as the packed set `out` (train) with `out`/test.
+    """Draw the embedded synthetic set and write it as the packed set `out` (train) with `out`/val and `out`/test.
 
-    Training pictures have the indices from 0, test pictures those from `SYNTHETIC_TEST_START`. Raises `UserError` as
-    `pack` does.
+    Training pictures have the indices from 0, the others those from `SYNTHETIC_TEST_START` and
+    `SYNTHETIC_VALIDATION_START`; there is no val split of 0 pictures. Raises `UserError` as `pack` does.
     """
     ranges = {
         "train": range(per_class),
+        "val": range(SYNTHETIC_VALIDATION_START, SYNTHETIC_VALIDATION_START + validation_per_class),
         "test": range(SYNTHETIC_TEST_START, SYNTHETIC_TEST_START + test_per_class),
     }
     splits = {
         split: [((name, index), label) for label, name in enumerate(synthetic.CLASS_NAMES) for index in indices]
         for split, indices in ranges.items()
+        if indices
     }
     render = functools.partial(_draw, seed)
     details = {"source": f"synthetic, seed {seed}"}
@@ -151,13 +156,15 @@ def _write_splits(
     details: dict,  # goes to dataset.json as it is
 ) -> list[PackedSplit]:
     packed = []
+    learned_from = sum(len(items) for split, items in splits.items() if split in ("train", "val"))
     for split, items in splits.items():
         place = "" if split == next(iter(splits)) else split
         (directory / place).mkdir(exist_ok=True)
         images_file = directory / place / "images.npy"
         keys, labels = [key for key, _ in items], np.array([label for _, label in items], dtype=np.int64)
         _allocate(images_file, (len(items), image_size, image_size, 3))
-        reasons = fill_rows(pool, images_file, keys, f"packing {split}")
+        total = learned_from if split in ("train", "val") else len(items)
+        reasons = fill_rows(pool, images_file, keys, f"packing {split}", total)
         if reasons:
             kept = np.delete(np.arange(len(items)), list(reasons))
             _keep_rows(images_file, kept)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import os
 import zipfile
 from collections import Counter
@@ -16,6 +18,7 @@ from improved_diffusion.errors import UserError
 
 SPLITS = ("train", "val", "test")
 JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # left by operating systems, as are names with a leading dot
+VALIDATION_SHARE = 5  # a validation split takes at most one in five images of a class
 LAYOUT = "expected CLASS/IMAGE, or train/CLASS/IMAGE (and val/, test/)"
 
 
@@ -172,6 +175,44 @@ def food101_source(root: str | Path, download: bool) -> Source:
             for split, items in splits.items()
         },
     )
+
+
+def with_validation(source: Source, per_class: int) -> Source:
+    """`source` with a validation split of `per_class` images of each class taken out of its training split, or out of
+    all its images where it has no splits; of small classes at most a fifth. A source with a val split keeps its own.
+
+    Which images is decided by a hash of their file names: the same in every layout, and when others are added, most of
+    them stay.
+    """
+    (first, items), *others = source.splits.items()
+    if per_class == 0 or "val" in source.splits or first not in ("train", "all"):
+        return source
+    of_class: dict[int, list[str]] = {}
+    for name, label in items:
+        of_class.setdefault(label, []).append(name)
+    taken = {
+        name
+        for names in of_class.values()
+        for name in sorted(names, key=_name_hash)[: min(per_class, len(names) // VALIDATION_SHARE)]
+    }
+    if not taken:
+        note = f"no validation split: no class has {VALIDATION_SHARE} images, of which one could be taken"
+        return dataclasses.replace(source, notes=(*source.notes, note))
+    note = (
+        f"val: {len(taken)} images taken out of train by a hash of their names, {per_class} of each class, or a fifth "
+        f"of one that has fewer than {per_class * VALIDATION_SHARE} (--validation-per-class 0 leaves them in)"
+    )
+    splits = {
+        "train": [item for item in items if item[0] not in taken],
+        "val": [item for item in items if item[0] in taken],
+        **dict(others),
+    }
+    return dataclasses.replace(source, splits=splits, notes=(*source.notes, note))
+
+
+def _name_hash(name: str) -> tuple[str, str]:
+    file_name = os.path.basename(name)
+    return hashlib.sha256(file_name.encode("utf-8", "surrogateescape")).hexdigest(), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from PIL import UnidentifiedImageError
 from improved_diffusion.errors import UserError
 from improved_diffusion.progress import progress
 
-MAX_BROKEN = 0.02  # fraction of an array's rows; above it the source is taken to be damaged as a whole
+MAX_BROKEN = 0.02  # fraction of a source's images; above it the source is taken to be damaged as a whole
 CHUNK_ROWS = 128  # per task: long enough to hide the messages between processes, short enough for an even end
 
 Render = Callable[[Any], np.ndarray]  # key of a row -> its content; must be picklable
@@ -46,11 +46,13 @@ def render_pool(render: Render, workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def fill_rows(pool: ProcessPoolExecutor, array_file: Path, keys: Sequence[Any], title: str) -> dict[int, str]:
+def fill_rows(
+    pool: ProcessPoolExecutor, array_file: Path, keys: Sequence[Any], title: str, total: int
+) -> dict[int, str]:
     """Write `render(keys[i])` to row i of the .npy file `array_file`, for all i.
 
     Returns the reason for every row that could not be rendered, in increasing order of rows. Raises `UserError` as soon
-    as they are more than `MAX_BROKEN` of all.
+    as they are more than `MAX_BROKEN` of `total`, the number of images to which these belong.
     """
     futures: dict[Future, int] = {}
     for first in range(0, len(keys), CHUNK_ROWS):
@@ -61,11 +63,11 @@ def fill_rows(pool: ProcessPoolExecutor, array_file: Path, keys: Sequence[Any], 
         for future in as_completed(futures):
             broken |= future.result()
             bar.update(futures[future])
-            if len(broken) > MAX_BROKEN * len(keys):
+            if len(broken) > MAX_BROKEN * total:
                 row = min(broken)
                 raise UserError(
                     f"{title}: {len(broken)} of the first {bar.n} images are broken, more than {MAX_BROKEN:.0%} "
-                    f"of all {len(keys)}, so nothing was written; check that the source is complete. "
+                    f"of all {total}, so nothing was written; check that the source is complete. "
                     f"For one, {keys[row]!r}: {broken[row]}"
                 )
     return dict(sorted(broken.items()))

@@ -174,5 +174,5 @@ def _torchmetrics() -> ModuleType:
     try:
         import torchmetrics.functional.image
     except ImportError as error:
-        raise UserError("this needs torchmetrics: pip install 'improved_diffusion[similarity]'") from error
+        raise UserError("this needs torchmetrics: in the checkout, pip install -e '.[similarity]'") from error
     return torchmetrics

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from improved_diffusion.models.autocast import without_autocast
 from improved_diffusion.models.group_norm import GroupNorm
 
 # Positions up to which the matrix of attention weights is made explicitly in bfloat16 on a CPU: half the time of
@@ -225,7 +226,7 @@ class UNet(nn.Module):
         Raises ValueError for shapes that do not fit, and for a `y` missing or out of place.
         """
         self._check_inputs(x_t, t, y)
-        with torch.autocast(x_t.device.type, enabled=False):
+        with without_autocast(x_t.device):
             embedding = self.time_embedding(sinusoidal_embedding(t, self.num_channels))
             if y is not None:
                 embedding = embedding + self.class_embedding(y)

@@ -173,7 +173,7 @@ class TrainingConfig:
     adam_8bit: bool = False
     """Keep the optimizer's state in 8 bits (bitsandbytes, on a GPU)."""
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
-    """Arithmetic of the networks; auto is bf16 where a GPU is fast at it. What is trained stays float32."""
+    """Arithmetic of the networks; auto is bf16 on a GPU that has hardware for it. What is trained stays float32."""
     vae_precision: Literal["bf16", "fp16", "float32"] = "float32"
     """Arithmetic of the autoencoder; that of SDXL overflows in fp16."""
     tf32: bool = True

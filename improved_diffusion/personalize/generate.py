@@ -57,14 +57,16 @@ def draw(
     """A picture for each prompt and seed, one after the other.
 
     The noise of a picture depends on its own seed alone and is drawn on the CPU: neither the batch nor the device
-    changes it.
+    changes it. On a CPU pictures are drawn one at a time, so that whatever is drawn beside it changes no bit of one:
+    matrix products of other sizes have other last digits, which a strongly adapted network makes a hundred million
+    times as large, and a batch would save next to nothing there.
 
     Args:
         base: tuned or not, on its device.
         prompts: N texts.
         seeds: N numbers.
         sampling: how.
-        batch_size: pictures at once.
+        batch_size: pictures at once, on a GPU.
         start: a picture to start from (image-to-image), fitted to the size of the output.
     """
     height, width = sampling.height or base.resolution, sampling.width or base.resolution
@@ -82,6 +84,8 @@ def draw(
         pipeline = _image_to_image(base)
         settings |= {"strength": sampling.strength}
         latents = latent_moments(base, cut(start, (height, width)).pixels[None])[0]
+    if base.unet.device.type == "cpu":
+        batch_size = 1
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)
         texts = list(prompts[batch])
@@ -101,13 +105,16 @@ def draw(
         yield from decode_latents(base, drawn)
 
 
-def _arithmetic(base: Base) -> contextlib.AbstractContextManager:
-    """Autocast where the parts have several types: what is being trained is float32, whatever the rest is."""
+def mixed_type(base: Base) -> torch.dtype | None:
+    """The shorter type of a base whose parts have several, in which it draws under autocast: what is being trained is
+    float32, whatever the rest is. None where all have one."""
     types = {part.dtype for part in (base.unet, *base.text_encoders.values())}
-    shorter = types - {torch.float32}
-    if len(types) == 1:
-        return contextlib.nullcontext()
-    return torch.autocast(base.unet.device.type, dtype=shorter.pop())
+    return (types - {torch.float32}).pop() if len(types) > 1 else None
+
+
+def _arithmetic(base: Base) -> contextlib.AbstractContextManager:
+    shorter = mixed_type(base)
+    return contextlib.nullcontext() if shorter is None else torch.autocast(base.unet.device.type, dtype=shorter)
 
 
 def _image_to_image(base: Base) -> StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline:

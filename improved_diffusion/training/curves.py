@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 from improved_diffusion.files import atomic_write
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.run_log import read_jsonl
+from improved_diffusion.training.series import PROTOCOL, evaluation_series, protocol, shown
+
+MARKERS = "os^Dv"
 
 
 def draw_curves(run: RunDirectory) -> None:
@@ -24,12 +29,7 @@ def draw_curves(run: RunDirectory) -> None:
     bound = any("vlb" in record for record in metrics)
     title = "Bound per step and quartile of t (bits/dim)" if bound else "Mean-square error by quartile of t"
     bound_axes.set(title=title, xlabel="step", yscale="log")
-    for metric in sorted({record["metric"] for record in evaluations if "value" in record}):
-        scored = [record for record in evaluations if record.get("metric") == metric]
-        steps = [r["step"] for r in scored]
-        fid_axes.plot(steps, [r["value"] for r in scored], "o-", label=metric)
-        bounds = [[r.get(bound) or r["value"] for r in scored] for bound in ("low", "high")]
-        fid_axes.fill_between(steps, *bounds, alpha=0.2)
+    _plot_evaluations(fid_axes, evaluation_series([record for record in evaluations if "value" in record]))
     fid_axes.set(title="FID of the moving average", xlabel="step", yscale="log")
     for axes in (loss_axes, bound_axes, fid_axes):
         axes.grid(alpha=0.3, which="both")
@@ -37,6 +37,18 @@ def draw_curves(run: RunDirectory) -> None:
             axes.legend()
     with atomic_write(run.curves_file) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+
+
+def _plot_evaluations(axes, all_series: list[list[dict]]) -> None:
+    """A line of its own, with its own marker, for each series; the legend says in what they differ."""
+    protocols = [protocol(series[0]) for series in all_series]
+    varying = [name for name in PROTOCOL if len({str(p[name]) for p in protocols}) > 1]
+    for marker, series, settings in zip(itertools.cycle(MARKERS), all_series, protocols, strict=False):
+        label = ", ".join([series[0]["metric"], *(f"{name} {shown(settings[name])}" for name in varying)])
+        steps = [r["step"] for r in series]
+        axes.plot(steps, [r["value"] for r in series], f"{marker}-", label=label)
+        bounds = [[r.get(bound) or r["value"] for r in series] for bound in ("low", "high")]
+        axes.fill_between(steps, *bounds, alpha=0.2)
 
 
 def _plot(axes, records: list[dict], name: str) -> None:

@@ -107,25 +107,51 @@ def usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def is_fast_at_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 has hardware of its own there: Ampere and later GPUs, CPUs with AMX."""
+def bf16_hardware(device: torch.device) -> str | None:
+    """What computes bfloat16 on `device`; None where float32 is faster, for bfloat16 would be emulated."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        return torch.cuda.get_device_name(device) if torch.cuda.get_device_capability(device) >= (8, 0) else None
+    if device.type != "cpu":
+        return None
+    # oneDNN, which computes convolutions and matrix products, can be told to leave newer instructions alone.
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    for name, is_there, limits in (
+        ("AMX", torch.cpu._is_amx_tile_supported, ("ALL", "DEFAULT", "AMX")),
+        ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported, ("ALL", "DEFAULT", "AMX", "AVX10", "BF16", "FP16")),
+    ):
+        if is_there() and any(part in limit for part in limits):
+            return name
+    return None
+
+
+def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """What the settings' `precision` means on `device`, and a line that says why.
+
+    Of `auto` it makes bf16 or float32. Instruction sets decide, not a measurement, so that it is the same each time.
+    """
+    hardware = bf16_hardware(device)
+    lacking = "this GPU is older than Ampere" if device.type == "cuda" else "there is neither AMX nor AVX512-BF16"
+    if precision == "auto":
+        return ("bf16", f"bf16, for there is {hardware}") if hardware else ("float32", f"float32, for {lacking}")
+    emulated = f"; it is emulated and slow, for {lacking}" if precision == "bf16" and not hardware else ""
+    return precision, f"{precision}, as the settings say{emulated}"
+
+
+def sampling_precision(trained_in: str, device: torch.device) -> str:
+    """In which a model of a run is drawn from on `device`: as it was trained, but in float32 where bf16 is emulated."""
+    return "bf16" if trained_in != "float32" and bf16_hardware(device) else "float32"
 
 
 def drawing_precision(device: torch.device) -> str:
     """In which published models are drawn from there: float32 on a CPU, else bf16 where it is fast, else fp16."""
     if device.type == "cpu":
         return "float32"
-    return "bf16" if is_fast_at_bf16(device) else "fp16"
+    return "bf16" if bf16_hardware(device) else "fp16"
 
 
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:
     """The type that the settings' `precision` (auto, bf16, float32) means on `device`."""
-    if precision == "bf16" or (precision == "auto" and is_fast_at_bf16(device)):
-        return torch.bfloat16
-    return torch.float32
+    return {"bf16": torch.bfloat16, "float32": torch.float32}[choose_precision(precision, device)[0]]
 
 
 def with_autocast(network: Network, device: torch.device, dtype: torch.dtype) -> Network:

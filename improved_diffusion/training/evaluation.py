@@ -25,22 +25,27 @@ from improved_diffusion.metrics.features import finite
 from improved_diffusion.metrics.images.opening import image_set_source
 from improved_diffusion.progress import progress
 from improved_diffusion.training.devices import Processes, arithmetic, with_autocast
-from improved_diffusion.training.generate import SampleKey, generate
+from improved_diffusion.training.generate import SampleKey, generate, sampling_record
 from improved_diffusion.training.grids import make_grid
 from improved_diffusion.training.model import build_sampling_denoiser
 
+SPLITS_BESIDE = ("val", "test")  # sets inside the folder of the training set, in order of preference
+
 
 def reference_set(config: Config, image_set: ImageSet) -> ImageSet:
-    """What generated images are compared with: `evaluation.reference`, or else the test or val split in the training
+    """What generated images are compared with: `evaluation.reference`, or else the val or test split in the training
     set's folder, or else the training set itself.
+
+    The best checkpoint is chosen by this comparison: hence val before test, which is left for the last word.
 
     Raises:
         UserError: it is no image set, or has other classes than the training set.
     """
-    if config.evaluation.reference is not None:
-        reference = open_image_set(config.evaluation.reference)
+    named = config.evaluation.reference
+    if named is not None:
+        reference = open_image_set(image_set.path / named if named in SPLITS_BESIDE else named)
     else:
-        beside = [image_set.path / split for split in ("test", "val") if is_image_set(image_set.path / split)]
+        beside = [image_set.path / split for split in SPLITS_BESIDE if is_image_set(image_set.path / split)]
         reference = open_image_set(beside[0]) if beside else image_set
     if reference.class_names != image_set.class_names:
         raise UserError(f"the classes of {reference.path} are not those of the training set {image_set.path}")
@@ -53,7 +58,8 @@ class Evaluator:
     Without classes there is one row of images, and `samples_per_class` is the number of all of them.
 
     The Inception weights and the reference's statistics are found when it is made, so that a run without them stops at
-    its start and not at its first evaluation.
+    its start and not at its first evaluation. `protocol` is what every record says of how it was measured (see
+    `series.PROTOCOL`).
 
     Raises:
         UserError: no Inception weights, or the reference cannot be opened.
@@ -74,6 +80,11 @@ class Evaluator:
     def _prepare(self) -> None:
         evaluation = self.config.evaluation
         self.metric = None
+        self.protocol = {
+            **sampling_record(self.config.sampling, self.config.diffusion.timesteps),
+            "ema_rate": self.config.training.ema_rates[0],
+            "generation_seed": evaluation.seed,
+        }
         if evaluation.features is None:
             return
         if evaluation.samples_per_class * self.rows < 2:
@@ -85,6 +96,16 @@ class Evaluator:
             raise UserError(f"{error} (or train without FID: --evaluation.features null)") from error
         source = image_set_source(self.reference)
         self.statistics = reference_statistics(source, self.extractor)[evaluation.features]
+        self.protocol |= {
+            "metric": self.metric,
+            "features": evaluation.features,
+            "preprocessing": self.extractor.preprocessing,
+            "weights_hash": self.extractor.weights_hash,
+            "reference": str(self.reference.path),
+            "reference_hash": source.content_hash,
+            "n_real": self.statistics.n,
+            "n_fake": evaluation.samples_per_class * self.rows,
+        }
 
     def evaluate(
         self, network: nn.Module, step: int, stop_requested: Callable[[], bool]
@@ -99,38 +120,22 @@ class Evaluator:
         Returns:
             The record for evaluations.jsonl and the grid, uint8 (H, W, 3); None if abandoned.
         """
-        config, evaluation, started = self.config, self.config.evaluation, time.monotonic()
+        evaluation, started = self.config.evaluation, time.monotonic()
         generated = self._generate(network, step, stop_requested)
         if generated is None:
             return None
         shown, features = generated
-        record = {
-            "step": step,
-            "sampler": config.sampling.sampler,
-            "sampling_steps": config.sampling.steps or config.diffusion.timesteps,
-            "guidance_scale": config.sampling.guidance_scale,
-            "ema_rate": config.training.ema_rates[0],
-        }
+        record = {"step": step, **self.protocol}
         if features is not None:
             estimate = frechet_inception_distance(self.statistics, features)
             low, high = bootstrap_interval(estimate)
-            record |= {
-                "metric": self.metric,
-                "features": evaluation.features,
-                "value": estimate.value,
-                "low": low,  # of the 95 % interval, with the reference as fixed
-                "high": high,
-                "n_real": self.statistics.n,
-                "n_fake": features.n,
-                "preprocessing": self.extractor.preprocessing,
-                "weights_hash": self.extractor.weights_hash,
-            }
+            record |= {"value": estimate.value, "low": low, "high": high}  # of the 95 % interval, the reference fixed
         record["seconds"] = round(time.monotonic() - started, 1)
         rows = [
             [shown[SampleKey(evaluation.seed, class_index, number)] for number in range(evaluation.grid_columns)]
             for class_index in range(self.rows)
         ]
-        titles = self.class_names if config.model.class_conditional else None
+        titles = self.class_names if self.config.model.class_conditional else None
         return record, make_grid(np.array(rows), titles)
 
     def _generate(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.diffusion.denoiser import Denoiser
 from improved_diffusion.diffusion.noise import PerSampleNoise
 from improved_diffusion.diffusion.samplers import SAMPLERS
+from improved_diffusion.errors import UserError
+from improved_diffusion.files import file_sha256
 from improved_diffusion.models.unet import UNet
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
-from improved_diffusion.training.devices import arithmetic, with_autocast
+from improved_diffusion.training.devices import arithmetic, sampling_precision, with_autocast
 from improved_diffusion.training.model import build_network, build_sampling_denoiser, set_weights
 
 
@@ -33,37 +36,73 @@ class LoadedModel:
     """A trained network in evaluation mode, with what is needed to sample from it."""
 
     config: Config
+    precision: str  # what it is drawn in here: see `sampling_precision`
     network: UNet
     class_names: tuple[str, ...]
     step: int
     checkpoint: Path
+    ema_rate: float | None = None  # of the moving average that the weights are; None: of none
+
+    @functools.cached_property
+    def checkpoint_sha256(self) -> str:
+        """Hash of the checkpoint's file."""
+        return file_sha256(self.checkpoint)
 
 
-def load_model(run_path: Path | str, device: torch.device, checkpoint: str | None = None) -> LoadedModel:
-    """The model of a run: the first moving average of its weights, or the weights where it keeps none.
+def load_model(
+    run_path: Path | str, device: torch.device, checkpoint: str | None = None, ema: float | None = None
+) -> LoadedModel:
+    """The model of a run: a moving average of its weights, or the weights where it keeps none.
 
     Args:
         run_path: a run directory.
         device: where the network is wanted.
         checkpoint: `best`, `latest`, or the name of one; by default the best one, or else the latest.
+        ema: rate of the moving average; by default the first.
 
     Raises:
-        UserError: not a run directory, no such checkpoint, or a damaged one.
+        UserError: not a run directory, no such checkpoint, a damaged one, or one without that moving average.
     """
     run = RunDirectory(Path(run_path))
     config = run.read_config()
     file = run.choose_checkpoint(checkpoint)
     state = read_checkpoint(file, ("step", "model", "ema", "class_names"))
     network = build_network(config, len(state["class_names"]))
-    set_weights(network, next(iter((state["ema"] or {}).values()), state["model"]))
+    averages = {float(rate): weights for rate, weights in (state["ema"] or {}).items()}
+    if ema is not None and ema not in averages:
+        stored = f"it has those of {', '.join(map(str, averages))}" if averages else "it has none"
+        raise UserError(f"{file} has no moving average of rate {ema}: {stored}")
+    rate = next(iter(averages), None) if ema is None else ema
+    set_weights(network, state["model"] if rate is None else averages[rate])
     network.to(device, memory_format=torch.channels_last).eval()
-    return LoadedModel(config, network, tuple(state["class_names"]), state["step"], file)
+    precision = sampling_precision(config.training.precision, device)
+    return LoadedModel(config, precision, network, tuple(state["class_names"]), state["step"], file, rate)
 
 
 def model_denoiser(model: LoadedModel, sampling: SamplingConfig, device: torch.device) -> Denoiser:
     """The denoiser that samples from `model` as `sampling` says. Raises UserError as `build_sampling_denoiser` does."""
-    network = with_autocast(model.network, device, arithmetic(model.config.training.precision, device))
+    network = with_autocast(model.network, device, arithmetic(model.precision, device))
     return build_sampling_denoiser(model.config, sampling, network, len(model.class_names), device)
+
+
+def sampling_record(sampling: SamplingConfig, timesteps: int) -> dict[str, Any]:
+    """What records say of how images were drawn, of a model that was trained with so many timesteps."""
+    return {
+        "sampler": sampling.sampler,
+        "sampling_steps": sampling.steps or timesteps,
+        "guidance_scale": sampling.guidance_scale,
+    }
+
+
+def image_record(model: LoadedModel, sampling: SamplingConfig) -> dict[str, Any]:
+    """What records say of images drawn from `model`: all that decides them, but for their keys and the code."""
+    return {
+        "checkpoint_sha256": model.checkpoint_sha256,
+        "step": model.step,
+        "ema_rate": model.ema_rate,
+        **sampling_record(sampling, model.config.diffusion.timesteps),
+        "precision": model.precision,
+    }
 
 
 def generate(

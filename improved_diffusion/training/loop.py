@@ -19,6 +19,7 @@ from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.grids import save_png
 from improved_diffusion.training.model import swapped_weights
 from improved_diffusion.training.run_log import RunLog
+from improved_diffusion.training.series import current_series, difference
 from improved_diffusion.training.trainer import Trainer
 
 STEPS_BETWEEN_STOP_CHECKS = 10  # with several processes, which must agree to stop at the same step
@@ -64,13 +65,13 @@ class TrainingLoop:
         self.log = RunLog(run, trainer.step) if self.processes.is_first else contextlib.nullcontext()
         evaluations = self.processes.gather(self.log.evaluations() if self.processes.is_first else [])[0]
         self.evaluated_steps = {record["step"] for record in evaluations}
-        # A resumed run may measure with other features, whose values are on another scale; and of one that was turned
-        # back the best checkpoint until then may have been removed.
-        comparable = {
-            record["step"]: record["value"]
-            for record in evaluations
-            if record.get("metric", "") == evaluator.metric and run.checkpoint_file(record["step"]).is_file()
-        }
+        series = current_series(evaluations, evaluator.protocol)
+        if evaluations and not series and self.processes.is_first:
+            what = difference(evaluations[-1], evaluator.protocol)
+            print(f"evaluation: a new series, not compared with the one before, for its protocol differs: {what}")
+        # Of a run that was turned back the best checkpoint until then may have been removed.
+        scored = {record["step"]: record["value"] for record in series if "value" in record}
+        comparable = {step: value for step, value in scored.items() if run.checkpoint_file(step).is_file()}
         self.best_value = min(comparable.values(), default=math.inf)
         if self.processes.is_first and comparable and run.pointed("best") is None:
             run.point("best", run.checkpoint_file(min(comparable, key=comparable.__getitem__)))

@@ -15,7 +15,8 @@ from improved_diffusion.metrics.measure import OF_TRAINING_IMAGES, ImageSets, fe
 from improved_diffusion.metrics.statistics import FeatureStatistics
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.training.devices import Processes, usable_device
-from improved_diffusion.training.run_source import open_side
+from improved_diffusion.training.identity import Identity, identify, warn_of_selection
+from improved_diffusion.training.run_source import RunImages, open_side
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class MeasuredSets:
     sets: ImageSets
     features: int
     device: torch.device
+    identities: dict[str, Identity]  # of `real`, `fake` and `train`, before --n; for the first process alone
     fake_source: Source | FeatureStatistics
     train_source: Source | None = None
 
@@ -36,13 +38,18 @@ def open_sets(options: argparse.Namespace, processes: Processes) -> MeasuredSets
         UserError: nothing usable at a path, or what `extract_features` raises.
     """
     device = processes.device if options.device is None else usable_device(options.device)
-    of_runs = {"per_class": options.per_class, "checkpoint": options.checkpoint}
-    sides = [open_side(options.real, options.fake, device, **of_runs)]
-    sides.append(open_side(options.fake, options.real, device, **of_runs))
+    of_runs = RunImages(options.per_class, options.checkpoint, options.ema, options.generation_seed)
+    sides = [open_side(options.real, options.fake, device, of_runs)]
+    sides.append(open_side(options.fake, options.real, device, of_runs))
+    needs_train = options.train and set(options.metrics) & set(OF_TRAINING_IMAGES)
+    trained_on = [open_source(options.train)] if needs_train else []
+    identities = {}
+    if processes.is_first:
+        identities = dict(zip(("real", "fake", "train"), map(identify, [*sides, *trained_on]), strict=False))
+        warn_of_selection(identities["real"], identities["fake"])
     if options.n is not None:
         sides = [_subset(side, options.n, options.seed) for side in sides]
-    if options.train and set(options.metrics) & set(OF_TRAINING_IMAGES):
-        sides.append(open_source(options.train))
+    sides += trained_on
     sizes = feature_sizes(options.metrics, options.features) | (
         {options.features} if options.save_statistics else set()
     )
@@ -56,7 +63,7 @@ def open_sets(options: argparse.Namespace, processes: Processes) -> MeasuredSets
         else extract_features(side, extractor, options.batch_size, processes)
         for side in sides
     ]
-    return MeasuredSets(ImageSets(*features), options.features, device, *sides[1:])
+    return MeasuredSets(ImageSets(*features), options.features, device, identities, *sides[1:])
 
 
 def _subset(side: Source | FeatureStatistics, n: int, seed: int) -> Source:

@@ -53,12 +53,12 @@ class RunLog:
         self.tensorboard.add_image("samples", grid, record["step"], dataformats="HWC")
         self.tensorboard.flush()
 
-    def write_look(self, record: dict[str, Any], sheet: np.ndarray) -> None:
-        """Add a line to evaluations.jsonl; its `scores`, {name: {"mean": ...}}, and the contact `sheet` (H, W, 3) uint8
-        go to TensorBoard too."""
+    def write_look(self, record: dict[str, Any], sheet: np.ndarray, group: str) -> None:
+        """Add a line to evaluations.jsonl; its `scores`, {name: {"mean": ...}}, go to the curves of `group` in
+        TensorBoard, and the contact `sheet` (H, W, 3) uint8 beside them."""
         self._append(self.run.evaluations_file, record)
         for name, score in record["scores"].items():
-            self.tensorboard.add_scalar(f"watch/{name}", score["mean"], record["step"])
+            self.tensorboard.add_scalar(f"{group}/{name}", score["mean"], record["step"])
         self.tensorboard.add_image("sheet", sheet, record["step"], dataformats="HWC")
         self.tensorboard.flush()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,47 @@ from improved_diffusion.data.image_set import is_image_set
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import Batch, Source
-from improved_diffusion.metrics.inception.weights import file_sha256
 from improved_diffusion.metrics.statistics import FeatureStatistics, is_statistics_file
 from improved_diffusion.run_directory import is_run_directory
-from improved_diffusion.training.generate import LoadedModel, SampleKey, generate, load_model, model_denoiser
+from improved_diffusion.training.generate import (
+    LoadedModel,
+    SampleKey,
+    generate,
+    image_record,
+    load_model,
+    model_denoiser,
+)
+
+# The source files, and folders of them, that decide what image a checkpoint, settings and a key give.
+GENERATING_CODE = (
+    *("config.py", "diffusion", "models"),
+    *("training/devices.py", "training/generate.py", "training/model.py"),
+)
+
+
+@functools.cache
+def generating_code_hash() -> str:
+    """SHA-256 over the text of `GENERATING_CODE` and PyTorch's version: with another sampler, images are others."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256(torch.__version__.encode())
+    for name in GENERATING_CODE:
+        for file in sorted((package / name).rglob("*.py")) or [package / name]:
+            digest.update(f"\n{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """Which images of a run are measured."""
+
+    per_class: int | None = None
+    """How many of each class; by default as many as what they are compared with has."""
+    checkpoint: str | None = None
+    """As for `load_model`."""
+    ema: float | None = None
+    """As for `load_model`."""
+    seed: int = 1
+    """Of the generated images; by default another than that of the evaluations by which the best was chosen."""
 
 
 class RunSource:
@@ -45,14 +83,15 @@ class RunSource:
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """SHA-256 over all that decides the images: the checkpoint, the settings, which images, the kind of device."""
+        """SHA-256 over all that decides the images: the checkpoint, the settings, the code, which images, the kind of
+        device."""
         config = self.model.config
         settings = [
             *map(repr, (config.model, config.diffusion, config.sampling, self.model.class_names)),
-            config.training.precision,
+            *map(str, image_record(self.model, config.sampling).values()),
             self.device.type,
         ]
-        digest = hashlib.sha256("\n".join(["run", file_sha256(self.model.checkpoint), *settings]).encode())
+        digest = hashlib.sha256("\n".join(["run", generating_code_hash(), *settings]).encode())
         digest.update(np.array(self.keys, dtype=np.int64).tobytes())
         return digest.hexdigest()
 
@@ -70,9 +109,7 @@ class RunSource:
         return RunSource(self.model, [self.keys[row] for row in rows], self.device)
 
 
-def run_source(
-    path: Path, reference: Path, device: torch.device | str, *, per_class: int | None, checkpoint: str | None
-) -> RunSource:
+def run_source(path: Path, reference: Path, device: torch.device | str, which: RunImages) -> RunSource:
     """The images of a run to compare with a reference.
 
     Args:
@@ -80,26 +117,25 @@ def run_source(
         reference: images of the model's classes, of each of which as many are generated; or images or statistics
             without them, whose number is spread evenly.
         device: where to generate.
-        per_class: generate so many of each class instead.
-        checkpoint: as for `load_model`.
+        which: of its images.
 
     Raises:
         UserError: no run, or a reference of other classes than the model's.
     """
     device = torch.device(device)
-    model = load_model(path, device, checkpoint)
+    model = load_model(path, device, which.checkpoint, which.ema)
     classes = len(model.class_names) if model.config.model.class_conditional else 1
-    if per_class is None:
+    if which.per_class is None:
         counts = _counts_of(reference, path, model, classes)
-    elif per_class < 1:
-        raise UserError(f"--per-class must be at least 1, not {per_class}")
+    elif which.per_class < 1:
+        raise UserError(f"--per-class must be at least 1, not {which.per_class}")
     else:
-        counts = [per_class] * classes
+        counts = [which.per_class] * classes
     if sum(counts) < 2:
         raise UserError("one image has no covariance: generate at least 2 with --per-class")
     # Class by class within a number, so that a part of the images is balanced too.
     keys = [
-        SampleKey(0, class_index, number)
+        SampleKey(which.seed, class_index, number)
         for number in range(max(counts))
         for class_index, count in enumerate(counts)
         if number < count
@@ -124,19 +160,17 @@ def _counts_of(reference: Path, path: Path, model: LoadedModel, classes: int) ->
     return [len(part) for part in np.array_split(np.arange(total), classes)]
 
 
-def open_side(
-    path: Path, other: Path, device: torch.device | str, *, per_class: int | None, checkpoint: str | None
-) -> FeatureStatistics | Source:
+def open_side(path: Path, other: Path, device: torch.device | str, which: RunImages) -> FeatureStatistics | Source:
     """What lies at `path`, to be compared with `other`: images, saved statistics, or a run, which generates images.
 
     Raises:
-        UserError: nothing usable, or two runs without `per_class`.
+        UserError: nothing usable, or two runs without a number of images per class.
     """
     if not is_run_directory(path):
         return _images_or_statistics(path)
-    if is_run_directory(other) and per_class is None:
+    if is_run_directory(other) and which.per_class is None:
         raise UserError("two runs have no number of images of their own: give one with --per-class")
-    return run_source(path, other, device, per_class=per_class, checkpoint=checkpoint)
+    return run_source(path, other, device, which)
 
 
 def _images_or_statistics(path: Path) -> FeatureStatistics | Source:

@@ -19,7 +19,7 @@ from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.errors import UserError
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
-from improved_diffusion.training.devices import Processes, arithmetic
+from improved_diffusion.training.devices import Processes, choose_precision
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.trainer import Trainer
 
@@ -65,6 +65,13 @@ def with_data(config: Config, defaults: Defaults, processes: Processes) -> Confi
             _draw_embedded_set(data)
         processes.wait()
     return dataclasses.replace(config, data=str(data))
+
+
+def with_precision(config: Config, processes: Processes) -> tuple[Config, str]:
+    """The settings with `training.precision: auto` settled by the first process's device, so that the run records it
+    and keeps it wherever it is resumed; and a line that says why."""
+    precision, why = processes.gather(choose_precision(config.training.precision, processes.device))[0]
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision)), why
 
 
 def _draw_embedded_set(data: Path) -> None:
@@ -160,7 +167,8 @@ def state_to_resume(run: RunDirectory, path: str, keys: tuple[str, ...] = TRAINI
 
 
 def require_same_run(old: Any, new: Any, changeable: Mapping[str, Collection[str]] = CHANGEABLE) -> None:
-    """A resumed run keeps the settings that decide what it computes: all but the `changeable`.
+    """A resumed run keeps the settings that decide what it computes: all but the `changeable`, and an `auto` of old
+    runs, which did not record what it came to.
 
     Raises:
         UserError: one of them differs; the message names it.
@@ -173,7 +181,7 @@ def require_same_run(old: Any, new: Any, changeable: Mapping[str, Collection[str
             fixed = [f.name for f in dataclasses.fields(before) if f.name not in changeable.get(field.name, ())]
             pairs = [(f"{field.name}.{name}", getattr(before, name), getattr(after, name)) for name in fixed]
         for name, was, now in pairs:
-            if was != now:
+            if was not in (now, "auto"):
                 raise UserError(
                     f"a resumed run cannot change {name} from {was} to {now}: start a new run, or leave the setting out"
                 )
@@ -194,7 +202,7 @@ def require_same_data(state: dict[str, Any], image_set: ImageSet) -> None:
 
 def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: RunDirectory) -> str:
     """What is about to run, in a few lines."""
-    config, device = trainer.config, trainer.processes.device
+    config = trainer.config
     training, classes = config.training, len(image_set.class_names)
     epochs = training.steps * training.batch_size / len(image_set.images)
     parameters = sum(p.numel() for p in trainer.network.parameters())
@@ -202,13 +210,12 @@ def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: Ru
     if evaluator.metric:
         measured = f"{evaluator.metric} of {config.evaluation.samples_per_class} images per class "
         measured += f"against the {len(evaluator.reference.images):,} of {evaluator.reference.path}"
-    dtype = str(arithmetic(training.precision, device)).removeprefix("torch.")
     return "\n".join(
         (
             f"data: {image_set.path}, {len(image_set.images):,} images of {classes} classes",
             f"model: {parameters / 1e6:.2f} M parameters, {config.loss} loss, T = {config.diffusion.timesteps}",
             f"training: steps {trainer.step:,} to {training.steps:,} of {training.batch_size} images "
-            f"({epochs:.1f} epochs), {dtype} on {device}, {trainer.processes.world_size} process(es)",
+            f"({epochs:.1f} epochs), on {trainer.processes.device}, {trainer.processes.world_size} process(es)",
             f"evaluation: every {config.evaluation.every:,} steps, {measured}",
             f"run: {run.path}",
         )

@@ -6,12 +6,15 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from improved_diffusion.data import decode
 from improved_diffusion.data.decode import decode_image
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif")
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -38,7 +41,7 @@ def test_image_at_size_is_untouched():
     np.testing.assert_array_equal(decode_image(encode(Image.fromarray(pixels)), 48), pixels)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "HEIF"])
 def test_formats(kind: str):
     decoded = decode_image(encode(smooth_photo(80, 80), kind), 40)
     expected = np.asarray(smooth_photo(80, 80).resize((40, 40), Image.Resampling.LANCZOS), dtype=float)
@@ -75,7 +78,7 @@ def test_cheap_reduction_of_large_jpeg_stays_near_the_full_resize():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "HEIF"])
 def test_exif_orientation(orientation: int, kind: str):
     undo = {  # the stored picture that a viewer turns back into `quadrants`
         1: None,
@@ -90,7 +93,7 @@ def test_exif_orientation(orientation: int, kind: str):
     stored = quadrants() if undo is None else quadrants().transpose(undo)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    decoded = decode_image(encode(stored, kind, exif=exif), 32)
+    decoded = decode_image(encode(stored, kind, exif=exif.tobytes()), 32)
     corners = decoded[[4, 4, -5, -5], [4, -5, 4, -5]].astype(int)
     assert np.abs(corners - [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]).max() < 40
 
@@ -158,13 +161,22 @@ def test_first_frame_of_an_animation():
     np.testing.assert_array_equal(decoded, np.broadcast_to([255, 0, 0], (16, 16, 3)))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
 def test_truncated_file_is_an_error_not_half_an_image(kind: str, kept: float):
     noise = np.random.default_rng(1).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     data = encode(Image.fromarray(noise), kind)
     with pytest.raises(Exception):  # noqa: B017, PT011 - Pillow has no common base class
         decode_image(data[: int(kept * len(data))], 64)
+
+
+def test_a_heic_photo_that_cannot_be_read_is_named_as_what_it_is(monkeypatch: pytest.MonkeyPatch):
+    data = encode(quadrants(), "HEIF")
+    monkeypatch.setattr(decode, "FORMATS", ["JPEG", "PNG"])  # as without the library
+    with pytest.raises(UnidentifiedImageError, match="a HEIC photo: to read it pip install pillow-heif"):
+        decode_image(data, 32)
+    with pytest.raises(UnidentifiedImageError, match="damaged, or not an image of a known format"):
+        decode_image(b"text", 32)
 
 
 def test_decompression_bomb_is_an_error(monkeypatch: pytest.MonkeyPatch):

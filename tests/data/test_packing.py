@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from improved_diffusion.data import open_image_set
 from improved_diffusion.data.packing import new_directory, pack, pack_synthetic
-from improved_diffusion.data.sources import folder_source
+from improved_diffusion.data.sources import Folder, Source, folder_source, with_validation
 from improved_diffusion.data.synthetic import CLASS_NAMES, draw
 from improved_diffusion.errors import UserError
 
@@ -195,6 +197,75 @@ def test_two_writers_of_one_set(tmp_path: Path):
         pack(source, tmp_path / "out", 16)
 
 
+class TestValidation:
+    """A validation split that packing takes out of the training images."""
+
+    def test_of_the_command_line(self, tmp_path: Path):
+        names = [f"train/{name}/{i}.png" for name in "ab" for i in range(60)] + ["test/a/0.png"]
+        broken = ("train/a/7.png", "train/b/31.png")  # 2 of 120, wherever they end
+        make_folder(tmp_path / "set", names, broken)
+        result = run("folder", tmp_path / "set", "--out", tmp_path / "out", "--image-size", 16)
+        assert result.returncode == 0, result.stderr
+        train, val, test = (open_image_set(tmp_path / "out" / split) for split in ("", "val", "test"))
+        assert (train.split, val.split, test.split) == ("train", "val", "test")
+        assert len(train.images) + len(val.images) == 118
+        assert len(test.images) == 1
+        packed = {image.tobytes() for image in (*train.images, *val.images)}
+        assert packed == {noise(i).tobytes() for i, name in enumerate(names[:120]) if name not in broken}
+        # A fifth of 60 is less than 20.
+        (line,) = (line for line in result.stdout.splitlines() if "taken out of train" in line)
+        assert "24 images" in line
+        assert "a fifth" in line
+
+    @given(
+        counts=st.lists(st.integers(1, 130), min_size=1, max_size=3),
+        per_class=st.integers(0, 30),
+        split=st.sampled_from(["train/", ""]),
+    )
+    def test_sizes(self, counts: list[int], per_class: int, split: str):
+        source = made_up_source({split or "all": {f"c{k}": count for k, count in enumerate(counts)}})
+        carved = with_validation(source, per_class)
+        (items,) = source.splits.values()
+        parts = [carved.splits.get(name, []) for name in ("train", "val")]
+        expected = [min(per_class, count // 5) for count in counts]
+        assert np.bincount([label for _, label in parts[1]], minlength=len(counts)).tolist() == expected
+        if any(expected):
+            assert sorted(parts[0] + parts[1]) == sorted(items)
+            assert list(carved.splits) == ["train", "val"]
+            assert parts[0] == sorted(parts[0], key=items.index)
+        else:
+            assert carved.splits == source.splits
+
+    def test_names_decide_and_new_images_change_little(self):
+        def taken(**classes: int) -> set[str]:
+            source = made_up_source({"train/": classes, "test/": {"a": 3}})
+            return {name for name, _ in with_validation(source, 20).splits["val"]}
+
+        few, more = taken(a=200), taken(a=205, b=100)
+        assert len(few) == 20
+        assert len(few & more) >= 17
+        assert {name.split("/")[-1] for name in few} != {f"{i}.png" for i in range(20)}
+
+    def test_a_split_of_ones_own_is_kept(self):
+        source = made_up_source({"train/": {"a": 100}, "val/": {"a": 3}})
+        assert with_validation(source, 20) == source
+        assert with_validation(made_up_source({"test/": {"a": 100}}), 20).splits.keys() == {"test"}
+
+
+def made_up_source(splits: dict[str, dict[str, int]]) -> Source:
+    """{"train/": {class: number of images}}, where "all" is no folder; there are no files."""
+    class_names = tuple(sorted({name for classes in splits.values() for name in classes}))
+    items = {
+        split.rstrip("/"): [
+            (f"{'' if split == 'all' else split}{name}/{i}.png", class_names.index(name))
+            for name, count in classes.items()
+            for i in range(count)
+        ]
+        for split, classes in splits.items()
+    }
+    return Source("made up", Folder(Path("nowhere")), class_names, items)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -202,7 +273,8 @@ def test_two_writers_of_one_set(tmp_path: Path):
 def test_command_line_reports_what_it_did(tmp_path: Path):
     names = [f"train/a/{i}.png" for i in range(60)] + ["test/b/0.png", "test/b/notes.txt"]
     make_folder(tmp_path / "set", names, ("train/a/7.png",))
-    result = run("folder", tmp_path / "set", "--out", tmp_path / "out", "--image-size", 8)
+    arguments = ("--image-size", 8, "--validation-per-class", 0)
+    result = run("folder", tmp_path / "set", "--out", tmp_path / "out", *arguments)
     assert result.returncode == 0, result.stderr
     assert "packed 60 images" in result.stdout
     assert "train: 59 images, 1 classes (no image of 1 others: 'b')" in result.stdout
@@ -323,11 +395,12 @@ def test_opening_does_not_import_torch(packed: Path):
 
 
 def test_synthetic_set(tmp_path: Path):
-    pack_synthetic(tmp_path / "out", per_class=2, test_per_class=1, seed=3)
-    train, test = open_image_set(tmp_path / "out"), open_image_set(tmp_path / "out" / "test")
+    pack_synthetic(tmp_path / "out", per_class=2, test_per_class=1, seed=3, validation_per_class=1)
+    train, val, test = (open_image_set(tmp_path / "out" / split) for split in ("", "val", "test"))
     assert list(train.class_names) == sorted(CLASS_NAMES)
     assert train.class_names == test.class_names
     np.testing.assert_array_equal(np.bincount(train.labels), [2] * len(CLASS_NAMES))
     np.testing.assert_array_equal(np.bincount(test.labels), [1] * len(CLASS_NAMES))
     row = int(np.flatnonzero(test.labels == 1)[0])
     np.testing.assert_array_equal(test.images[row], draw(3, test.class_names[1], 1_000_000))
+    np.testing.assert_array_equal(val.images[row], draw(3, val.class_names[1], 2_000_000))

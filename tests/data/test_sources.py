@@ -93,10 +93,10 @@ def test_hidden_and_system_files_are_skipped(make):
 
 
 def test_stray_files_and_empty_folders_are_noted(make):
-    source = folder_source(make("a/1.png", "a/notes.txt", "a/2.txt", "README", "a/photo.heic"))
+    source = folder_source(make("a/1.png", "a/notes.txt", "a/2.txt", "README", "a/photo.raw"))
     assert source.splits == {"all": [("a/1.png", 0)]}
     (note,) = source.notes
-    assert note == "skipped 4 files that are no images: 2 .txt, 1 no extension, 1 .heic"
+    assert note == "skipped 4 files that are no images: 2 .txt, 1 no extension, 1 .raw"
 
 
 def test_folder_without_images_is_no_class(tmp_path: Path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.metadata
 import json
-import os
-import subprocess
-import sys
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +19,12 @@ from PIL import Image
 import fid as command
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import METRICS, ImageSets, measure
+from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import balanced_rows
 from improved_diffusion.metrics.measure import feature_sizes
 from improved_diffusion.metrics.report import table
 from improved_diffusion.metrics.statistics import statistics_of
 
-ROOT = Path(__file__).parents[2]
 LABELLED = [name for name in METRICS if name not in ("sfid", "inception-score", "per-class")]
 
 
@@ -114,10 +117,11 @@ def test_a_subset_is_even_over_the_classes():
 # Command line
 
 
-def run_fid(*arguments: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 200}
-    return subprocess.run([sys.executable, "fid.py", *map(str, arguments)], **options)
+@pytest.fixture
+def run_fid(run_script, monkeypatch) -> Callable[..., Any]:
+    """`fid.py` in this process: in one of its own it would take seconds to import torch."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which the command sets, for good
+    return functools.partial(run_script, "fid.py")
 
 
 def test_the_command_line_knows_every_metric():
@@ -140,7 +144,7 @@ def folders(tmp_path, photos) -> tuple[Path, Path, Path]:
     return tmp_path / "real.zip", tmp_path / "fake", tmp_path / "train.npy"
 
 
-def test_the_command_line_measures_draws_and_writes(tmp_path, weights, folders):
+def test_the_command_line_measures_draws_and_writes(run_fid, tmp_path, weights, folders):
     real, fake, train = folders
     report, plot, pairs = tmp_path / "report.json", tmp_path / "plot.png", tmp_path / "pairs.png"
     statistics = tmp_path / "statistics.npz"
@@ -149,7 +153,7 @@ def test_the_command_line_measures_draws_and_writes(tmp_path, weights, folders):
         *(real, fake, *arguments, "--train", train, "--plot", plot, "--pairs", pairs, "--save-statistics", statistics),
         *("--metrics", "fid", "kid", "precision-recall", "per-class", "floor", "memorisation"),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     result = json.loads(report.read_text())
     assert {k: result[k] for k in ("metric", "features", "n_real", "n_fake")} == {
         "metric": "FID64",
@@ -159,29 +163,37 @@ def test_the_command_line_measures_draws_and_writes(tmp_path, weights, folders):
     }
     names = [part["metric"] for part in result["measurements"]]
     assert names[:5] == ["FID64", "KID64", "precision", "recall", "FID64 of " + names[4].split()[-1]]
+    for side, path in (("real", real), ("fake", fake), ("train", train)):
+        source = open_source(path)
+        assert result[side] == {"path": str(path), "content_hash": source.content_hash, "n": len(source)}
+    assert result["improved_diffusion"]["version"] == importlib.metadata.version("improved_diffusion")
+    assert len(result["improved_diffusion"]["commit"]) >= 7
     memory = result["measurements"][-1]
     assert (memory["metric"], memory["value"], memory["details"]["near_copies"]) == ("memorisation", 1.0, 1.0)
-    assert f"{result['value']:.4f}" in done.stdout.splitlines()[1]
-    assert "60 images for 64 features" in done.stdout
-    assert "Traceback" not in done.stderr
+    assert f"{result['value']:.4f}" in done.out.splitlines()[1]
+    assert "60 images for 64 features" in done.out
+    assert "Traceback" not in done.err
     for picture in (plot, pairs):
         with Image.open(picture) as image:
             assert min(image.size) > 300
     again = run_fid(statistics, fake, *arguments)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(report.read_text())["value"] == pytest.approx(result["value"], rel=1e-6)
+    assert again.code == 0, again.err
+    of_statistics = json.loads(report.read_text())
+    assert of_statistics["value"] == pytest.approx(result["value"], rel=1e-6)
+    digest = hashlib.sha256(statistics.read_bytes()).hexdigest()
+    assert of_statistics["real"] == {"path": str(statistics), "content_hash": digest, "n": 60}
     subset = run_fid(real, fake, *arguments, "--n", 30, "--train", train, "--metrics", "fid", "memorisation")
-    assert subset.returncode == 0, subset.stderr
+    assert subset.code == 0, subset.err
     fid, memory = json.loads(report.read_text())["measurements"]
     assert (fid["n_fake"], memory["n_fake"], memory["details"]["n_train"]) == (30, 30, 60)
     assert memory["value"] == 1.0  # copies of training images, all of which were looked at
     refused = run_fid(real, fake, *arguments, "--metrics", "fid-infinity", "fid")
-    assert refused.returncode == 2
-    assert "FID64 " in refused.stdout  # what can be measured is
-    assert "at least 160 images" in refused.stderr
+    assert refused.code == 2
+    assert "FID64 " in refused.out  # what can be measured is
+    assert "at least 160 images" in refused.err
 
 
-def test_wrong_command_lines_are_one_line_and_exit_2(tmp_path, photos, weights):
+def test_wrong_command_lines_are_one_line_and_exit_2(run_fid, tmp_path, photos, weights):
     images = tmp_path / "images.npy"
     np.save(images, photos)
     np.save(tmp_path / "dots.npy", np.zeros((5, 1, 1, 3), np.uint8))
@@ -226,10 +238,10 @@ def test_wrong_command_lines_are_one_line_and_exit_2(tmp_path, photos, weights):
     ]
     for arguments, message in cases:
         done = run_fid(*arguments)
-        assert done.returncode == 2, (arguments, done.stderr)
+        assert done.code == 2, (arguments, done.err)
         lines = [
-            line for line in done.stderr.splitlines() if line and not line.startswith(("features of", "warning: "))
+            line for line in done.err.splitlines() if line and not line.startswith(("features of", "warning: "))
         ]
-        assert len(lines) == 1, done.stderr
+        assert len(lines) == 1, done.err
         assert lines[0].startswith("error: ")
         assert message in lines[0]

@@ -60,6 +60,15 @@ def test_parameter_count_is_that_of_the_original():
     assert sum(p.numel() for p in network.parameters()) == 92_080_902
 
 
+def test_shapes_are_known_without_computing():
+    with torch.device("meta"):
+        network = UNet(**TINY, num_classes=3, out_channels=6)
+        output = network(torch.empty(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+        output.sum().backward()
+    assert (output.device.type, output.dtype, output.shape) == ("meta", torch.float32, (2, 6, 16, 16))
+    assert all(parameter.grad.shape == parameter.shape for parameter in network.parameters())
+
+
 def test_a_new_network_predicts_zero_and_learns_from_there():
     network = UNet(**TINY, num_classes=3, out_channels=6)
     x_t, t = inputs()

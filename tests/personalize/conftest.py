@@ -28,9 +28,10 @@ def tiny_bases(tmp_path_factory, scripts) -> dict[str, Path]:
     from tiny_pipeline import make_pipeline
 
     folder = tmp_path_factory.mktemp("bases")
-    for kind in ("sd", "sdxl"):
+    kinds = ("sd", "sd2", "sdxl")
+    for kind in kinds:
         make_pipeline(kind).save_pretrained(folder / kind)
-    return {kind: folder / kind for kind in ("sd", "sdxl")}
+    return {kind: folder / kind for kind in kinds}
 
 
 @pytest.fixture(scope="session")

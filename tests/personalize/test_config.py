@@ -88,6 +88,21 @@ def test_settings_that_do_not_fit(settings, message):
 
 
 @pytest.mark.parametrize(
+    ("kind", "flag", "message"),
+    [
+        (SweepConfig, "--runs=dog", r"runs must be a list in brackets, '\[dog\]' say, not dog"),
+        (PersonalizeConfig, "--training.steps=1.5", "training.steps must be a whole number or null, not 1.5"),
+        (PersonalizeConfig, "--training.lr=fast", "training.lr must be a number, not fast"),
+        (PersonalizeConfig, "--method=lor", "method must be one of 'lora', 'full', 'textual_inversion', not lor"),
+    ],
+    ids=["list", "whole number", "number", "choice"],
+)
+def test_values_of_another_type_are_named_in_words(kind, flag, message):
+    with pytest.raises(UserError, match=f"^in the command line: {message}$"):
+        parse_arguments(settings_parser(kind), [flag])
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"steps": 1, "epochs": 1.0},

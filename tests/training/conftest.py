@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 
-from improved_diffusion.config import Config
+from improved_diffusion.config import Config, load_config
 from improved_diffusion.data import open_image_set
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.settings import parse_arguments, settings_parser, to_settings
 from improved_diffusion.training.devices import Processes
+from improved_diffusion.training.model import build_network
 from improved_diffusion.training.trainer import Trainer
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -114,3 +116,33 @@ def finish_script(start_script) -> Callable[..., str]:
         return out
 
     return finish
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory, tiny_set):
+    """A run whose weights are not at their start, where the output is zero."""
+    run = RunDirectory(tmp_path_factory.mktemp("run"))
+    settings = {
+        "data": str(tiny_set),
+        "model": {
+            "image_size": 16,
+            "num_channels": 32,
+            "channel_multipliers": [1, 2],
+            "num_res_blocks": 1,
+            "attention_resolutions": [8],
+            "class_dropout": 0.1,
+        },
+        "diffusion": {"timesteps": 20},
+        "training": {"precision": "float32"},
+    }
+    run.config_file.write_text(yaml.safe_dump(settings))
+    config = load_config(run.config_file)
+    network = build_network(config, 3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    class_names = list(open_image_set(tiny_set).class_names)
+    state = {"step": 1, "model": network.state_dict(), "ema": {}, "class_names": class_names}
+    run.save_checkpoint(state, keep=1)
+    return run.path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import os
 import zipfile
 from collections import deque
@@ -13,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 
-from improved_diffusion.data.decode import EXTENSIONS, FORMATS, to_rgb
+from improved_diffusion.data.decode import EXTENSIONS, open_encoded, to_rgb
 from improved_diffusion.data.sources import Archive, Folder, is_hidden
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.sources import Batch, check_count
@@ -111,8 +110,6 @@ class FileSource:
     def _decode(self, name: str) -> np.ndarray | str:
         try:
             return decode_image(self.files.read(name))
-        except UnidentifiedImageError:  # its own message is an address in memory
-            return "not an image of a known format"
         except Exception as error:  # Pillow raises almost anything on a damaged file
             return " ".join(str(error).split()) or type(error).__name__
 
@@ -125,6 +122,6 @@ class FileSource:
 
 def decode_image(data: bytes) -> np.ndarray:
     """The content of an image file to uint8 (H, W, 3): upright, on white, of its own size."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with open_encoded(data) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return np.asarray(to_rgb(image))

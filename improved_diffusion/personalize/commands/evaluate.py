@@ -30,6 +30,7 @@ def run(arguments: list[str]) -> None:
         default=DINO,
         help="of likeness and copying: DINO, by name or folder, or inception (default: %(default)s)",
     )
+    add("--weights", type=Path, metavar="FILE", help="Inception weights (default: cache, download or package)")
     add("--lpips-weights", type=Path, help="torchvision's AlexNet weights, for lpips")
     add("--json", type=Path, metavar="FILE", help="write the results there as well")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
@@ -53,13 +54,16 @@ def run(arguments: list[str]) -> None:
     similar = [metric for metric in chosen if metric in evaluate.SIMILARITY_METRICS]
     by_clip = {"clip-t", "clip-i"} & set(similar)
     by_vision = {"likeness", "copying"} & set(similar)
-    judge = Judge(options.clip if by_clip else None, options.vision if by_vision else None, device)
+    clip, vision = options.clip if by_clip else None, options.vision if by_vision else None
+    judge = Judge(clip, vision, device, inception_weights=options.weights)
     found, measurements = [], []
     similarities = evaluate.Similarities(generated, references, judge, options.lpips_weights, device)
     refused = evaluate.each(similar, lambda metric: found.append(similarities.measure(metric)))
     refused += evaluate.each(
         [metric for metric in chosen if metric in evaluate.INCEPTION_METRICS],
-        lambda metric: measurements.extend(evaluate.measure_inception([metric], generated, references, str(device))),
+        lambda metric: measurements.extend(
+            evaluate.measure_inception([metric], generated, references, str(device), options.weights)
+        ),
     )
     if measurements:
         print(table(measurements))

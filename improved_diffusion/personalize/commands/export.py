@@ -29,6 +29,7 @@ def run(arguments: list[str]) -> None:
     options.precision, options.device = "float32", options.device or "cpu"
 
     # Imported only now: torch takes seconds, and typos are answered at once.
+    from improved_diffusion.personalize.models.words import advice_to_readers, learned_rows
     from improved_diffusion.personalize.verify import export, largest_difference
 
     base, config = open_model(parser, options)
@@ -38,3 +39,5 @@ def run(arguments: list[str]) -> None:
     if difference:
         raise UserError(f"read back, {written} draws something else: a pixel differs by {difference}")
     print(f"{written}: read back, it draws the same picture; largest difference of a pixel: 0")
+    if learned_rows(base) and (advice := advice_to_readers(base)):
+        print(f"note: {advice}")

@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
     add("--width", type=int, help="pixels (default: the run's, or what the base was made for)")
     add("--image", type=Path, help="a picture to start from (image-to-image)")
     add("--strength", type=float, default=0.6, help="with --image: 0 leaves it, 1 forgets it (default: %(default)s)")
-    add("--batch-size", type=int, default=4, help="pictures at once; changes speed and memory only")
+    add("--batch-size", type=int, default=4, help="pictures at once on a GPU; changes speed, memory and last digits")
     add_model_options(parser)
     add_scale_options(parser)
     options = parser.parse_args(arguments)
@@ -39,43 +39,58 @@ def run(arguments: list[str]) -> None:
         parser.error(f"--seed must be from 0 to 2^62, not {options.seed}")
 
     # Imported only now: torch takes seconds, and typos are answered at once.
-    from PIL import Image
-
-    from improved_diffusion.files import atomic_write
-    from improved_diffusion.personalize.data.captioned import load_image
-    from improved_diffusion.personalize.generate import Sampling, draw
+    from improved_diffusion.files import atomic_write, file_sha256
+    from improved_diffusion.personalize.data.captioned import MANIFEST, load_image
+    from improved_diffusion.personalize.generate import Sampling
     from improved_diffusion.personalize.measuring.sheet import contact_sheet
     from improved_diffusion.personalize.models.adapters import set_scales
     from improved_diffusion.personalize.models.trained import resolution_of
-    from improved_diffusion.progress import progress
+    from improved_diffusion.personalize.pictures import claim, draw_missing
     from improved_diffusion.training.grids import save_png
 
     how = (options.steps, options.guidance_scale, options.negative_prompt)
     sampling = Sampling(*how, options.height, options.width, options.strength)
     start = load_image(options.image) if options.image is not None else None
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+    manifest = options.out / MANIFEST
+    if not manifest.is_file() and _holds_something(options.out):
         raise UserError(f"{options.out} is not empty: choose another --out")
     base, config = open_model(parser, options)
     side = resolution_of(config, base)
     sampling = dataclasses.replace(sampling, height=options.height or side, width=options.width or side)
-    set_scales(base, options.unet_scale, options.text_encoder_scale, options.text_encoder_2_scale)
+    scales = (options.unet_scale, options.text_encoder_scale, options.text_encoder_2_scale)
+    set_scales(base, *scales)
     prompts = [config.subject.fill(prompt) for prompt in options.prompts]
+    request = {
+        "prompts": prompts,
+        "n": options.n,
+        "seed": options.seed,
+        **dataclasses.asdict(sampling),
+        "image": file_sha256(options.image) if options.image is not None else None,
+        "scales": list(scales),
+        "precision": str(base.unet.dtype).removeprefix("torch."),
+        "base": base.name,
+        "adapter": file_sha256(options.adapter) if options.adapter is not None else None,  # its alpha is no weight
+        "weights": base.fingerprint(),
+    }
+    claim(manifest, request, "choose another --out")
     texts = [prompt for prompt in prompts for _ in range(options.n)]
     seeds = [options.seed + i for i in range(options.n)] * len(prompts)
-    pictures: list[Image.Image] = []
-    records = []
-    with progress(total=len(texts), desc="drawing", unit="picture") as bar:
-        for picture in draw(base, texts, seeds, sampling, options.batch_size, start):
-            number = len(pictures)
-            name = f"{number:04d}.png"
-            with atomic_write(options.out / name) as temporary:
-                picture.save(temporary, format="png")
-            records.append({"file_name": name, "text": texts[number], "seed": seeds[number]})
-            pictures.append(picture)
-            bar.update()
+    files = [options.out / f"{number:04d}.png" for number in range(len(texts))]
+    drawn = draw_missing(base, files, texts, seeds, sampling, options.batch_size, start, "drawing")
+    records = [
+        {"file_name": file.name, "text": text, "seed": seed}
+        for file, text, seed in zip(files, texts, seeds, strict=True)
+    ]
     with atomic_write(options.out / "metadata.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    pictures = [load_image(file) for file in files]
     rows = [pictures[i : i + options.n] for i in range(0, len(pictures), options.n)]
     sheet = options.out.with_name(f"{options.out.name}.png")
     save_png(contact_sheet(rows, prompts, [f"seed {seed}" for seed in seeds[: options.n]]), sheet)
-    print(f"{len(pictures)} pictures in {options.out}, all on {sheet}")
+    kept = f" ({len(files) - drawn} were there)" if drawn < len(files) else ""
+    print(f"{len(pictures)} pictures in {options.out}{kept}, all on {sheet}")
+
+
+def _holds_something(out: Path) -> bool:
+    """Whether anything is at `out` but an empty folder, and hidden files, which a kill leaves half-written."""
+    return out.exists() and not (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()))

@@ -19,6 +19,7 @@ def add_model_options(parser: ArgumentParser) -> None:
     add("--checkpoint", help="of the run: best, latest or step_0000450.pt (default: best, or else latest)")
     add("--base", help="base model, a folder or a name on the hub (default: the run's)")
     add("--adapter", type=Path, help="a .safetensors file of LoRA for --base, in diffusers' or kohya's form")
+    add("--allow-unknown", action="store_true", help="take of --adapter the layers that the base has, and no others")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--precision", choices=("float32", "bf16", "fp16"), help="default: float32 on a CPU, else bf16 or fp16")
 
@@ -55,5 +56,6 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
         return tuned.base, tuned.config
     base = load_base(options.base).to(device, precision)
     if options.adapter is not None:
-        load_adapter(base, options.adapter)
+        taken, layers = load_adapter(base, options.adapter, options.allow_unknown)
+        print(f"{options.adapter}: {taken} of {layers} layers taken", flush=True)
     return base, PersonalizeConfig()

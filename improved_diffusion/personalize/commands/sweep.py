@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from improved_diffusion.errors import UserError
-from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_settings
+from improved_diffusion.settings import parse_arguments, read_settings, require, settings_parser, to_settings
 
 
 def run(arguments: list[str]) -> None:
@@ -25,8 +24,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--out", help="folder of the results; an interrupted sweep goes on in it")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     options = parse_arguments(parser, own)
-    if options.out is None:
-        raise UserError("where to? give --out, a folder")
+    require(options.out is not None, "where to? give --out, a folder")
+    out = Path(options.out)
+    require(not out.is_file(), f"{out} is a file, and the results are a folder: choose another --out")
     settings = read_settings(options.config) if options.config else {}
     config = to_settings(SweepConfig, parser, parse_arguments(parser, own, settings, options.config or ""))
 
@@ -37,7 +37,6 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.training.devices import drawing_precision, usable_device
 
     device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    out = Path(options.out)
     runs = [Path(run) for run in config.runs]
     if not runs:
         runs = sweep.train_runs(config.train, out / "runs", Path(options.config or "."), flags)

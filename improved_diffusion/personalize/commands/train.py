@@ -42,17 +42,20 @@ def run(arguments: list[str]) -> None:
         settings, source = read_settings(resumed.config_file), str(resumed.config_file)
     elif options.config is not None:
         settings, source = read_settings(options.config), options.config
-    config = to_settings(PersonalizeConfig, parser, parse_arguments(parser, arguments, settings, source))
+    given = to_settings(PersonalizeConfig, parser, parse_arguments(parser, arguments, settings, source))
+    config, why = start.with_precision(given)
     if options.resume is not None:
         require_same_run(resumed.read_config(PersonalizeConfig), config, start.CHANGEABLE)
         opened = resumed.held()
     else:
+        start.require_place(Path(options.out or "runs"), config.data)
         opened = new_run(options.out, f"{Path(config.data or 'data').name}-{config.method}")
     accelerator = start.start_accelerator(config)
     say = accelerator.print
     with held_by_first(opened, accelerator.is_main_process, lambda value: broadcast_object_list([value])[0]) as run:
         state = state_to_resume(run, options.resume, start.TRAINING_STATE) if options.resume is not None else None
         say(f"run: {run.path}" + (f", going on at update {state['step']}" if state else ""))
+        say(f"arithmetic: {why}")
         loop = start.build(config, run, state, accelerator, say)
         finished = loop.train()
         say(f"done: {loop.trainer.counters}")

@@ -13,22 +13,25 @@ skipped and named.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps
 
-from improved_diffusion.data.decode import EXTENSIONS, FORMATS, to_rgb
+from improved_diffusion.data.decode import EXTENSIONS, open_encoded, to_rgb
 from improved_diffusion.data.sources import Folder, is_hidden
 from improved_diffusion.errors import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "en_text", "prompt")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 METADATA = ("metadata.jsonl", "metadata.csv")
+MANIFEST = "manifest.json"  # of pictures that were drawn: how
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class CaptionedImage:
 
     def load(self, background: str = "white") -> Image.Image:
         """RGB, upright, of its own size; raises whatever Pillow raises for a damaged file."""
-        with Image.open(io.BytesIO(self.read()), formats=FORMATS) as image:
+        with open_encoded(self.read()) as image:
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image, background)
 
@@ -56,8 +59,8 @@ def load_image(path: Path, background: str = "white") -> Image.Image:
     try:
         return CaptionedImage(path.name, None, path.read_bytes).load(background)
     except Exception as error:  # Pillow raises almost anything on a damaged file
-        reasons = {FileNotFoundError: "there is no such file", UnidentifiedImageError: "it is no image, or damaged"}
-        reason = reasons.get(type(error)) or " ".join(str(error).split())
+        missing = isinstance(error, FileNotFoundError)
+        reason = "there is no such file" if missing else " ".join(str(error).split())
         raise UserError(f"cannot read the image {path}: {reason}") from error
 
 
@@ -100,7 +103,8 @@ def open_captioned_set(
     if not path.exists():
         raise UserError(f"there is no folder or parquet file of images at {path}")
     skipped: list[str] = []
-    if path.is_dir() and not any(path.glob("*.parquet")):
+    is_folder = path.is_dir() and not any(path.glob("*.parquet"))
+    if is_folder:
         candidates = list(_of_folder(path, caption_column, skipped))
     else:
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -118,9 +122,10 @@ def open_captioned_set(
         raise UserError(f"no usable images in {path}{first}")
     found = CaptionedSet(path, tuple(images), tuple(skipped))
     if captions_required and (missing := found.without_caption()):
+        beside = f"write {PurePosixPath(missing[0]).with_suffix('.txt')} beside it, or list it in metadata.jsonl"
+        advice = beside if is_folder else "fill in the caption of its row, or leave the row out"
         raise UserError(
-            f"{len(missing)} of {len(found)} images in {path} have no caption, the first is {missing[0]}: write "
-            f"{PurePosixPath(missing[0]).with_suffix('.txt')} beside it, or list it in metadata.jsonl"
+            f"{len(missing)} of {len(found)} images in {path} have no caption, the first is {missing[0]}: {advice}"
         )
     return found
 
@@ -137,7 +142,7 @@ def _of_folder(path: Path, caption_column: str | None, skipped: list[str]) -> It
     for name in names:
         suffix = PurePosixPath(name).suffix.lower()
         if suffix not in EXTENSIONS:
-            if name not in METADATA and suffix != ".txt":
+            if name not in (*METADATA, MANIFEST) and suffix != ".txt":
                 skipped.append(f"{name}: not an image")
             continue
         caption = captions.pop(name, None)
@@ -158,6 +163,11 @@ def _read_text(file: Path) -> str:
 def _metadata(path: Path, caption_column: str | None) -> dict[str, str]:
     """{file name: caption} of metadata.jsonl or metadata.csv; empty where there is neither."""
     file = next((path / name for name in METADATA if (path / name).is_file()), None)
+    if file is None and caption_column is not None:
+        raise UserError(
+            f"{path} has no {' or '.join(METADATA)} with a column {caption_column!r}: leave out images.caption_column, "
+            "and the captions are those in the .txt files"
+        )
     if file is None:
         return {}
     try:
@@ -184,14 +194,13 @@ def _metadata(path: Path, caption_column: str | None) -> dict[str, str]:
 
 
 def _of_parquet(file: Path, caption_column: str | None, captions_required: bool) -> Iterator[CaptionedImage]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{file} needs pyarrow: pip install 'improved_diffusion[personalize]'") from error
+    import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {file}: it is damaged or no parquet file ({error})") from error
+        reason = _what_else(file) or f"it is damaged or no parquet file ({error})"
+        raise UserError(f"cannot read {file}: {reason}") from error
     image_column = _column(file, table.column_names, IMAGE_COLUMNS, None, "images")
     images, captions = table.column(image_column), None
     if caption_column or captions_required or set(CAPTION_COLUMNS) & set(table.column_names):
@@ -206,6 +215,15 @@ def _of_parquet(file: Path, caption_column: str | None, captions_required: bool)
             " ".join(caption.split()) or None if caption else None,
             lambda row=row: _image_bytes(images[row].as_py()),
         )
+
+
+def _what_else(file: Path) -> str | None:
+    """What people give in place of a parquet file, with the way out; None if it is nothing that is known."""
+    if zipfile.is_zipfile(file):
+        return "it is a zip archive: unpack it, and give the folder"
+    with contextlib.suppress(Exception), open_encoded(file.read_bytes()):
+        return "it is a single picture: give the folder that holds it"
+    return None
 
 
 def _column(file: Path, present: list[str], known: tuple[str, ...], wanted: str | None, what: str) -> str:

@@ -1,4 +1,7 @@
-"""Choosing between fidelity and obedience: the Pareto front, the best checkpoint, and signs of overfitting."""
+"""Choosing between fidelity and obedience: the Pareto front, the best checkpoint, and signs of overfitting.
+
+Looks are compared with each other where their protocols are the same; these are a series.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ class Look:
     fidelity: tuple[float, ...]  # likeness to the subject
     prompt: tuple[float, ...]  # match of the prompt; empty where it could not be measured
     copying: tuple[float, ...]  # empty where it could not be measured
+    protocol: str  # of what was drawn and by what it was measured
 
     @property
     def point(self) -> tuple[float, float]:
@@ -39,17 +43,27 @@ def on_front(points: Sequence[tuple[float, float]]) -> np.ndarray:
     return ~(as_good & better).any(axis=0)
 
 
+def current_series(looks: Sequence[Look]) -> list[Look]:
+    """Those that can be compared with the last one, which is among them."""
+    return [look for look in looks if look.protocol == looks[-1].protocol]
+
+
 def candidates(looks: Sequence[Look], copy_cap: float) -> list[Look]:
-    """Those among which the best is: the Pareto front of the looks at most `copy_cap` of which is copied."""
+    """Those among which the best is: of each series, the Pareto front of the looks at most `copy_cap` of which is
+    copied."""
     allowed = [look for look in looks if look.copy_score <= copy_cap]
-    front = on_front([look.point for look in allowed])
-    return [look for look, is_on in zip(allowed, front, strict=True) if is_on]
+    found = []
+    for protocol in dict.fromkeys(look.protocol for look in allowed):
+        series = [look for look in allowed if look.protocol == protocol]
+        front = on_front([look.point for look in series])
+        found += [look for look, is_on in zip(series, front, strict=True) if is_on]
+    return found
 
 
 def choose(looks: Sequence[Look], copy_cap: float) -> Look | None:
-    """The look whose point lies nearest to the ideal one, each axis scaled to what the candidates span; the base as it
-    was, step 0, is none of them but helps to span. None where all copy too much."""
-    found = candidates(looks, copy_cap)
+    """The look of the current series whose point lies nearest to the ideal one, each axis scaled to what the candidates
+    span; the base as it was, step 0, is none of them but helps to span. None where all copy too much."""
+    found = candidates(current_series(looks), copy_cap)
     trained = [look for look in found if look.step > 0]
     if not trained:
         return None
@@ -63,8 +77,8 @@ def choose(looks: Sequence[Look], copy_cap: float) -> Look | None:
 def overfitting(looks: Sequence[Look], copy_cap: float) -> list[str]:
     """What speaks for overfitting in the last of the looks, in words; empty where nothing does.
 
-    It is compared with every earlier look after the base's, picture by picture, as prompts and seeds are the same: a
-    change counts where the 95 % interval of its mean leaves out 0.
+    It is compared with every earlier look of its series after the base's, picture by picture, as prompts and seeds are
+    the same: a change counts where the 95 % interval of its mean leaves out 0.
     """
     last, signs = looks[-1], []
     if last.copy_score > copy_cap:
@@ -72,7 +86,7 @@ def overfitting(looks: Sequence[Look], copy_cap: float) -> list[str]:
             f"step {last.step}: pictures come closer to training images than these are to each other (copy score "
             f"{last.copy_score:.2f}, the cap is {copy_cap:g}): it copies"
         )
-    for earlier in reversed(looks[:-1]):
+    for earlier in reversed(current_series(looks)[:-1]):
         if earlier.step == 0 or not last.prompt or not earlier.prompt:
             continue
         gained = _change(earlier.fidelity, last.fidelity)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
 from improved_diffusion.metrics.similarity import dino_embeddings, image_embeddings, rgb_arrays, text_embeddings
+from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_clip, load_vision
 
 INCEPTION = "inception"
@@ -48,12 +50,37 @@ class Judge:
         vision: name or folder of a DINO model, or `inception`, which is in this project and needs no download.
         device: where they run.
         group: of the settings `clip` and `vision`, which messages name: `watch.` or none.
+        inception_weights: a file; by default those that are found.
     """
 
-    def __init__(self, clip: str | None, vision: str | None, device: torch.device | str, group: str = ""):
+    def __init__(
+        self,
+        clip: str | None,
+        vision: str | None,
+        device: torch.device | str,
+        group: str = "",
+        inception_weights: Path | None = None,
+    ):
         self.clip_name, self.vision_name = clip, vision
         self._clip: tuple[Any, Any] | None = load_clip(clip, device, f"--{group}clip") if clip is not None else None
-        self._vision = _vision(vision, device, f"--{group}vision") if vision is not None else None
+        self._vision = None
+        if vision is not None:
+            self._vision = _vision(vision, device, f"--{group}vision", inception_weights)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Those that are there, of `clip` and `vision`."""
+        pairs = {"clip": self._clip, "vision": self._vision}
+        return {name: pair[0] for name, pair in pairs.items() if pair is not None}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the networks: {name: SHA-256}."""
+        return {name: fingerprint(network) for name, network in self.networks.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the networks' weights."""
+        return sum(tensor.nbytes for network in self.networks.values() for tensor in network.state_dict().values())
 
     @property
     def compares(self) -> bool:
@@ -66,7 +93,7 @@ class Judge:
         pictures = iter(pictures)
         while batch := list(itertools.islice(pictures, BATCH)):
             clip += [image_embeddings(batch, *self._clip)] if self._clip else []
-            vision += [self._vision(batch)] if self._vision else []
+            vision += [self._vision[1](batch)] if self._vision else []
         return Seen(clip=torch.cat(clip) if clip else None, vision=torch.cat(vision) if vision else None)
 
     def read(self, texts: Sequence[str]) -> Tensor | None:
@@ -74,14 +101,17 @@ class Judge:
         return text_embeddings(list(texts), *self._clip) if self._clip else None
 
 
-def _vision(name: str, device: torch.device | str, setting: str) -> Callable[[list[Image.Image]], Tensor]:
+def _vision(
+    name: str, device: torch.device | str, setting: str, inception_weights: Path | None
+) -> tuple[nn.Module, Callable[[list[Image.Image]], Tensor]]:
+    """A network, and what embeds pictures with it."""
     if name != INCEPTION:
         model, processor = load_vision(name, device, setting)
-        return lambda pictures: dino_embeddings(pictures, model, processor)
-    extractor = FeatureExtractor((2048,), device)
+        return model, lambda pictures: dino_embeddings(pictures, model, processor)
+    extractor = FeatureExtractor((2048,), device, inception_weights)
 
     def embed(pictures: list[Image.Image]) -> Tensor:
         features = [extractor(array[None])[2048].cpu() for array in rgb_arrays(pictures)]
         return F.normalize(torch.cat(features), dim=1)
 
-    return embed
+    return extractor.network, embed

@@ -63,14 +63,8 @@ class Base:
         return self.pipeline.scheduler.alphas_cumprod
 
     def fingerprint(self) -> str:
-        """SHA-256 of a few numbers of every weight that decides what is drawn: of the same model the same, wherever its
-        folder lies."""
-        digest = hashlib.sha256()
-        for part in (self.unet, *self.text_encoders.values()):
-            for name, weight in part.state_dict().items():
-                digest.update(f"{name} {tuple(weight.shape)}".encode())
-                digest.update(weight.flatten()[:16].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """That of all weights that decide what is drawn."""
+        return fingerprint(self.unet, *self.text_encoders.values())
 
     def to(self, device: torch.device | str, dtype: str = "float32", vae_dtype: str = "float32") -> Base:
         """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32. A UNet of few bits
@@ -80,6 +74,16 @@ class Base:
                 part.to(device, DTYPES[dtype])
         self.pipeline.vae.to(device, DTYPES[vae_dtype])
         return self
+
+
+def fingerprint(*parts: nn.Module) -> str:
+    """SHA-256 of a few numbers of every weight: of the same model the same, wherever its folder lies."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, weight in part.state_dict().items():
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_base(name: str, bits: int | None = None, dtype: str = "float32") -> Base:
@@ -112,8 +116,20 @@ def load_base(name: str, bits: int | None = None, dtype: str = "float32") -> Bas
             raise UserError(f"{name} predicts {base.prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
         for tokenizer in base.tokenizers:
             require_vocabulary(tokenizer)
+    _name_the_end_token(base)
     pipeline.set_progress_bar_config(disable=True)
     return base
+
+
+def _name_the_end_token(base: Base) -> None:
+    """Tell the text encoders the number of the token that ends a text, in place.
+
+    Published configs say 2, upon which transformers takes the highest number of a text for its end: the same token,
+    until a word is added, whose number is higher."""
+    for tokenizer, encoder in zip(base.tokenizers, base.text_encoders.values(), strict=True):
+        for module in encoder.modules():
+            if hasattr(module, "eos_token_id"):
+                module.eos_token_id = tokenizer.eos_token_id
 
 
 def _few_bits(bits: int, dtype: torch.dtype) -> PipelineQuantizationConfig:

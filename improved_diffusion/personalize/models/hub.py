@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from improved_diffusion.errors import UserError
 # To connect to an address of the hub, and for it to answer. Left alone, transformers tries each file that a model could
 # have six times over, for minutes.
 TIMEOUT_SECONDS = 3
+
+SINGLE_FILES = (".safetensors", ".ckpt")  # forms in which bases go around, which diffusers opens in another way
+# diffusers and transformers of a folder without weights, whatever the forms are that they have looked for.
+NO_WEIGHTS = re.compile(r"no file named \S*model\.\S+ .*in directory (\S+?)\.?$")
 
 
 @contextlib.contextmanager
@@ -36,10 +41,13 @@ def opening(name: str, what: str, index: str, setting: str) -> Iterator[bool]:
             neither in the cache nor to be had from the hub; the message then says what to download and how to give it.
     """
     folder = Path(name)
-    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.suffix in SINGLE_FILES
     if local and not (folder / index).is_file():
         problem = f"is no folder of one: it has no {index}" if folder.exists() else "does not exist"
-        raise UserError(f"the {what} {name} {problem}; give a folder that save_pretrained wrote, or a name on the hub")
+        advice = "give a folder that save_pretrained wrote, or a name on the hub"
+        if folder.suffix in SINGLE_FILES:
+            advice = f"give a folder, which diffusers' from_single_file({folder.name!r}).save_pretrained('DIR') writes"
+        raise UserError(f"the {what} {name} {problem}; {advice}")
     unreachable = None if local else _why_unreachable(name)
     is_local = local or unreachable is not None
     # A download has a progress bar; those of a second's work on local files are hidden.
@@ -52,7 +60,7 @@ def opening(name: str, what: str, index: str, setting: str) -> Iterator[bool]:
     except Exception as error:  # diffusers, transformers and the hub's library raise almost anything
         reason = _one_line(unreachable or error)
         if local:
-            raise UserError(f"the {what} {name} cannot be read: {reason}") from error
+            raise UserError(f"the {what} {name} cannot be read: {reason}; copy or download it again") from error
         raise UserError(
             f"the {what} {name} is neither in the cache nor to be had from the hub ({reason}); where there is a "
             f"network run `hf download {name} --local-dir DIR`, bring the folder here, and give {setting} DIR"
@@ -75,4 +83,7 @@ def _why_unreachable(name: str) -> Exception | None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    text = " ".join(str(error).split())
+    if without := NO_WEIGHTS.search(text):
+        return f"there are no weights (.safetensors) in {without[1]}"
+    return text[:160] or type(error).__name__

@@ -66,6 +66,14 @@ def require_single_token(candidate: str, tokenizers: Sequence[Any]) -> None:
             )
 
 
+def require_new_word(candidate: str, tokenizers: Sequence[Any]) -> None:
+    """Raise UserError where a tokenizer knows `candidate` as one token, so that it cannot become another."""
+    if any(inspect_token(candidate, tokenizer).is_single for tokenizer in tokenizers):
+        raise UserError(
+            f"the tokenizer knows {candidate!r} already: textual inversion needs a new word, <{candidate}> say"
+        )
+
+
 def suggest_tokens(tokenizer: Any, count: int = 10) -> list[TokenReport]:
     """The rarest single tokens of three or four letters that survive a round trip through the tokenizer."""
     by_rank = sorted(tokenizer.get_vocab().items(), key=lambda item: -item[1])

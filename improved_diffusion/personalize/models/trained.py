@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.models.adapters import attach_adapters
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.personalize.models.tokens import require_single_token
+from improved_diffusion.personalize.models.tokens import require_new_word, require_single_token
 from improved_diffusion.personalize.models.words import add_word
 
 
@@ -59,15 +61,23 @@ def resolution_of(config: PersonalizeConfig, base: Base) -> int:
     return config.images.resolution or base.resolution
 
 
+def require_token(config: PersonalizeConfig, tokenizers: Sequence[Any]) -> None:
+    """Raise UserError where the subject's token will not do: one that a tokenizer splits, or, for textual inversion,
+    knows already."""
+    token = config.subject.token
+    if token is not None:
+        require = require_new_word if config.method == "textual_inversion" else require_single_token
+        require(token, tokenizers)
+
+
 def prepare(base: Base, config: PersonalizeConfig) -> Trained:
     """Make trainable what `config` says, in place, and freeze the rest.
 
     Raises:
-        UserError: a token that the tokenizer splits, or, for textual inversion, knows already.
+        UserError: see `require_token`.
     """
     text_encoders = base.text_encoders if config.train_text_encoder else {}
-    if config.subject.token is not None and config.method != "textual_inversion":
-        require_single_token(config.subject.token, base.tokenizers)
+    require_token(config, base.tokenizers)
     if config.method == "lora":
         attach_adapters(base, config.adapter, text_encoders=config.train_text_encoder, seed=config.seed)
     else:

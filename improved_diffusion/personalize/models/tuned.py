@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
-from improved_diffusion.personalize.models.adapters import ADAPTER, adapted_parts
+from improved_diffusion.personalize.models.adapter_file import read_adapter
+from improved_diffusion.personalize.models.adapters import ADAPTER
 from improved_diffusion.personalize.models.base import Base, load_base
 from improved_diffusion.personalize.models.trained import prepare
 from improved_diffusion.run_directory import RunDirectory, read_checkpoint
@@ -57,43 +57,50 @@ def load_run(
     return Tuned(opened, config, state["step"], file)
 
 
-def load_adapter(base: Base, file: Path) -> None:
+def load_adapter(base: Base, file: Path, allow_unknown: bool = False) -> tuple[int, int]:
     """Give `base` the adapters in a .safetensors file, of diffusers' or kohya's form, in place.
 
+    Args:
+        base: which has none yet.
+        file: the adapters.
+        allow_unknown: leave out layers that the base lacks, or that are no LoRA.
+
+    Returns:
+        How many of the file's layers were taken, and how many it has.
+
     Raises:
-        UserError: no such file, a damaged one, or adapters of another architecture.
+        UserError: no such file, a damaged one, or adapters of another architecture: no layer that the base has, or,
+            unless `allow_unknown`, one that it lacks.
     """
     if not file.is_file():
         raise UserError(f"there is no adapter at {file}")
+    with _saying_what_is_wrong(base, file):
+        read = read_adapter(base, file)
+    total = read.known + len(read.unknown)
+    if not read.known:
+        raise UserError(f"the adapter {file} fits no layer of {base.name}: it is of another architecture")
+    if read.unknown and not allow_unknown:
+        raise UserError(
+            f"{base.name} knows {read.known} of the {total} layers of the adapter {file}, and for one not "
+            f"{read.unknown[0]}: it is of another architecture or kind; --allow-unknown takes those {read.known}"
+        )
+    with _saying_what_is_wrong(base, file):  # as diffusers' load_lora_weights does, which loses the settings of a dict
+        common = {"adapter_name": ADAPTER, "metadata": read.settings, "_pipeline": base.pipeline}
+        base.pipeline.load_lora_into_unet(read.weights, read.alphas, base.unet, low_cpu_mem_usage=True, **common)
+        for name, encoder in base.text_encoders.items():
+            base.pipeline.load_lora_into_text_encoder(
+                read.weights, read.alphas, encoder, prefix=name, low_cpu_mem_usage=True, **common
+            )
+    return read.known, total
+
+
+@contextlib.contextmanager
+def _saying_what_is_wrong(base: Base, file: Path) -> Iterator[None]:
     try:
-        state = load_file(file)
-        if len(_alphas(state)) > 1:
-            base.pipeline.load_lora_weights(_with_one_alpha(state), adapter_name=ADAPTER)
-        else:  # the file, for in diffusers' form the alpha is in its header
-            base.pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER)
+        yield
     except Exception as error:  # diffusers and PEFT raise almost anything
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         kind = "SDXL" if base.is_sdxl else "Stable Diffusion 1 or 2"
         raise UserError(
             f"the adapter {file} is damaged, or of another architecture than {base.name}, which is {kind} ({reason}...)"
         ) from error
-    if not adapted_parts(base):
-        raise UserError(f"the adapter {file} fits no layer of {base.name}: it is of another architecture")
-
-
-def _alphas(state: dict[str, Tensor]) -> Counter[float]:
-    """How many layers of a file in kohya's form have each alpha; in diffusers' form there are none."""
-    return Counter(tensor.item() for name, tensor in state.items() if name.endswith(".alpha"))
-
-
-def _with_one_alpha(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same adapter with the commonest alpha for all layers, for diffusers takes that for all of them, whatever
-    theirs are: the others' weights are scaled instead."""
-    common = _alphas(state).most_common(1)[0][0]
-    changed = dict(state)
-    for name, tensor in state.items():
-        if name.endswith(".alpha"):
-            up = f"{name.removesuffix('.alpha')}.lora_up.weight"
-            changed[up] = state[up] * (tensor.item() / common)
-            changed[name] = torch.tensor(common)
-    return changed

@@ -8,10 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.personalize.models.tokens import inspect_token
 
 FILE = "learned_embeds.safetensors"
 EMBEDDINGS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # as the files of SDXL call them
@@ -41,28 +39,19 @@ class ExtendedEmbedding(nn.Module):
 
 
 def add_word(base: Base, word: str, like: str, vectors: int) -> None:
-    """Teach the tokenizers `word`, which stands for `vectors` embeddings, and let the encoders learn these, in place.
+    """Teach the tokenizers a new `word`, standing for `vectors` embeddings, and let the encoders learn them, in place.
 
     They start as the embedding of the first token of the word `like`. Prompts name the word; the pipeline writes it out
     as `word word_1 word_2 ...`.
-
-    Raises:
-        UserError: the word is known already.
     """
     names = [word, *(f"{word}_{i}" for i in range(1, vectors))]
     for tokenizer, encoder in zip(base.tokenizers, base.text_encoders.values(), strict=True):
-        if inspect_token(word, tokenizer).is_single:
-            raise UserError(f"the tokenizer knows {word!r} already: textual inversion needs a new word, <{word}> say")
         tokenizer.add_tokens(names)
         numbers = tokenizer.convert_tokens_to_ids(names)
         start = tokenizer(like).input_ids[1]
         table = encoder.get_input_embeddings()
         rows = table.weight[start].expand(vectors, -1)
         encoder.set_input_embeddings(ExtendedEmbedding(table, numbers[0], rows))
-        # Old configs say 2, upon which the encoder takes the highest number for the end token: the new word's.
-        for module in encoder.modules():
-            if getattr(module, "eos_token_id", None) is not None:
-                module.eos_token_id = tokenizer.eos_token_id
 
 
 def learned_rows(base: Base) -> dict[str, nn.Parameter]:
@@ -81,3 +70,19 @@ def export_word(base: Base, word: str, folder: Path) -> Path:
     with atomic_write(folder / FILE) as temporary:
         save_file(state, temporary)
     return folder / FILE
+
+
+def advice_to_readers(base: Base) -> str | None:
+    """What a user of diffusers must do beside loading the file of `export_word`; None if that is all.
+
+    Only SDXL looks at what its (second) encoder makes of the end token.
+    """
+    if not base.is_sdxl:
+        return None
+    said, number = base.pipeline.text_encoder_2.config.eos_token_id, base.pipeline.tokenizer_2.eos_token_id
+    if said == number:
+        return None
+    return (
+        f"{base.name} says eos_token_id {said}, for which diffusers would take the new word for the end of the text: "
+        f"there, set pipeline.text_encoder_2.text_model.eos_token_id = {number}"
+    )

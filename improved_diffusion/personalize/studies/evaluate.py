@@ -179,9 +179,15 @@ def _square(image: Image.Image) -> Image.Image:
 
 
 def measure_inception(
-    metrics: Sequence[str], generated: CaptionedSet, references: CaptionedSet | None, device: str
+    metrics: Sequence[str],
+    generated: CaptionedSet,
+    references: CaptionedSet | None,
+    device: str,
+    weights: Path | None = None,
 ) -> list[Measurement]:
     """Those of INCEPTION_METRICS, in the order in which they deserve trust: KID, which is unbiased, first.
+
+    `weights` are the Inception network's; by default those that are found.
 
     Raises:
         UserError: no references where they are needed, or weights that are not there.
@@ -191,7 +197,7 @@ def measure_inception(
         if set(metrics) - {"inception-score"}:
             raise UserError(f"{metrics[0]} compares with real pictures: give --references")
         references = generated  # which the Inception Score does not look at
-    extractor = FeatureExtractor(feature_sizes(metrics, 2048), device)
+    extractor = FeatureExtractor(feature_sizes(metrics, 2048), device, weights)
     sets = ImageSets(extract_features(CaptionedSource(references), extractor), extract_features(fake, extractor))
     return measure(sets, metrics, 2048, device)
 

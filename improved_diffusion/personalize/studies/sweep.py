@@ -14,15 +14,16 @@ from pathlib import Path
 from PIL import Image
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
 from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.learned import open_images
-from improved_diffusion.personalize.generate import Sampling, draw
+from improved_diffusion.personalize.generate import Sampling
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import References, measure, see_training
 from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.trained import resolution_of
 from improved_diffusion.personalize.models.tuned import Tuned, load_run
+from improved_diffusion.personalize.pictures import draw_missing
 from improved_diffusion.personalize.studies.sweep_config import DrawGrid, SweepConfig, TrainGrid
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
@@ -42,6 +43,16 @@ class Point:
     def name(self) -> str:
         scales = f"u{self.unet_scale:g}_t{self.text_encoder_scale:g}_g{self.guidance_scale:g}"
         return f"{self.run.name}/{self.checkpoint.removesuffix('.pt')}_{scales}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run to draw from, found to be in order."""
+
+    run: RunDirectory
+    config: PersonalizeConfig  # with the training images where they are now
+    checkpoints: tuple[str, ...]  # names of files, each once
+    images: tuple[CaptionedImage, ...]  # that it was trained on
 
 
 @dataclass(frozen=True)
@@ -89,28 +100,48 @@ def train_runs(train: TrainGrid, folder: Path, sweep_file: Path, flags: Sequence
 
 
 def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str, dtype: str) -> list[Drawn]:
-    """Draw and score every picture of the grid, in its order."""
-    for run in runs:  # what is wrong with a prompt is said before anything is drawn
-        for prompt in config.draw.prompts:
-            RunDirectory(run).read_config(PersonalizeConfig).subject.fill(prompt)
+    """Draw and score every picture of the grid, in its order.
+
+    Raises:
+        UserError: before anything is drawn: a run, checkpoint, base, prompt, scale or training images that will not do.
+    """
     judge = Judge(config.clip, config.vision, device)
-    total = len(runs) * _points_per_run(config.draw) * len(config.draw.prompts) * len(config.draw.seeds)
+    sources = [_open_source(config, run) for run in runs]
+    checkpoints = sum(len(source.checkpoints) for source in sources)
+    total = checkpoints * len(_points(config.draw)) * len(config.draw.prompts) * len(config.draw.seeds)
     drawn: list[Drawn] = []
     known: dict[tuple, References] = {}
     with progress(total=total, desc="sweep", unit="picture") as bar:
-        for run in runs:
-            for checkpoint in config.draw.checkpoints:
-                tuned = load_run(RunDirectory(run), checkpoint, config.base, device, dtype)
-                references = _references(tuned, judge, config.data, known)
-                for pictures in _draw_checkpoint(config.draw, tuned, run, out):
+        for source in sources:
+            for checkpoint in source.checkpoints:
+                tuned = load_run(source.run, checkpoint, config.base, device, dtype)
+                references = _references(tuned, source, judge, known)
+                for pictures in _draw_checkpoint(config.draw, tuned, source.run.path, out):
                     drawn += _score(pictures, judge, references)
                     bar.update(len(pictures))
     return drawn
 
 
-def _points_per_run(grid: DrawGrid) -> int:
-    axes = (grid.checkpoints, grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales)
-    return len(list(itertools.product(*axes)))
+def _open_source(config: SweepConfig, path: Path) -> Source:
+    """The run at `path`, after a trial of all that will be done with it but drawing: grids are drawn for hours."""
+    run = RunDirectory(path)
+    settings = run.read_config(PersonalizeConfig)
+    for prompt in config.draw.prompts:
+        settings.subject.fill(prompt)
+    settings = replace(settings, data=config.data or settings.data)
+    images = open_images(settings).training.images
+    # `best` and a file's name may be the same checkpoint.
+    checkpoints = tuple(dict.fromkeys(run.choose_checkpoint(name).name for name in config.draw.checkpoints))
+    for checkpoint in checkpoints:
+        tuned = load_run(run, checkpoint, config.base)
+        for unet, text, _ in _points(config.draw):
+            set_scales(tuned.base, unet, text)
+    return Source(run, settings, checkpoints, images)
+
+
+def _points(grid: DrawGrid) -> list[tuple[float, float, float]]:
+    """Scales of the UNet and the text encoders, and guidance, in the order of the grid."""
+    return list(itertools.product(grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales))
 
 
 def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iterator[list[Drawn]]:
@@ -119,8 +150,7 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
     weights = tuned.checkpoint.stat()
     what = (weights.st_size, weights.st_mtime_ns, tuned.base.name, side, grid.steps, grid.negative_prompt)
     prompts = [(number, subject.fill(prompt)) for number, prompt in enumerate(grid.prompts)]
-    for unet, text, guidance in itertools.product(grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales):
-        # The file's own name: `best` may name another one after a resume.
+    for unet, text, guidance in _points(grid):
         point = Point(run, tuned.checkpoint.name, unet, text, guidance)
         folder = out / "pictures" / point.name
         pictures = [
@@ -128,13 +158,10 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
             for number, prompt in prompts
             for seed in grid.seeds
         ]
-        missing = [picture for picture in pictures if not picture.file.is_file()]
         set_scales(tuned.base, unet, text)
         sampling = Sampling(grid.steps, guidance, grid.negative_prompt, height=side, width=side)
-        images = draw(tuned.base, [p.prompt for p in missing], [p.seed for p in missing], sampling, grid.batch_size)
-        for picture, image in zip(missing, images, strict=True):
-            with atomic_write(picture.file) as temporary:
-                image.save(temporary, format="png")
+        files, texts, seeds = zip(*((p.file, p.prompt, p.seed) for p in pictures), strict=True)
+        draw_missing(tuned.base, files, texts, seeds, sampling, grid.batch_size)
         yield pictures
 
 
@@ -143,14 +170,12 @@ def _digest(*what: object) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
-def _references(tuned: Tuned, judge: Judge, data: str | None, known: dict[tuple, References]) -> References:
+def _references(tuned: Tuned, source: Source, judge: Judge, known: dict[tuple, References]) -> References:
     """The training images of a run; those that several runs share are looked at once."""
-    config = replace(tuned.config, data=data or tuned.config.data)
-    side = resolution_of(config, tuned.base)
+    config, side = source.config, resolution_of(source.config, tuned.base)
     key = (tuned.base.name, side, config.data, config.images, config.seed)
     if key not in known:
-        images = open_images(config).training.images
-        known[key] = see_training(tuned.base, judge, images, config.images.background, side)
+        known[key] = see_training(tuned.base, judge, source.images, config.images.background, side)
     return known[key]
 
 

@@ -75,3 +75,4 @@ class SweepConfig:
             bool(self.runs) != (self.train.config is not None),
             "a sweep draws from runs that are there (runs), or trains them (train.config): give one of the two",
         )
+        require(len(set(self.runs)) == len(self.runs), "runs names something twice")

@@ -38,19 +38,28 @@ def by_point(drawn: Sequence[Drawn]) -> dict[Point, list[Drawn]]:
 
 
 def summarise(drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
-    """A row for each point: its settings, the mean of each score with its interval, and whether it is on the front."""
+    """A row for each point: its settings, the mean of each score with its interval, and whether it is on the front.
+
+    A score that a point lacks and others have (copying, of a run with one training image) is None."""
     rows = []
     for point, pictures in by_point(drawn).items():
         row: dict[str, Any] = {**_settings(point), "n": len(pictures)}
-        for name in pictures[0].scores:
-            score = scores.mean_score(torch.tensor([picture.scores[name] for picture in pictures]))
-            row |= {name: score.mean, f"{name}_low": score.low, f"{name}_high": score.high}
+        for name in _scores_of(drawn):
+            row |= dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+            if values := [picture.scores[name] for picture in pictures if name in picture.scores]:
+                score = scores.mean_score(torch.tensor(values))
+                row |= {name: score.mean, f"{name}_low": score.low, f"{name}_high": score.high}
         rows.append(row)
     fidelity = "likeness" if "likeness" in rows[0] else "clip_i"
     if "clip_t" in rows[0] and fidelity in rows[0]:
         front = on_front([(row[fidelity], row["clip_t"]) for row in rows])
         rows = [{**row, "on_front": bool(is_on)} for row, is_on in zip(rows, front, strict=True)]
     return rows
+
+
+def _scores_of(drawn: Sequence[Drawn]) -> list[str]:
+    """The scores that any picture has."""
+    return [name for name in SCORES if any(name in picture.scores for picture in drawn)]
 
 
 def _settings(point: Point) -> dict[str, Any]:
@@ -65,8 +74,15 @@ def _settings(point: Point) -> dict[str, Any]:
 
 def write_results(drawn: Sequence[Drawn], summary: Sequence[dict[str, Any]], out: Path) -> None:
     """Both tables, the contact sheets and the plot."""
+    names = _scores_of(drawn)
     rows = [
-        {**_settings(p.point), "prompt": p.prompt, "seed": p.seed, **p.scores, "file": str(p.file.relative_to(out))}
+        {
+            **_settings(p.point),
+            "prompt": p.prompt,
+            "seed": p.seed,
+            **{name: p.scores.get(name) for name in names},
+            "file": str(p.file.relative_to(out)),
+        }
         for p in drawn
     ]
     _write_csv(out / "scores.csv", rows)
@@ -130,8 +146,8 @@ def table(summary: Sequence[dict[str, Any]]) -> str:
     lines = [f"{'':>3}  {'':{width}}  " + "  ".join(f"{name:>8}" for name in names)]
     for number, row in enumerate(summary):
         mark = "*" if row.get("on_front") else " "
-        values = "  ".join(f"{row[name]:8.4f}" for name in names)
-        lines.append(f"{number:>3}{mark} {_title(row):{width}}  {values}")
+        values = "  ".join(f"{'' if row[name] is None else format(row[name], '.4f'):>8}" for name in names)
+        lines.append(f"{number:>3}{mark} {_title(row):{width}}  {values}".rstrip())
     return "\n".join(lines)
 
 

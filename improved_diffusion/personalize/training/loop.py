@@ -17,7 +17,7 @@ from improved_diffusion.personalize.generate import BrokenPicture
 from improved_diffusion.personalize.measuring.choice import Look, candidates, choose, overfitting
 from improved_diffusion.personalize.training.budget import Budget
 from improved_diffusion.personalize.training.trainer import Source, Trainer
-from improved_diffusion.personalize.training.watch import Watch, fixed_loss, to_look
+from improved_diffusion.personalize.training.watch import Watch, difference, fixed_loss, series_of, to_look
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.grids import save_png
@@ -58,9 +58,11 @@ class PersonalizeLoop:
         self.log = RunLog(run, trainer.step) if self.is_first else contextlib.nullcontext()
         records = self.log.evaluations() if self.is_first else []
         self.looks = [look for record in records if (look := to_look(record)) is not None]
+        self.group = self._open_series(records) if self.is_first else ""
         if self.is_first and run.pointed("best") is None:  # as after turning back to an earlier checkpoint
             self._point_best()
-        looked_at = trainer.step if any(record["step"] == trainer.step for record in records) else -1
+        looks_of_now = [r for r in records if r["step"] == trainer.step and r.get("protocol") == watch.protocol]
+        looked_at = trainer.step if looks_of_now else -1
         self.looked_at = broadcast_object_list([looked_at])[0]  # the others have no records, and wait for a look
         self.saved_step = trainer.step if trainer.step else -1
         self.logged_images, self.logged_time = trainer.images_seen, time.monotonic()
@@ -86,6 +88,15 @@ class PersonalizeLoop:
                 self._look_if_due()
             self._save()
         return trainer.step >= updates
+
+    def _open_series(self, records: list[dict[str, Any]]) -> str:
+        """What the curves of this run's looks are called; says so where they cannot be compared with the last ones."""
+        protocol, known = self.watch.protocol, [record.get("protocol") for record in records]
+        if known and known[-1] != protocol:
+            which = "an earlier" if protocol in known else "a new"
+            tqdm.write(f"looks: {which} series, not compared with the last one ({difference(known[-1], protocol)})")
+        number = series_of(records, protocol)
+        return "watch" if number == 1 else f"watch_{number}"
 
     def _is_due(self, every: int) -> bool:
         return self.trainer.step % every == 0 or self.trainer.step == self.budget.total.updates
@@ -158,7 +169,7 @@ class PersonalizeLoop:
             if self.held_out is not None:
                 record["held_out_loss"] = fixed_loss(trainer, self.held_out, timesteps)
         save_png(sheet, self.run.samples / f"step_{step:07d}.png")
-        self.log.write_look(record, sheet)
+        self.log.write_look(record, sheet, self.group)
         if self.wandb is not None:
             self._to_wandb(record, sheet)
         said = [f"{name} {score['mean']:.3f}" for name, score in record["scores"].items()]
@@ -200,5 +211,5 @@ class PersonalizeLoop:
     def _to_wandb(self, record: dict[str, Any], sheet: Any) -> None:
         import wandb
 
-        scalars = {f"watch/{name}": score["mean"] for name, score in record["scores"].items()}
-        self.wandb.log({**scalars, "watch/sheet": wandb.Image(sheet)}, step=record["step"])
+        scalars = {f"{self.group}/{name}": score["mean"] for name, score in record["scores"].items()}
+        self.wandb.log({**scalars, f"{self.group}/sheet": wandb.Image(sheet)}, step=record["step"])

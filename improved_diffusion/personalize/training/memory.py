@@ -1,11 +1,11 @@
-"""GPU memory that a run will need, computed before it starts.
+"""GPU memory that a run will need, computed before it starts: that of a training step, and that of a look at the run.
 
-A training step is run on PyTorch's meta device, where tensors have sizes but hold nothing: with the real architecture,
-the real adapters and the arithmetic of a GPU. What is alive at its worst moment is added up, so that what the backward
-pass does not need is not counted, and gradient checkpointing counts for what it keeps and what it computes again.
+Both are run on PyTorch's meta device, where tensors have sizes but hold nothing: with the real architecture, the real
+adapters and the arithmetic of a GPU. What is alive at the worst moment is added up, so that what the backward pass does
+not need is not counted, and gradient checkpointing counts for what it keeps and what it computes again.
 
-Left out are what a kernel uses within one operation, the fragmentation of the allocator, and what happens before and
-between the steps: encoding the images, drawing pictures, and the networks that measure these.
+Left out are what a kernel uses within one operation and the fragmentation of the allocator; and, as they take less than
+drawing does at the sizes of SD and SDXL, what the judges make of a picture, encoding the images and drawing the prior.
 """
 
 from __future__ import annotations
@@ -13,24 +13,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.generate import mixed_type
 from improved_diffusion.personalize.models.base import DTYPES, Base
 from improved_diffusion.personalize.models.encoding import encode_texts, latent_moments
-from improved_diffusion.personalize.models.trained import Trained, prepare
+from improved_diffusion.personalize.models.trained import Trained, prepare, resolution_of
+from improved_diffusion.personalize.training.emulation import GPUArithmetic, LiveBytes
+from improved_diffusion.training.devices import bf16_hardware
 
 ALLOWANCE = 500_000_000  # bytes, of CUDA itself above all; a round figure, as it differs by GPU and driver
 MOMENTS = {False: 2 * 4, True: 2 * 1}  # bytes of Adam's two for each parameter, by whether they are kept in 8 bits
@@ -40,12 +37,14 @@ QUANTIZED = {8: 1, 4: 1 / 2 + 4 / 64}
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of GPU memory that a training step takes at its worst moment."""
+    """Bytes of GPU memory that a run takes at the worst moments of a training step and of a look."""
 
     weights: int
     """All parts of the model on the GPU, each in its own type."""
+    judges: int
+    """The networks that measure pictures."""
     gradients: int
-    """Of what is trained, in float32."""
+    """Of what is trained, in float32; between steps there are none."""
     optimizer: int
     """Adam's moments."""
     averages: int
@@ -53,19 +52,48 @@ class MemoryEstimate:
     activations: int
     """What the step needs beside all that. Gradients come as activations go, so that they share room; what is counted
     here is what does not fit into that of the gradients."""
+    encodes: bool
+    """Whether it is in encoding its images that a step needs most."""
+    swapped: int
+    """What is trained, kept aside while its moving average is looked at."""
+    denoising: int
+    """What the UNet makes on its way through the pictures that are drawn at once."""
+    decoding: int
+    """What the autoencoder makes of the latents of one picture."""
     allowance: int = ALLOWANCE
     """For what is not counted."""
 
     @property
+    def step(self) -> int:
+        """Bytes of a training step."""
+        return sum(self.parts("step").values())
+
+    @property
+    def look(self) -> int:
+        """Bytes of a look: of the UNet's work or the autoencoder's, whichever is more."""
+        return sum(self.parts("look").values())
+
+    @property
     def total(self) -> int:
-        return sum(self._parts().values())
+        return max(self.step, self.look)
+
+    def parts(self, moment: str) -> dict[str, int]:
+        """What there is at the `moment`, step or look: {name: bytes}."""
+        drawing = "decoding" if self.decoding > self.denoising else "denoising"
+        names = {
+            "step": ("weights", "judges", "gradients", "optimizer", "averages", "activations", "allowance"),
+            "look": ("weights", "judges", "optimizer", "averages", "swapped", drawing, "allowance"),
+        }
+        return {name: getattr(self, name) for name in names[moment]}
 
     def __str__(self) -> str:
-        parts = " + ".join(f"{name} {_amount(size)}" for name, size in self._parts().items() if size >= 1e6)
-        return f"{parts} = {_amount(self.total)}"
-
-    def _parts(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        lines = []
+        for moment in ("step", "look"):
+            parts = self.parts(moment)
+            named = " + ".join(f"{name} {_amount(size)}" for name, size in parts.items() if size >= 1e6)
+            larger = " (the larger)" if sum(parts.values()) == self.total else ""
+            lines.append(f"{moment}: {named} = {_amount(sum(parts.values()))}{larger}")
+        return "\n".join(lines)
 
 
 def _amount(size: float) -> str:
@@ -73,61 +101,92 @@ def _amount(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def estimate_memory(base: Base, config: PersonalizeConfig) -> MemoryEstimate:
-    """The memory of a run of `config` on one GPU.
-
-    A precision of `auto` is taken for bf16, and buckets for the square, which is the largest of them.
+def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judges: int = 0) -> MemoryEstimate:
+    """The memory of a run of `config` on one GPU; buckets are taken for the square, which is the largest of them.
 
     Args:
         base: as it was opened, with weights or on the meta device; it is left as it is.
+        precision: of the networks, as the run resolved it: float32, bf16 or fp16.
+        judges: bytes of the networks that measure pictures.
 
     Raises:
         UserError: a token that does not fit, see `prepare`.
     """
     model = _without_weights(base)
     training = config.training
-    precision = "bf16" if training.precision == "auto" else training.precision
     model.to("meta", precision, training.vae_precision)
     trained = prepare(model, config)
+    denoising, decoding = _peaks_of_look(model, config)
+    encoding = 0 if config.images.cache else _peak_of_encoding(model, config)
     peak = _peak_of_step(model, trained, config, DTYPES[precision])
     # The last layer of SDXL's first text encoder, for one, is not used, and has neither gradient nor moments.
     learning = sum(parameter.numel() for parameter in trained.parameters.values() if parameter.grad is not None)
 
     # The looks at a run draw pictures, so that all parts stay there.
     on_gpu = (model.unet, *model.text_encoders.values(), model.pipeline.vae)
+    averages = 0 if training.ema_rate is None else 4 * trained.count
     return MemoryEstimate(
         weights=sum(_weight_bytes(part, config.base_bits if part is model.unet else None) for part in on_gpu),
+        judges=judges,
         gradients=4 * learning,
         optimizer=MOMENTS[training.adam_8bit] * learning,
-        averages=0 if training.ema_rate is None else 4 * trained.count,
+        averages=averages,
         activations=peak - 4 * learning,
+        encodes=encoding > 0 and encoding + (4 * learning if training.accumulation > 1 else 0) >= peak,
+        swapped=averages,
+        denoising=denoising,
+        decoding=decoding,
     )
 
 
-def require_memory(estimate: MemoryEstimate, available: int, config: PersonalizeConfig, device: str) -> None:
+def require_memory(
+    estimate: MemoryEstimate, available: int, config: PersonalizeConfig, precision: str, device: torch.device
+) -> None:
     """Raise UserError if a run of `config` needs more than the `available` bytes; it says what would need less.
 
-    available: what is free on `device` before anything of the run is there.
+    Args:
+        estimate: of the run.
+        available: what is free on `device` before anything of the run is there.
+        config: of the run.
+        precision: see `estimate_memory`.
+        device: of the run.
     """
+    needs = {"a training step": estimate.step, "a look at the run": estimate.look}
     if estimate.total <= available:
         return
-    training, is_full = config.training, config.method == "full"
+    larger, smaller = sorted(needs, key=needs.get, reverse=True)
+    raise UserError(
+        f"{larger} needs about {_amount(needs[larger])}, {smaller} {_amount(needs[smaller])}, and {device} has "
+        f"{_amount(available)} free; to need less: "
+        + ", ".join(_remedies(estimate, available, config, precision, bf16_hardware(device) is not None))
+    )
+
+
+def _remedies(
+    estimate: MemoryEstimate, available: int, config: PersonalizeConfig, precision: str, fast_at_bf16: bool
+) -> list[str]:
+    """Settings that lower what does not fit: the step, the look or both."""
+    training, watch, is_full = config.training, config.watch, config.method == "full"
+    step, look = estimate.step > available, estimate.look > available
+    decodes = look and estimate.decoding > estimate.denoising
     remedies = {
-        "training.gradient_checkpointing true": not training.gradient_checkpointing,
-        "training.batch_size 1 and more training.accumulation": training.batch_size > 1,
-        "training.precision bf16": training.precision == "float32",
-        "images.cache true": not config.images.cache,
+        "training.gradient_checkpointing true": step and not (training.gradient_checkpointing or estimate.encodes),
+        "training.batch_size 1 and more training.accumulation": step and training.batch_size > 1,
+        # Of weights in training there would be a second copy in the shorter type, which a look does not make up for.
+        f"training.precision {'bf16' if fast_at_bf16 else 'fp16'}": precision == "float32" and (step or not is_full),
+        "images.cache true": step and estimate.encodes,
+        # In fp16 the autoencoder of SDXL overflows.
+        "training.vae_precision bf16": decodes and fast_at_bf16 and training.vae_precision == "float32",
+        "watch.batch_size 1": look and not decodes and watch.batch_size > 1,
         "base_bits 4": not is_full and config.base_bits != 4,
         "training.adam_8bit true": is_full and not training.adam_8bit,
         "training.ema_rate null": is_full and training.ema_rate is not None,
         "train_text_encoder false": config.train_text_encoder,
         "method lora": is_full,
+        "watch.clip null": watch.clip is not None,
         "a smaller images.resolution": True,
     }
-    raise UserError(
-        f"training needs about {_amount(estimate.total)} and {device} has {_amount(available)} free; to need less: "
-        + ", ".join(remedy for remedy, is_open in remedies.items() if is_open)
-    )
+    return [remedy for remedy, helps in remedies.items() if helps]
 
 
 def _without_weights(base: Base) -> Base:
@@ -153,10 +212,32 @@ def _weight_bytes(part: nn.Module, bits: int | None) -> int:
     return size
 
 
+@torch.no_grad()
+def _peaks_of_look(model: Base, config: PersonalizeConfig) -> tuple[int, int]:
+    """Bytes of what the UNet makes in denoising as many pictures as are drawn at once, and the autoencoder of one."""
+    watch, vae, side = config.watch, model.pipeline.vae, _latent_side(model, config)
+    count = watch.batch_size * (2 if watch.guidance_scale > 1 else 1)
+    for part in (model.unet, *model.text_encoders.values()):
+        part.eval()
+    with LiveBytes() as denoising, GPUArithmetic(mixed_type(model)):
+        _predict(model, count, side, model.unet.dtype)
+    with LiveBytes() as decoding, GPUArithmetic():
+        latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=vae.dtype, device="meta")
+        vae.decode(latent).sample.float()
+    return denoising.peak, decoding.peak
+
+
+def _peak_of_encoding(model: Base, config: PersonalizeConfig) -> int:
+    """Bytes of what the autoencoder makes of the images of a micro-batch."""
+    with LiveBytes() as live:
+        _encode_images(model, config)
+    return live.peak
+
+
 def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtype: torch.dtype) -> int:
     """Bytes of what forward and backward passes make, gradients among it, which stay."""
     if config.training.gradient_checkpointing:
-        settings = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), _GPUArithmetic(dtype))}
+        settings = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), GPUArithmetic(dtype))}
         model.unet.enable_gradient_checkpointing(functools.partial(checkpoint, **settings))
         for encoder in model.text_encoders.values():
             encoder.gradient_checkpointing_enable(settings)
@@ -171,99 +252,29 @@ def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtyp
 def _loss(model: Base, config: PersonalizeConfig, dtype: torch.dtype) -> Tensor:
     """Of a micro-batch, the images of the prior included."""
     count = config.training.batch_size * (2 if config.prior.images else 1)
-    resolution = config.images.resolution or model.resolution
-    side = resolution // model.pipeline.vae_scale_factor
     if not config.images.cache:
-        with _GPUArithmetic():
-            latent_moments(model, torch.empty(config.training.batch_size, 3, resolution, resolution, device="meta"))
+        _encode_images(model, config)
+    with GPUArithmetic(dtype):
+        predicted = _predict(model, count, _latent_side(model, config), dtype, config.trains_text)
+    return F.mse_loss(predicted.float(), torch.empty(predicted.shape, device="meta"))
+
+
+def _encode_images(model: Base, config: PersonalizeConfig) -> None:
+    side = resolution_of(config, model)
+    with GPUArithmetic():
+        latent_moments(model, torch.empty(config.training.batch_size, 3, side, side, device="meta"))
+
+
+def _latent_side(model: Base, config: PersonalizeConfig) -> int:
+    return resolution_of(config, model) // model.pipeline.vae_scale_factor
+
+
+def _predict(model: Base, count: int, side: int, dtype: torch.dtype, text_grad: bool = False) -> Tensor:
+    """What the UNet says of `count` latents in `dtype` under texts, through which gradients may flow."""
     x_t = torch.empty(count, model.unet.config.in_channels, side, side, dtype=dtype, device="meta")
     t, size_ids = torch.empty(count, device="meta"), torch.empty(count, 6, device="meta")
-    with _GPUArithmetic(dtype):
-        with torch.set_grad_enabled(config.trains_text):
-            conditions = encode_texts(model, [""] * count)
-        added = {"text_embeds": conditions["pooled"], "time_ids": size_ids} if model.is_sdxl else None
-        states = conditions["states"].to(dtype)
-        predicted = model.unet(x_t, t, encoder_hidden_states=states, added_cond_kwargs=added).sample
-    return F.mse_loss(predicted.float(), x_t.float())
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made within it, each from its making until its storage is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        given = _storages((args, kwargs))
-        result = func(*args, **kwargs)
-        for storage in _storages(result) - given:  # what shares the storage of an argument is nothing new
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def _storages(tree: Any) -> set[torch.UntypedStorage]:
-    """Of the tensors in `tree`."""
-    return {leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, Tensor)}
-
-
-class _GPUArithmetic(TorchFunctionMode):
-    """What a GPU does with the operations of these networks, and the meta device does not.
-
-    Attention and dropout are fused kernels, which make neither all of the attention matrix nor a mask of numbers. With
-    `dtype` there is torch.autocast: linear layers, convolutions and attention are in that type, normalization is in
-    float32, and each trained parameter is cast once.
-    """
-
-    LOWERED = (F.linear, F.conv2d, F.scaled_dot_product_attention)
-    FLOAT32 = (F.group_norm, F.layer_norm)
-
-    def __init__(self, dtype: torch.dtype | None = None):
-        super().__init__()
-        self._types: dict[Callable, torch.dtype] = {}
-        if dtype is not None:
-            self._types = {**dict.fromkeys(self.LOWERED, dtype), **dict.fromkeys(self.FLOAT32, torch.float32)}
-        self._casts: dict[Tensor, Tensor] = {}
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self._types:
-            cast = functools.partial(self._cast, dtype=self._types[func])
-            args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
-        return FUSED.get(func, func)(*args, **kwargs)
-
-    def _cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        if tensor.dtype == dtype or not tensor.is_floating_point():
-            return tensor
-        if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad):
-            return tensor.to(dtype)
-        if tensor not in self._casts:
-            self._casts[tensor] = tensor.to(dtype)
-        return self._casts[tensor]
-
-
-def _fused_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    # Like a GPU's kernels it keeps the inputs, the output and one number for each row, and it runs on the meta device.
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-
-def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
-
-
-FUSED = {F.scaled_dot_product_attention: _fused_attention, F.dropout: _fused_dropout}
+    with torch.set_grad_enabled(text_grad):
+        conditions = encode_texts(model, [""] * count)
+    added = {"text_embeds": conditions["pooled"], "time_ids": size_ids} if model.is_sdxl else None
+    states = conditions["states"].to(dtype)
+    return model.unet(x_t, t, encoder_hidden_states=states, added_cond_kwargs=added).sample

@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
 from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captioned import CaptionedSet, open_captioned_set
-from improved_diffusion.personalize.generate import Sampling, draw
+from improved_diffusion.personalize.generate import Sampling
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.progress import progress
+from improved_diffusion.personalize.pictures import claim, draw_missing
 
 DESCRIPTION = "prior.json"
 
@@ -53,31 +52,11 @@ def prior_images(
         if len(own) < prior.images:
             raise UserError(f"prior.images is {prior.images} and {folder} holds {len(own)}: lower it, or add images")
         return CaptionedSet(own.path, own.images[: prior.images], own.skipped)
-    if description.is_file():
-        _require_same(settings, description)
-    else:
-        with atomic_write(description) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    missing = [i for i in range(prior.images) if not (folder / f"{i:05d}.png").is_file()]
+    claim(description, settings, f"choose another prior.path, or remove {folder} to draw the prior anew")
+    files = [folder / f"{number:05d}.png" for number in range(prior.images)]
+    seeds = [config.seed + number for number in range(prior.images)]
     sampling = Sampling(prior.steps, prior.guidance_scale, height=resolution, width=resolution)
-    pictures = draw(base, [settings["prompt"]] * len(missing), [config.seed + i for i in missing], sampling, batch_size)
-    with progress(total=len(missing), desc="drawing the prior", unit="image", disable=not missing) as bar:
-        for number, picture in zip(missing, pictures, strict=True):
-            with atomic_write(folder / f"{number:05d}.png") as temporary:
-                picture.save(temporary, format="png")
-            bar.update()
+    prompts = [settings["prompt"]] * prior.images
+    draw_missing(base, files, prompts, seeds, sampling, batch_size, description="drawing the prior")
     drawn = open_captioned_set(folder)
     return CaptionedSet(folder, drawn.images[: prior.images], ())
-
-
-def _require_same(settings: dict[str, object], description: Path) -> None:
-    try:
-        other = json.loads(description.read_text())
-    except ValueError as error:
-        raise UserError(f"{description} is damaged: remove {description.parent} to draw the prior anew") from error
-    for name, value in settings.items():
-        if other.get(name) != value:
-            raise UserError(
-                f"the prior in {description.parent} was drawn with {name} {other.get(name)!r}, and this run has "
-                f"{value!r}: choose another prior.path, or remove that folder"
-            )

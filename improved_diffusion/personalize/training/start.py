@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import textwrap
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from improved_diffusion.personalize.data.learned import Captioned, Learned, open
 from improved_diffusion.personalize.data.stream import MicroBatchStream
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
-from improved_diffusion.personalize.models.base import Base, load_base
-from improved_diffusion.personalize.models.trained import prepare, resolution_of
+from improved_diffusion.personalize.models.base import Base, load_base, load_tokenizer
+from improved_diffusion.personalize.models.trained import prepare, require_token, resolution_of
 from improved_diffusion.personalize.training.budget import plan, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
@@ -31,7 +33,7 @@ from improved_diffusion.personalize.training.watch import Watch, watched_prompts
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.settings import require, to_plain
-from improved_diffusion.training.devices import is_fast_at_bf16
+from improved_diffusion.training.devices import choose_precision
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "scaler", "images_seen", "prior_seen", "data_hash")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
@@ -44,8 +46,38 @@ CHANGEABLE = {
 }
 
 
+def with_precision(config: PersonalizeConfig) -> tuple[PersonalizeConfig, str]:
+    """The settings with `training.precision: auto` settled by the device, so that the run records it and keeps it
+    wherever it is resumed; and a line that says why."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.training.precision == "auto" and device.type == "cpu":
+        precision, why = "float32", "float32, for there is no GPU"
+    else:
+        precision, why = choose_precision(config.training.precision, device)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision)), why
+
+
+def require_place(out: Path, data: str | None) -> None:
+    """A run lies beside its images: among them it would learn from its own samples.
+
+    Raises:
+        UserError: `out` is the folder `data`, or lies in it; or there is a file in its place.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    require(there.is_dir(), f"{there} is a file, and a run is a folder: choose another --out than {out}")
+    if data is not None:
+        images, run = Path(data).resolve(), out.resolve()
+        require(
+            images not in (run, *run.parents),
+            f"{out} is among the images of {data}, and the run would learn from its own samples: choose another --out",
+        )
+
+
 def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     """Device, precision and processes, as `accelerate launch` or torchrun started them.
+
+    Args:
+        config: with its precision settled.
 
     Raises:
         UserError: what takes a CUDA device, without one.
@@ -59,8 +91,6 @@ def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     }
     for setting, is_set in needs_cuda.items():
         require(has_cuda or not is_set, f"{setting} needs a CUDA device: leave it out here")
-    if precision == "auto":
-        precision = "bf16" if has_cuda and is_fast_at_bf16(torch.device("cuda")) else "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     return Accelerator(
         cpu=not has_cuda,
@@ -100,6 +130,7 @@ def build(
     )
     _say_what_was_found(learned, config, say)
     prompts, class_prompts = watched_prompts(config, (*learned.held_out.texts, *learned.training.texts))
+    require_token(config, [load_tokenizer(config.base)])  # before the weights, which take long, are read
     free = free_memory(accelerator.device)  # before anything of the run is there
     base = load_base(config.base, config.base_bits, arithmetic(accelerator) if config.base_bits else "float32")
     fingerprint = base.fingerprint()  # before it is cast
@@ -117,21 +148,20 @@ def build(
     if state is not None:
         require_same_updates(stream, budget, state["step"], state["images_seen"])
     say(f"budget: {budget}")
-    estimate = estimate_memory(base, config)
-    say(f"memory: {estimate}, on a GPU")
-    if free is not None:
-        require_memory(estimate, free, config, str(accelerator.device))
     judge = None
     if accelerator.is_main_process:
         judge = Judge(config.watch.clip, config.watch.vision, accelerator.device, "watch.")
+    precision = arithmetic(accelerator)
+    estimate = estimate_memory(base, config, precision, judge.nbytes if judge is not None else 0)
+    say(f"memory on a GPU, in {precision}:\n{textwrap.indent(str(estimate), '  ')}")
+    if free is not None:
+        require_memory(estimate, free, config, precision, accelerator.device)
 
-    base.to(accelerator.device, arithmetic(accelerator), config.training.vae_precision)
+    base.to(accelerator.device, precision, config.training.vae_precision)
     prior = _prior(base, fingerprint, config, of_images, resolution, accelerator)  # drawn by the base as it came
     trained = prepare(base, config)
-    say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}; {arithmetic(accelerator)}")
+    say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}")
     trainer = Trainer(base, trained, config, _encode(base, learned.training, of_images, config), prior, accelerator)
-    if state is not None:
-        trainer.load_state_dict(state)
     held_out = None
     if learned.held_out.images:
         held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config)
@@ -140,7 +170,11 @@ def build(
         references = see_training(base, judge, learned.training.images, config.images.background, resolution)
         folder = run.samples / "class_base"
         watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder)
+        if state is not None:
+            watch.keep_base()
         _record_provenance(run, config, learned, accelerator)
+    if state is not None:
+        trainer.load_state_dict(state)
     wandb = _wandb(config, run, accelerator)
     return PersonalizeLoop(trainer, watch, held_out, budget, run, config, learned.content_hash, wandb)
 

@@ -101,7 +101,6 @@ class Trainer:
             group["lr"] = group["peak_lr"] * min(1.0, (self.step + 1) / max(1, training.warmup_steps))
         for part in self.trained.parts:
             getattr(self.base.pipeline, part).train()
-        self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
         for part in range(training.accumulation):
             first = (self.step * training.accumulation + part) * accelerator.num_processes
@@ -118,6 +117,7 @@ class Trainer:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.step)
+        self.optimizer.zero_grad()  # now, for a look takes memory too
         for part in self.trained.parts:
             getattr(self.base.pipeline, part).eval()
         self.step += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ CAPTIONS = 4  # of the set that make a suite
 
 
 class Watch:
-    """Draws and measures, the same each time.
+    """Draws and measures, the same each time. `protocol` is all of the settings that this depends on: looks can be
+    compared where theirs are equal.
 
     Args:
         base: with the weights that are looked at.
@@ -41,7 +44,8 @@ class Watch:
         prompts: what is drawn.
         class_prompts: what tuned and base should draw alike; may be empty.
         resolution: pixels a side of the pictures.
-        folder: where the base's pictures of the class are kept, for the drift from them.
+        folder: where the base's pictures of the class are kept, for the drift from them; those of other prompts, seeds
+            or sampling lie beside each other.
     """
 
     def __init__(
@@ -56,9 +60,33 @@ class Watch:
         folder: Path,
     ):
         self.base, self.watch, self.judge = base, watch, judge
-        self.references, self.folder = references, folder
+        self.references = references
         self.sampling = Sampling(watch.steps, watch.guidance_scale, height=resolution, width=resolution)
         self.prompts, self.class_prompts = prompts, class_prompts
+        drawing = {
+            "class_prompts": list(class_prompts),
+            "seeds": list(watch.seeds),
+            "steps": watch.steps,
+            "guidance_scale": watch.guidance_scale,
+            "resolution": resolution,
+        }
+        self.protocol: dict[str, Any] = {
+            **drawing,
+            "prompts": list(prompts),
+            "unet_scale": watch.unet_scale,
+            "text_encoder_scale": watch.text_encoder_scale,
+            "loss_timesteps": list(watch.loss_timesteps),
+            "judges": judge.fingerprints(),
+        }
+        name = hashlib.sha256(json.dumps(drawing).encode()).hexdigest()[:16]
+        pictures = len(class_prompts) * len(watch.seeds)
+        self._base_files = [folder / name / f"{number:03d}.png" for number in range(pictures)]
+
+    def keep_base(self) -> None:
+        """Draw what the base draws of the class, unless it is there; before anything was learned, or is loaded. (The
+        first look at a new run keeps what it draws.)"""
+        if self.judge.compares and not all(file.is_file() for file in self._base_files):
+            self._save_base(self._draw(self.class_prompts))
 
     def look(self, step: int) -> tuple[dict[str, Any], np.ndarray]:
         """A record for evaluations.jsonl, and the contact sheet, uint8 (H, W, 3).
@@ -87,6 +115,7 @@ class Watch:
             "values": {name: value.tolist() for name, value in values.items()},
             "clip": self.judge.clip_name,
             "vision": self.judge.vision_name,
+            "protocol": self.protocol,
         }
         return record, sheet
 
@@ -98,16 +127,19 @@ class Watch:
 
     def _drift(self, step: int, pictures: list[Image.Image]) -> torch.Tensor:
         """How far the pictures of the class are from the base's, which are those of step 0."""
-        files = [self.folder / f"{number:03d}.png" for number in range(len(pictures))]
         if step == 0:
-            for file, picture in zip(files, pictures, strict=True):
-                with atomic_write(file) as temporary:
-                    picture.save(temporary, format="png")
+            self._save_base(pictures)
         try:
-            before = [Image.open(file).convert("RGB") for file in files]
+            before = [Image.open(file).convert("RGB") for file in self._base_files]
         except OSError as error:
-            raise UserError(f"the base's pictures of the class have gone from {self.folder}: {error}") from error
+            folder = self._base_files[0].parent
+            raise UserError(f"the base's pictures of the class have gone from {folder}: {error}") from error
         return scores.drift(self.judge.see(pictures).likeness(), self.judge.see(before).likeness())
+
+    def _save_base(self, pictures: Sequence[Image.Image]) -> None:
+        for file, picture in zip(self._base_files, pictures, strict=True):
+            with atomic_write(file) as temporary:
+                picture.save(temporary, format="png")
 
 
 def watched_prompts(config: PersonalizeConfig, captions: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -131,7 +163,24 @@ def to_look(record: dict[str, Any]) -> Look | None:
     likeness = values.get("likeness") or values.get("clip_i")
     if not likeness:
         return None
-    return Look(record["step"], tuple(likeness), tuple(values.get("clip_t", ())), tuple(values.get("copying", ())))
+    prompt, copying = (tuple(values.get(name, ())) for name in ("clip_t", "copying"))
+    return Look(record["step"], tuple(likeness), prompt, copying, json.dumps(record.get("protocol"), sort_keys=True))
+
+
+def series_of(records: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> int:
+    """The number, from 1, of the series that a look of this protocol belongs to, after the looks in `records`."""
+    known: list[dict[str, Any] | None] = []
+    for said in (*(record.get("protocol") for record in records), protocol):
+        if said not in known:
+            known.append(said)
+    return known.index(protocol) + 1
+
+
+def difference(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
+    """In what two protocols differ, in words."""
+    if before is None:
+        return "how the earlier ones were made was not recorded"
+    return "other " + ", ".join(name for name in after if before.get(name) != after[name])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,9 @@ def test_a_parquet_file_as_the_hub_has_it(tmp_path, as_struct):
         assert found.images[1].load().size == (10, 10)
         assert len(found.skipped) == 1
     assert open_captioned_set(tmp_path, caption_column="zh_text").images[0].caption == "旗"
+    message = r"1 of 2 images .* have no caption, the first is train\.parquet\[2\]: fill in the caption of its row"
+    with pytest.raises(UserError, match=message):
+        open_captioned_set(tmp_path, captions_required=True)
     with pytest.raises(UserError, match="no column of captions: looked for de_text, found image, en_text, zh_text"):
         open_captioned_set(tmp_path, caption_column="de_text")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 damaged")
@@ -134,6 +138,31 @@ def test_a_parquet_file_of_images_alone(tmp_path):
     assert (image.caption, image.size) == (None, (40, 20))
     with pytest.raises(UserError, match="has no column of captions"):
         open_captioned_set(tmp_path, captions_required=True)
+
+
+def test_a_column_of_captions_where_there_are_no_columns(folder):
+    with pytest.raises(UserError, match="no metadata.jsonl or metadata.csv with a column 'en': leave out images.capt"):
+        open_captioned_set(folder, caption_column="en")
+
+
+def test_what_people_give_in_place_of_a_folder(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "flags.zip", "w") as archive:
+        archive.write(folder / "a.png")
+    with pytest.raises(UserError, match=r"flags.zip: it is a zip archive: unpack it, and give the folder"):
+        open_captioned_set(tmp_path / "flags.zip")
+    with pytest.raises(UserError, match=r"a.png: it is a single picture: give the folder that holds it"):
+        open_captioned_set(folder / "a.png")
+
+
+def test_photographs_of_telephones(tmp_path):
+    pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo().save(tmp_path / "IMG_0001.HEIC", format="HEIF", exif=exif.tobytes(), quality=95)
+    (found,) = open_captioned_set(tmp_path).images
+    image = found.load()
+    assert image.size == (20, 40)
+    assert image.getpixel((10, 5)) == pytest.approx((255, 0, 0), abs=20)
 
 
 def test_nothing_to_train_on(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from improved_diffusion.personalize.measuring.choice import Look, choose, on_front, overfitting
+from improved_diffusion.personalize.measuring.choice import Look, candidates, choose, on_front, overfitting
 
 COORDINATE = st.integers(0, 4).map(float)
 
@@ -22,7 +24,7 @@ def look(step: int, fidelity: float, prompt: float | None, copying: float = 0.0)
     """Eight pictures that scatter about their means."""
     scatter = [0.01 * (i - 3.5) for i in range(8)]
     prompts = () if prompt is None else tuple(prompt + d for d in scatter)
-    return Look(step, tuple(fidelity + d for d in scatter), prompts, (copying,) * 8)
+    return Look(step, tuple(fidelity + d for d in scatter), prompts, (copying,) * 8, "usual")
 
 
 BASE = look(0, 0.3, 0.32)
@@ -58,7 +60,7 @@ def test_overfitting_is_said_when_it_is_seen():
 
 def test_chance_is_no_overfitting():
     """Half of the pictures up and half down: the interval of the change holds 0."""
-    noisy = Look(200, tuple(x + (-1) ** i * 0.1 for i, x in enumerate(GOOD.fidelity)), GOOD.prompt, GOOD.copying)
+    noisy = replace(GOOD, step=200, fidelity=tuple(x + (-1) ** i * 0.1 for i, x in enumerate(GOOD.fidelity)))
     assert overfitting([BASE, GOOD, noisy], 0.2) == []
 
 
@@ -66,3 +68,14 @@ def test_chance_is_no_overfitting():
 def test_the_base_is_no_reason_to_warn(earlier):
     """Every run gains fidelity over the base, and most lose a little obedience."""
     assert overfitting([BASE, earlier], 0.2) == []
+
+
+def test_looks_of_other_protocols_are_not_compared():
+    """After a change of prompts, seeds or judges: scores on another scale, and of another number of pictures."""
+    new = [replace(look(step, fidelity, 0.5), protocol="other") for step, fidelity in ((300, 0.1), (400, 0.2))]
+    fewer = replace(new[1], fidelity=new[1].fidelity[:4], prompt=new[1].prompt[:4])
+    assert choose([BASE, GOOD, new[0]], copy_cap=0.2) == new[0]
+    assert choose([BASE, GOOD, *new], copy_cap=0.2) == new[1]
+    assert overfitting([BASE, GOOD, fewer], 0.2) == []
+    assert overfitting([BASE, GOOD, fewer, LATER], 0.2) == overfitting([BASE, GOOD, LATER], 0.2) != []
+    assert candidates([BASE, GOOD, *new], copy_cap=0.2) == [BASE, GOOD, new[1]]  # nobody's checkpoint is given up

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from improved_diffusion.errors import UserError
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
+from peft.tuners.lora import LoraLayer  # noqa: E402
+
 from improved_diffusion.personalize.config import AdapterConfig  # noqa: E402
 from improved_diffusion.personalize.models.adapters import (  # noqa: E402
     adapted_parts,
@@ -19,6 +26,7 @@ from improved_diffusion.personalize.models.adapters import (  # noqa: E402
 )
 from improved_diffusion.personalize.models.base import Base, load_base  # noqa: E402
 from improved_diffusion.personalize.models.export import export_diffusers, export_kohya, original_name  # noqa: E402
+from improved_diffusion.personalize.models.tuned import load_adapter  # noqa: E402
 
 
 def picture(base: Base) -> torch.Tensor:
@@ -36,6 +44,10 @@ def disturb(base: Base) -> None:
     for part in adapted_parts(base).values():
         for parameter in trainable(part):
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def count_layers(part: torch.nn.Module) -> int:
+    return sum(isinstance(module, LoraLayer) for module in part.modules())
 
 
 @pytest.fixture
@@ -106,6 +118,49 @@ def test_a_file_read_by_diffusers_gives_the_same_picture(base, tmp_path, export,
     assert not torch.equal(picture(fresh), expected)
     fresh.pipeline.load_lora_weights(file.parent, weight_name=file.name)
     assert (picture(fresh) - expected).abs().max() == 0
+
+
+def edited(file: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """The adapter with its state edited, and the header that it had."""
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    other = file.with_name("edited.safetensors")
+    save_file(edit(load_file(file)), other, metadata=header)
+    return other
+
+
+@pytest.mark.parametrize("export", [export_diffusers, export_kohya])
+def test_the_layers_of_a_text_encoder_without_text_model(adapted, tmp_path, export):
+    """As diffusers and kohya write them under transformers 5.6 and later."""
+
+    def flatten(state):
+        return {re.sub(r"text_model[._]", "", key): tensor for key, tensor in state.items()}
+
+    expected, layers = picture(adapted), sum(map(count_layers, adapted_parts(adapted).values()))
+    fresh = load_base(adapted.name)
+    assert load_adapter(fresh, edited(export(adapted, tmp_path), flatten)) == (layers, layers)
+    assert torch.equal(picture(fresh), expected)
+
+
+@pytest.mark.parametrize("export", [export_diffusers, export_kohya])
+def test_layers_that_the_base_has_not_are_counted(adapted, tmp_path, export):
+    def add(state):
+        strange = {
+            export_diffusers: ("unet.down_blocks.7.to_q.lora_A.weight", "unet.down_blocks.7.to_q.lora_B.weight"),
+            export_kohya: ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", "lora_te3_fc1.lora_down.weight"),
+        }[export]
+        return {strange[0]: torch.ones(1), **state, strange[1]: torch.ones(1)}
+
+    expected, layers = picture(adapted), sum(map(count_layers, adapted_parts(adapted).values()))
+    unknown = 1 if export is export_diffusers else 2
+    file = edited(export(adapted, tmp_path), add)
+    fresh = load_base(adapted.name)
+    message = rf"knows {layers} of the {layers + unknown} layers of .*; --allow-unknown takes those {layers}$"
+    with pytest.raises(UserError, match=message):
+        load_adapter(fresh, file)
+    assert not adapted_parts(fresh)
+    assert load_adapter(fresh, file, allow_unknown=True) == (layers, layers + unknown)
+    assert torch.equal(picture(fresh), expected)
 
 
 def test_kohyas_keys_are_those_that_other_programs_look_for(adapted, tmp_path):

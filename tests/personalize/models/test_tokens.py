@@ -5,6 +5,7 @@ import pytest
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.models.tokens import (
     inspect_token,
+    require_new_word,
     require_single_token,
     suggest_tokens,
     token_table,
@@ -51,6 +52,12 @@ def test_a_token_that_splits_is_refused_with_others(tokenizer):
     require_single_token("sks", [tokenizer, tokenizer])
     with pytest.raises(UserError, match=r"'zwx' splits into z wx</w>.*use a single rare one, \w+, \w+"):
         require_single_token("zwx", [tokenizer])
+
+
+def test_a_word_that_is_known_is_no_new_one(tokenizer):
+    require_new_word("<sks>", [tokenizer])
+    with pytest.raises(UserError, match="knows 'sks' already"):
+        require_new_word("sks", [tokenizer])
 
 
 def test_the_table_has_a_line_for_each(tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -102,12 +103,22 @@ def test_what_is_refused_does_not_keep_the_rest(evaluate):
         (("--references=nowhere",), "there is no folder or parquet file of images at nowhere"),
         (("--clip=nowhere",), "the CLIP model nowhere does not exist"),
         (("--metrics", "fidd"), "invalid choice: 'fidd'"),
+        (("--metrics", "inception-score", "--weights=nowhere.pth"), "no Inception weights at nowhere.pth"),
+        (("--metrics", "likeness", "--vision=inception", "--weights=nowhere.pth"), "no Inception weights at nowhere"),
     ],
 )
 def test_mistakes_are_one_clear_line(evaluate, flags, message):
     outcome = evaluate(*flags)
     assert outcome.is_one_clear_line(), outcome.err
     assert message in outcome.err
+
+
+def test_a_library_that_is_missing(run_script, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    outcome = run_script("personalize.py", "evaluate", str(tmp_path / "data.parquet"))
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "is missing: in the checkout, pip install -e '.[personalize]'" in outcome.err
 
 
 def test_the_command_offers_what_there_is():

@@ -144,21 +144,85 @@ def test_runs_are_trained_for_each_combination(run_script, tiny_bases, tiny_judg
         (("--draw.seeds=[1,1]",), "draw.seeds names something twice"),
         (('--draw.prompts=["a {colour} ball"]',), "only {token} and {class}"),
         (('--draw.checkpoints=["step_0000099.pt"]',), "no checkpoint at"),
+        (("--runs=dog",), "runs must be a list in brackets, '[dog]' say, not dog"),
+        (("--runs=[dog,dog]",), "runs names something twice"),
+        (("--out={file}",), "is a file, and the results are a folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_mistakes_are_one_clear_line(sweep, flags, message):
-    outcome = sweep(*flags)
+def test_mistakes_are_one_clear_line(sweep, tmp_path, flags, message):
+    (tmp_path / "file").write_text("mine")
+    outcome = sweep(*(flag.replace("{file}", str(tmp_path / "file")) for flag in flags))
     assert outcome.is_one_clear_line(), outcome.err
     assert message in outcome.err
 
 
-def test_training_images_that_have_gone(sweep, trained_run, tmp_path, run_script, photos, tiny_judges):
+@pytest.fixture
+def copied_run(trained_run, tmp_path):
+    """Copy the run to `tmp_path / "copied"`, with other settings."""
+
+    def copy(**changed) -> Path:
+        run = shutil.copytree(trained_run, tmp_path / "copied")
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump({**settings, **changed}))
+        return run
+
+    return copy
+
+
+@pytest.mark.parametrize("single_first", [True, False])
+def test_scores_that_a_run_lacks_are_blanks(sweep, copied_run, trained_run, photos, tmp_path, single_first):
+    """Of a single training image nobody can say what a copy would be."""
+    (tmp_path / "one").mkdir()
+    shutil.copy(photos / "0.png", tmp_path / "one")
+    runs = [copied_run(data=str(tmp_path / "one")), trained_run]
+    runs = runs if single_first else runs[::-1]
+    outcome = sweep(f"--runs=[{runs[0]},{runs[1]}]", "--draw.guidance_scales=[3]", "--draw.unet_scales=[1]")
+    assert outcome.code == 0, outcome.err
+    out = tmp_path / "sweep"
+    for table in ("scores.csv", "summary.csv"):
+        for row in rows_of(out / table):
+            assert (row["copying"] == "") == (row["run"] == "copied")
+            assert float(row["likeness"])
+    rows = [line.split() for line in outcome.out.splitlines() if "guidance" in line]
+    assert sorted(len(row) for row in rows)[0] + 1 == sorted(len(row) for row in rows)[1]
+    assert (out / "pareto.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"base": "nowhere"}, "the base model nowhere does not exist"),
+        ({"data": "nowhere"}, "there is no folder or parquet file of images at nowhere"),
+        ({"adapter": {"rank": 4}}, "the weights are of another base or rank"),
+        ({"adapter": {"dora": True}}, "the weights are of another base or method"),
+        ({}, "is damaged"),
+    ],
+    ids=["base", "images", "rank", "method", "checkpoint"],
+)
+def test_what_is_wrong_with_the_last_run_is_said_before_the_first_is_drawn(
+    sweep, copied_run, trained_run, tmp_path, changed, message
+):
+    run = copied_run(**changed)
+    if not changed:
+        for file in (run / "checkpoints").glob("step_*.pt"):
+            file.write_bytes(file.read_bytes()[:1000])
+    outcome = sweep(f"--runs=[{trained_run},{run}]")
+    assert outcome.is_one_clear_line(), outcome.err
+    assert message in outcome.err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_checkpoint_of_two_names_is_drawn_once(sweep, trained_run, tmp_path):
+    """The run has two checkpoints, and chose none as the best."""
+    outcome = sweep('--draw.checkpoints=["latest","step_0000002.pt"]')
+    assert outcome.code == 0, outcome.err
+    assert [row["n"] for row in rows_of(tmp_path / "sweep" / "summary.csv")] == ["4"] * 4
+
+
+def test_training_images_that_have_gone(sweep, copied_run, tmp_path, photos):
     """A run that was copied without its photos is told where they are."""
-    run = tmp_path / "copied"
-    shutil.copytree(trained_run, run)
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**settings, "data": str(tmp_path / "gone")}))
+    run = copied_run(data=str(tmp_path / "gone"))
     outcome = sweep(f"--runs=[{run}]")
     assert outcome.is_one_clear_line()
     assert f"there is no folder or parquet file of images at {tmp_path / 'gone'}" in outcome.err

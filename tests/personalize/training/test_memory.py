@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 from torch._subclasses import FakeTensorMode
 
 from improved_diffusion.errors import UserError
@@ -24,16 +26,13 @@ from improved_diffusion.personalize.config import (
     PriorConfig,
     SubjectConfig,
     TrainingConfig,
+    WatchConfig,
 )
+from improved_diffusion.personalize.models.base import load_base
 from improved_diffusion.personalize.models.trained import prepare
-from improved_diffusion.personalize.training.memory import (
-    ALLOWANCE,
-    LiveBytes,
-    MemoryEstimate,
-    _GPUArithmetic,
-    estimate_memory,
-    require_memory,
-)
+from improved_diffusion.personalize.training import memory
+from improved_diffusion.personalize.training.emulation import GPUArithmetic, LiveBytes
+from improved_diffusion.personalize.training.memory import ALLOWANCE, MemoryEstimate, estimate_memory, require_memory
 
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "personalize_memory.py"
 LARGE = ImagesConfig(resolution=64)  # at which activations count
@@ -70,10 +69,11 @@ def measure(benchmark):
     ],
     ids=["lora-batch", "lora-text-checkpointing-accumulation", "full-ema-prior", "inversion-checkpointing-no-cache"],
 )
-def test_estimate_is_what_a_step_takes(base, measure, settings):
+def test_estimate_is_what_a_step_and_a_look_take(base, measure, settings):
     config = PersonalizeConfig(**{"images": LARGE, **settings})
-    estimate = estimate_memory(base, config)
-    assert estimate.total - estimate.allowance == pytest.approx(measure(base, config), rel=0.05)
+    estimate = estimate_memory(base, config, "float32")
+    said = tuple(size - estimate.allowance for size in (estimate.step, estimate.look - estimate.swapped))
+    assert said == pytest.approx(measure(base, config), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -89,17 +89,23 @@ def test_the_benchmark_has_the_published_architectures(benchmark, kind, unet, te
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch with CUDA, though no GPU")
 @pytest.mark.parametrize(
-    "settings", [{"adapter": AdapterConfig(dropout=0.1, dora=True)}, {"method": "full"}], ids=["dora", "full"]
+    ("settings", "grad"),
+    [
+        ({"adapter": AdapterConfig(dropout=0.1, dora=True)}, True),
+        ({"method": "full"}, True),
+        ({"method": "full"}, False),
+    ],
+    ids=["dora", "full", "full, drawing"],
 )
-def test_arithmetic_is_that_of_autocast_on_a_gpu(base, settings):
+def test_arithmetic_is_that_of_autocast_on_a_gpu(base, settings, grad):
     """Fake tensors say that they are on a GPU, and PyTorch casts them as it would there."""
     base.to("meta", "bf16")
     prepare(base, PersonalizeConfig(**settings))
-    with LiveBytes() as emulated, _GPUArithmetic(torch.bfloat16):
+    with torch.set_grad_enabled(grad), LiveBytes() as emulated, GPUArithmetic(torch.bfloat16):
         forward(base, "meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
         pretend_on_gpu(base.unet)
-        with LiveBytes() as live, _GPUArithmetic(), autocast_on_gpu():
+        with torch.set_grad_enabled(grad), LiveBytes() as live, GPUArithmetic(), autocast_on_gpu():
             forward(base, "cuda")
     assert emulated.peak == live.peak
 
@@ -107,9 +113,11 @@ def test_arithmetic_is_that_of_autocast_on_a_gpu(base, settings):
 def forward(base, device: str) -> torch.Tensor:
     unet, bf16 = base.unet, {"device": device, "dtype": torch.bfloat16}
     states = torch.empty(2, 77, unet.config.cross_attention_dim, **bf16)
-    pooled = {"text_embeds": torch.empty(2, 32, **bf16), "time_ids": torch.empty(2, 6, device=device)}
-    t = torch.empty(2, device=device)
-    return unet(torch.empty(2, 4, 32, 32, **bf16), t, states, added_cond_kwargs=pooled if base.is_sdxl else None)
+    t, pooled = torch.empty(2, device=device), None
+    if base.is_sdxl:
+        width = base.pipeline.text_encoder_2.config.projection_dim
+        pooled = {"text_embeds": torch.empty(2, width, **bf16), "time_ids": torch.empty(2, 6, device=device)}
+    return unet(torch.empty(2, 4, 32, 32, **bf16), t, states, added_cond_kwargs=pooled)
 
 
 def pretend_on_gpu(part: nn.Module) -> None:
@@ -151,18 +159,22 @@ def test_every_type_has_its_bytes(base):
     rest = 4 * vae + 2 * text + sum(buffer.nbytes for encoder in encoders for buffer in encoder.buffers())
     linear = sum(module.weight.numel() for module in base.unet.modules() if isinstance(module, nn.Linear))
 
-    config = PersonalizeConfig(training=TrainingConfig(precision="bf16", ema_rate=0.99))
-    lora = estimate_memory(base, config)
+    config = PersonalizeConfig(training=TrainingConfig(ema_rate=0.99))
+    estimate = functools.partial(estimate_memory, base, precision="bf16", judges=1000)
+    lora = estimate(config=config)
     adapters = lora.gradients // 4
     assert lora.weights == 2 * unet + 4 * adapters + rest
-    assert (lora.optimizer, lora.averages, lora.allowance) == (8 * adapters, 4 * adapters, ALLOWANCE)
-    full = estimate_memory(base, replace(config, method="full"))
+    held = (lora.optimizer, lora.averages, lora.swapped, lora.judges, lora.allowance)
+    assert held == (8 * adapters, 4 * adapters, 4 * adapters, 1000, ALLOWANCE)
+    assert lora.step == lora.weights + 1000 + 16 * adapters + lora.activations + ALLOWANCE
+    assert lora.look == lora.weights + 1000 + 16 * adapters + max(lora.denoising, lora.decoding) + ALLOWANCE
+    full = estimate(config=replace(config, method="full"))
     assert (full.weights, full.gradients) == (4 * unet + rest, 4 * unet)
 
     in_8_bits = replace(config, base_bits=8, training=replace(config.training, adam_8bit=True))
-    small = estimate_memory(base, in_8_bits)
+    small = estimate(config=in_8_bits)
     assert (small.optimizer, small.weights) == (2 * adapters, lora.weights - linear)
-    in_4_bits = estimate_memory(base, replace(config, base_bits=4))
+    in_4_bits = estimate(config=replace(config, base_bits=4))
     assert in_4_bits.weights == pytest.approx(lora.weights - (2 - 0.5625) * linear, abs=200)  # each layer is rounded
 
 
@@ -170,45 +182,162 @@ def test_the_base_is_left_as_it_is(base):
     before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
     random_state = torch.random.get_rng_state()
     words = [len(tokenizer) for tokenizer in base.tokenizers]
-    estimate_memory(base, PersonalizeConfig(method="textual_inversion", subject=WORD))
+    estimate_memory(base, PersonalizeConfig(method="textual_inversion", subject=WORD), "bf16")
     assert [len(tokenizer) for tokenizer in base.tokenizers] == words
     assert all(parameter.requires_grad for parameter in base.unet.parameters())
     assert torch.equal(torch.random.get_rng_state(), random_state)
     torch.testing.assert_close(base.unet.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_run_that_does_not_fit_is_told_what_would_need_less():
-    estimate = MemoryEstimate(int(12.2e9), int(10.3e9), int(20.5e9), 0, 280_000_000)
-    assert str(estimate) == (
-        "weights 12.2 GB + gradients 10.3 GB + optimizer 20.5 GB + activations 280 MB + allowance 500 MB = 43.8 GB"
+FULL = MemoryEstimate(
+    weights=12_200_000_000,
+    judges=1_800_000_000,
+    gradients=10_300_000_000,
+    optimizer=20_500_000_000,
+    averages=0,
+    activations=280_000_000,
+    encodes=False,
+    swapped=0,
+    denoising=5_000_000_000,
+    decoding=4_300_000_000,
+)
+LORA = replace(FULL, weights=7_200_000_000, gradients=90_000_000, optimizer=190_000_000, denoising=300_000_000)
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Says whether a GPU that is not there is fast at bf16."""
+    return lambda fast: monkeypatch.setattr(memory, "bf16_hardware", lambda device: "there" if fast else None)
+
+
+def test_step_and_look_are_printed_and_the_larger_is_named():
+    assert str(FULL) == (
+        "step: weights 12.2 GB + judges 1.8 GB + gradients 10.3 GB + optimizer 20.5 GB + activations 280 MB + "
+        "allowance 500 MB = 45.6 GB (the larger)\n"
+        "look: weights 12.2 GB + judges 1.8 GB + optimizer 20.5 GB + denoising 5.0 GB + allowance 500 MB = 40.0 GB"
     )
-    config = PersonalizeConfig(method="full", training=TrainingConfig(gradient_checkpointing=True, precision="bf16"))
-    require_memory(estimate, int(80e9), config, "cuda:0")
+    assert str(LORA).endswith("optimizer 190 MB + decoding 4.3 GB + allowance 500 MB = 14.0 GB (the larger)")
+
+
+def test_a_run_that_does_not_fit_is_told_what_would_need_less(gpu):
+    gpu(fast=True)
+    config = PersonalizeConfig(method="full", training=TrainingConfig(gradient_checkpointing=True))
+    require_memory(FULL, int(80e9), config, "bf16", GPU)
     with pytest.raises(UserError) as error:
-        require_memory(estimate, int(11.8e9), config, "cuda:0")
+        require_memory(FULL, int(11.8e9), config, "bf16", GPU)
     assert str(error.value) == (
-        "training needs about 43.8 GB and cuda:0 has 11.8 GB free; to need less: training.adam_8bit true, method lora, "
-        "a smaller images.resolution"
+        "a training step needs about 45.6 GB, a look at the run 40.0 GB, and cuda:0 has 11.8 GB free; to need less: "
+        "training.adam_8bit true, method lora, watch.clip null, a smaller images.resolution"
+    )
+
+
+def test_where_only_the_look_does_not_fit_nothing_is_suggested_for_the_step(gpu):
+    gpu(fast=True)
+    config = PersonalizeConfig(training=TrainingConfig(batch_size=2), images=ImagesConfig(cache=False))
+    with pytest.raises(UserError) as error:
+        require_memory(replace(LORA, encodes=True), int(11.8e9), config, "bf16", GPU)
+    assert str(error.value) == (
+        "a look at the run needs about 14.0 GB, a training step 10.1 GB, and cuda:0 has 11.8 GB free; to need less: "
+        "training.vae_precision bf16, base_bits 4, watch.clip null, a smaller images.resolution"
     )
 
 
 @pytest.mark.parametrize(
-    ("settings", "remedies"),
+    ("settings", "precision", "fast", "remedies"),
     [
-        ({"base_bits": 4, "training": CHECKPOINTING}, "training.precision bf16, a smaller images.resolution"),
         (
-            {"training": TrainingConfig(batch_size=2, ema_rate=0.9), "images": ImagesConfig(cache=False)},
+            {"base_bits": 4, "training": CHECKPOINTING},
+            "float32",
+            True,
+            "training.precision bf16, training.vae_precision bf16, watch.clip null",
+        ),
+        (  # as `auto` is float32 on a GPU that is slow at bf16
+            {"training": TrainingConfig(batch_size=2, ema_rate=0.9)},
+            "float32",
+            False,
             "training.gradient_checkpointing true, training.batch_size 1 and more training.accumulation, "
-            "images.cache true, base_bits 4, a smaller images.resolution",
+            "training.precision fp16, base_bits 4, watch.clip null",
         ),
         (
             {"method": "full", "train_text_encoder": True, "training": replace(CHECKPOINTING, ema_rate=0.9)},
-            "training.precision bf16, training.adam_8bit true, training.ema_rate null, train_text_encoder false, "
-            "method lora, a smaller images.resolution",
+            "float32",
+            True,
+            "training.precision bf16, training.vae_precision bf16, training.adam_8bit true, training.ema_rate null, "
+            "train_text_encoder false, method lora, watch.clip null",
         ),
     ],
 )
-def test_only_what_is_not_yet_set_is_suggested(settings, remedies):
+def test_only_what_is_not_yet_set_is_suggested(gpu, settings, precision, fast, remedies):
+    gpu(fast)
     with pytest.raises(UserError) as error:
-        require_memory(MemoryEstimate(1, 0, 0, 0, 0), 0, PersonalizeConfig(**settings), "cuda:0")
-    assert str(error.value).partition("to need less: ")[2] == remedies
+        require_memory(LORA, 0, PersonalizeConfig(**settings), precision, GPU)
+    assert str(error.value).partition("to need less: ")[2] == f"{remedies}, a smaller images.resolution"
+
+
+def remedied(config: PersonalizeConfig, remedy: str) -> PersonalizeConfig:
+    """With a remedy as messages name it."""
+    if remedy == "a smaller images.resolution":
+        return replace(config, images=replace(config.images, resolution=config.images.resolution // 2))
+    name, value = remedy.split(" and ")[0].split()
+    *group, name = name.split(".")
+    value = {"true": True, "false": False, "null": None}.get(value, int(value) if value.isdigit() else value)
+    if not group:
+        return replace(config, **{name: value})
+    return replace(config, **{group[0]: replace(getattr(config, group[0]), **{name: value})})
+
+
+UNCACHED = replace(LARGE, cache=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        (  # looks of so many pictures that the UNet takes more than the autoencoder
+            {"images": UNCACHED, "training": TrainingConfig(batch_size=8), "watch": WatchConfig(batch_size=16)},
+            "float32",
+        ),
+        ({"method": "full", "train_text_encoder": True, "training": TrainingConfig(ema_rate=0.9)}, "bf16"),
+        ({"method": "full", "watch": WatchConfig(guidance_scale=1.0)}, "float32"),
+    ],
+    ids=["lora", "full", "full-float32"],
+)
+def test_what_is_suggested_helps(gpu, tiny_bases, settings, precision):
+    """Each setting lowers the very moment that does not fit."""
+    gpu(fast=True)
+    base = load_base(str(tiny_bases["sd"]))
+    config = PersonalizeConfig(**{"images": LARGE, **settings})
+
+    @functools.cache
+    def after(remedy: str) -> MemoryEstimate:
+        name, _, value = remedy.partition(" ")
+        changed = config if name == "training.precision" else remedied(config, remedy)
+        arithmetic = value if name == "training.precision" else precision
+        return estimate_memory(base, changed, arithmetic, judges=0 if changed.watch.clip is None else 1000)
+
+    before = estimate_memory(base, config, precision, judges=1000)
+    only = {
+        "step": replace(before, swapped=0, denoising=0, decoding=0),
+        "look": replace(before, gradients=0, activations=0),
+    }
+    for moment, estimate in only.items():
+        with pytest.raises(UserError) as error:
+            require_memory(estimate, min(estimate.step, estimate.look), config, precision, GPU)
+        for remedy in str(error.value).partition("to need less: ")[2].split(", "):
+            assert getattr(after(remedy), moment) < getattr(before, moment), (moment, remedy)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_latents_are_to_be_kept_where_encoding_takes_most(gpu, tiny_bases, accumulation):
+    gpu(fast=True)
+    base = load_base(str(tiny_bases["sd"]))
+    training = TrainingConfig(gradient_checkpointing=True, accumulation=accumulation)
+    config = PersonalizeConfig(images=UNCACHED, training=training)
+    assert not estimate_memory(base, config, "bf16").encodes
+    levels = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    base.pipeline.vae = AutoencoderKL(3, 3, *levels, block_out_channels=(128, 128))
+    estimate = estimate_memory(base, config, "bf16")
+    assert estimate.encodes
+    with pytest.raises(UserError, match="images.cache true"):
+        require_memory(estimate, 0, config, "bf16", GPU)
+    assert estimate_memory(base, replace(config, images=LARGE), "bf16").step < estimate.step

@@ -68,5 +68,5 @@ def test_images_of_another_prompt_are_not_taken_for_these(config, tmp_path):
     here = dataclasses.replace(config, prior=dataclasses.replace(config.prior, path=path))
     prior_images(base, "base", here, 64)
     other = dataclasses.replace(here, subject=SubjectConfig(token="sks", class_name="cat"))
-    with pytest.raises(UserError, match="drawn with prompt 'a photo of a dog', and this run has 'a photo of a cat'"):
+    with pytest.raises(UserError, match="drawn with prompt 'a photo of a dog', not 'a photo of a cat': choose ano"):
         prior_images(base, "base", other, 64)

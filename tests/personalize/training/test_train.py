@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,22 +75,30 @@ def assert_equal(one, other) -> None:
         assert one == other
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--train_text_encoder=true", "--images.buckets=true", "--training.batch_size=2", "--prior.images=2"),
-        ("--adapter.dora=true", "--adapter.targets=attention+feedforward", "--training.gradient_checkpointing=true"),
-        ("--method=full", "--train_text_encoder=true"),
-        ("--method=full", "--training.precision=bf16"),
-        ("--method=textual_inversion", "--subject.token=<ball>", "--subject.vectors=2", "--training.precision=bf16"),
-    ],
-    ids=["lora", "dora", "full", "full, bf16", "textual inversion, bf16"],
-)
+METHODS = {
+    "lora": ("--train_text_encoder=true", "--images.buckets=true", "--training.batch_size=2", "--prior.images=2"),
+    "dora": (
+        "--adapter.dora=true",
+        "--adapter.targets=attention+feedforward",
+        "--training.gradient_checkpointing=true",
+    ),
+    "full": ("--method=full", "--train_text_encoder=true"),
+    "full, bf16": ("--method=full", "--training.precision=bf16"),
+    "textual inversion, bf16": (
+        "--method=textual_inversion",
+        "--subject.token=<ball>",
+        "--subject.vectors=2",
+        "--training.precision=bf16",
+    ),
+}
+ALL = [(kind, method) for kind in ("sd", "sdxl") for method in METHODS]
+
+
+@pytest.mark.parametrize(("kind", "method"), [*ALL, ("sd2", "lora"), ("sd2", "textual inversion, bf16")])
 def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
-    train, run_script, tiny_bases, tmp_path, kind, flags
+    train, run_script, tiny_bases, tmp_path, kind, method
 ):
-    outcome = train(tiny_bases[kind], "run", "--prior.steps=2", *flags)
+    outcome = train(tiny_bases[kind], "run", "--prior.steps=2", *METHODS[method])
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
     planned = re.search(r"epochs: (.*)", outcome.out).group(1)
@@ -174,7 +183,9 @@ def test_killed_in_the_middle_it_goes_on(train, run_script, tiny_bases, photos, 
 
 
 def test_what_decides_the_result_cannot_change(train, run_script, tiny_bases, tmp_path):
-    train(tiny_bases["sd"], "run")
+    begun = train(tiny_bases["sd"], "run")
+    assert "arithmetic: float32, for there is no GPU" in begun.out
+    assert "\n  precision: float32\n" in (tmp_path / "run" / "config.yaml").read_text()
     outcome = run_script("personalize.py", "train", f"--resume={tmp_path / 'run'}", "--adapter.rank=4")
     assert outcome.is_one_clear_line()
     assert "cannot change adapter.rank from 8 to 4" in outcome.err
@@ -249,6 +260,47 @@ def test_copying_is_noticed_and_the_choice_precedes_it(train, tiny_bases, photos
     assert [record["scores"]["copying"]["mean"] > 0.9 for record in records] == [False, False, False, True, True]
 
 
+def records_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_other_looks_on_a_resume_are_a_new_series(train, run_script, tiny_bases, tmp_path):
+    """What hardly learns has hardly moved from the base, on any seeds; and scores of other pictures choose nothing."""
+    run = tmp_path / "run"
+    looks = ("--watch.vision=inception", "--watch.every=1", "--images.resolution=64", "--training.keep_checkpoints=1")
+    prompts = ('--watch.prompts=["a {token} {class}"]', '--watch.class_prompts=["a {class}"]')
+    assert train(tiny_bases["sd"], "run", *looks, *prompts, "--training.lr=1e-9").code == 0
+    best = (run / "checkpoints" / "best").read_text().strip()
+    outcome = run_script("personalize.py", "train", f"--resume={run}", "--training.steps=3", "--watch.seeds=[7,8]")
+    assert outcome.code == 0, outcome.err
+    assert "looks: a new series, not compared with the last one (other seeds)" in outcome.out
+    records = records_of(run)
+    assert [(record["step"], record["protocol"]["seeds"]) for record in records] == [
+        *((step, [0]) for step in (0, 1, 2)),
+        *((step, [7, 8]) for step in (2, 3)),  # the one of the checkpoint that it goes on from is looked at again
+    ]
+    assert all(max(record["values"]["drift"]) < 1e-3 for record in records)
+    assert (run / "checkpoints" / "best").read_text().strip() in ("step_0000002.pt", "step_0000003.pt")
+    assert (run / "checkpoints" / best).is_file()
+
+    again = run_script("personalize.py", "train", f"--resume={run}", "--training.steps=4")
+    assert again.code == 0, again.err
+    assert "series" not in again.out
+    assert len(records_of(run)) == 6
+
+
+def test_any_other_looks_can_be_taken_up(train, run_script, tiny_bases, tiny_judges, tmp_path):
+    looks = ("--watch.vision=inception", "--watch.every=1", "--images.resolution=64", '--watch.prompts=["a {token}"]')
+    assert train(tiny_bases["sd"], "run", *looks, steps=1).code == 0
+    changes = ("--watch.class_prompts=[]", f"--watch.clip={tiny_judges['clip']}", "--watch.vision=null")
+    for step, change in enumerate(changes, start=2):
+        flags = (f"--training.steps={step}", change)
+        outcome = run_script("personalize.py", "train", f"--resume={tmp_path / 'run'}", *flags)
+        assert outcome.code == 0, outcome.err
+        assert "a new series" in outcome.out
+    assert [record["step"] for record in records_of(tmp_path / "run")] == [0, 1, 1, 2, 2, 3, 3, 4]
+
+
 def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -264,11 +316,32 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     assert "budget: 6 images" in outcome.out
 
 
+@pytest.fixture(scope="module")
+def mistaken_data(photos, tmp_path_factory) -> Path:
+    """What people give in place of a folder of photos, and a parquet file in which a caption is missing."""
+    import pyarrow
+    import pyarrow.parquet
+
+    places = tmp_path_factory.mktemp("mistaken")
+    (places / "empty").mkdir()
+    shutil.make_archive(str(places / "photos"), "zip", photos)
+    shutil.copy(photos / "0.png", places / "a.png")
+    images = [(photos / f"{number}.png").read_bytes() for number in range(2)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "text": ["a ball", None]}), places / "a.parquet")
+    return places
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--data=nowhere",), "there is no folder or parquet file of images at nowhere"),
-        (("--data={empty}",), "no usable images in"),
+        (("--data={places}/empty",), "no usable images in"),
+        (("--data={places}/photos.zip",), "it is a zip archive: unpack it, and give the folder"),
+        (("--data={places}/a.png",), "it is a single picture: give the folder that holds it"),
+        (("--data={places}/a.parquet", "--subject.token=null"), "fill in the caption of its row"),
+        (("--images.caption_column=en",), "leave out images.caption_column"),
+        (("--training.steps=1.5",), "training.steps must be a whole number or null, not 1.5"),
+        (("--base=models/dog.safetensors",), "models/dog.safetensors does not exist; give a folder"),
         (("--subject.token=null",), "have no caption, the first is 1.png: write 1.txt beside it"),
         (("--base=nowhere",), "the base model nowhere does not exist"),
         (("--subject.token=zwx",), "the token 'zwx' splits into"),
@@ -291,15 +364,53 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_mistakes_are_one_clear_line(train, tiny_bases, tmp_path, flags, message):
-    (tmp_path / "empty").mkdir()
-    outcome = train(
-        tiny_bases["sd"],
-        "run",
-        *(flag.format(empty=tmp_path / "empty") if "{empty}" in flag else flag for flag in flags),
-    )
+def test_mistakes_are_one_clear_line(train, tiny_bases, mistaken_data, flags, message):
+    outcome = train(tiny_bases["sd"], "run", *(flag.replace("{places}", str(mistaken_data)) for flag in flags))
     assert outcome.is_one_clear_line(), outcome.err
     assert message in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--subject.token=zwx",), "the token 'zwx' splits into"),
+        (("--method=textual_inversion",), "knows 'sks' already"),
+    ],
+    ids=["splits", "known"],
+)
+def test_a_token_that_will_not_do_is_refused_before_the_weights_are_read(
+    train, tiny_bases, tmp_path, monkeypatch, flags, message
+):
+    from improved_diffusion.personalize.training import start
+
+    monkeypatch.setattr(start, "load_base", lambda *_: pytest.fail("the weights were read"))
+    outcome = train(tiny_bases["sdxl"], "run", *flags)
+    assert outcome.is_one_clear_line(), outcome.err
+    assert message in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("photos", "is among the images of"),
+        ("photos/runs/dog", "is among the images of"),
+        ("link", "is among the images of"),
+        ("file", "is a file, and a run is a folder"),
+        ("file/dog", "is a file, and a run is a folder"),
+    ],
+)
+def test_a_place_that_will_not_do_is_refused_at_once(train, photos, tmp_path, monkeypatch, out, message):
+    from improved_diffusion.personalize.training import start
+
+    monkeypatch.setattr(start, "build", lambda *_: pytest.fail("the run was begun"))
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(tmp_path.rglob("*"))
+    outcome = train("nowhere", out, f"--data={folder}")
+    assert outcome.is_one_clear_line(), outcome.err
+    assert message in outcome.err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_interrupt_saves(train, tiny_bases, photos, tmp_path):
@@ -327,7 +438,8 @@ def test_a_gpu_too_small_is_said_before_anything_starts(train, tiny_bases, tmp_p
     monkeypatch.setattr(start, "free_memory", lambda device: 400_000_000)
     outcome = train(tiny_bases["sd"], "run", "--method=full")
     assert outcome.is_one_clear_line(), outcome.err
-    assert re.search(r"needs about 5\d\d MB and cpu has 400 MB free; to need less: .*method lora", outcome.err)
+    needs = r"a training step needs about 5\d\d MB, a look at the run 5\d\d MB, and cpu has 400 MB free"
+    assert re.search(needs + "; to need less: .*method lora", outcome.err)
     assert not (tmp_path / "run").exists()
 
 

@@ -54,12 +54,12 @@ def test_the_loss_is_what_diffusers_computes(base, photos):
         )
         added = None
         if base.is_sdxl:
-            ids = [
-                pipeline._get_add_time_ids(
-                    tuple(row[:2]), tuple(row[2:4]), tuple(row[4:]), dtype=torch.float32, text_encoder_projection_dim=32
-                )
-                for row in size_ids.tolist()
-            ]
+            like = {
+                "dtype": torch.float32,
+                "text_encoder_projection_dim": pipeline.text_encoder_2.config.projection_dim,
+            }
+            rows = [tuple(row) for row in size_ids.tolist()]
+            ids = [pipeline._get_add_time_ids(row[:2], row[2:4], row[4:], **like) for row in rows]
             added = {"text_embeds": encoded[2], "time_ids": torch.cat(ids)}
         predicted = base.unet(x_t, t, encoder_hidden_states=encoded[0], added_cond_kwargs=added).sample
     expected = (predicted - noise).square().mean(dim=(1, 2, 3))

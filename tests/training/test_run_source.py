@@ -1,0 +1,56 @@
+"""Features of generated images are kept under a hash of all that decides the images, the code included."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import grimp
+import pytest
+import torch
+
+from improved_diffusion.training import run_source
+from improved_diffusion.training.generate import SampleKey, load_model
+from improved_diffusion.training.run_source import GENERATING_CODE, RunSource, generating_code_hash
+
+PACKAGE = Path(run_source.__file__).parent.parent
+DECIDES_NO_IMAGE = {"errors", "files", "run_directory", "settings"}
+
+
+@pytest.fixture
+def copied_code(tmp_path, monkeypatch):
+    """A copy of the package, of which the hash is taken."""
+    shutil.copytree(PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__", "personalize"))
+    monkeypatch.setattr(run_source, "__file__", str(tmp_path / "package" / "training" / "run_source.py"))
+    generating_code_hash.cache_clear()
+    yield tmp_path / "package"
+    generating_code_hash.cache_clear()
+
+
+def content_hash(run: Path) -> str:
+    generating_code_hash.cache_clear()
+    cpu = torch.device("cpu")
+    return RunSource(load_model(run, cpu), [SampleKey(1, 0, 0), SampleKey(1, 1, 0)], cpu).content_hash
+
+
+@pytest.mark.parametrize("name", ["diffusion/samplers.py", "models/unet.py", "training/generate.py"])
+def test_another_sampler_gives_other_features(tiny_run, copied_code, name):
+    before = content_hash(tiny_run)
+    assert content_hash(tiny_run) == before
+    with (copied_code / name).open("a") as file:
+        file.write("\nETA = 0.5\n")
+    assert content_hash(tiny_run) != before
+
+
+def test_code_that_decides_no_image_does_not_count(tiny_run, copied_code):
+    before = content_hash(tiny_run)
+    with (copied_code / "metrics" / "report.py").open("a") as file:
+        file.write("\nDIGITS = 4\n")
+    assert content_hash(tiny_run) == before
+
+
+def test_whatever_generating_imports_is_hashed():
+    hashed = [name.removesuffix(".py").replace("/", ".") for name in GENERATING_CODE]
+    for module in grimp.build_graph("improved_diffusion").find_upstream_modules("improved_diffusion.training.generate"):
+        name = module.removeprefix("improved_diffusion.")
+        assert name in DECIDES_NO_IMAGE or any(f"{name}.".startswith(f"{part}.") for part in hashed), module
