@@ -25,8 +25,8 @@ demo: install
 	else \
 	    $(BIN)/python train.py --config configs/demo.yaml --data data/synthetic-64 --loss hybrid --out runs/demo; \
 	fi
-	$(BIN)/python sample.py --run runs/demo --class all --n 8 --out runs/demo/demo-samples
-	$(BIN)/python fid.py data/synthetic-64/test runs/demo --features 64 --per-class 10
+	$(BIN)/python sample.py --run runs/demo --class all --n 10 --seed 1 --out runs/demo/demo-samples
+	$(BIN)/python fid.py data/synthetic-64/test runs/demo/demo-samples --features 64
 	@echo "The pictures: runs/demo/demo-samples.png (samples), runs/demo/samples/ (while training),"
 	@echo "runs/demo/curves.png (loss and FID). TensorBoard: $(BIN)/tensorboard --logdir runs/demo"
 

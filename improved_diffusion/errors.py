@@ -40,7 +40,7 @@ def user_errors_exit() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"error: out of memory, use smaller batches, for one: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

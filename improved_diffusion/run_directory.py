@@ -104,7 +104,8 @@ class RunDirectory:
         """What `write_config` wrote beside the settings; empty where there is nothing."""
         if not self.config_file.is_file():
             return []
-        return (yaml.safe_load(self.config_file.read_text()) or {}).get("provenance") or []
+        entries = (yaml.safe_load(self.config_file.read_text()) or {}).get("provenance")
+        return entries if isinstance(entries, list) else []
 
     def read_config(self, kind: type[Settings] = Config) -> Settings:
         """The resolved settings of the run, one of the pixel job by default.

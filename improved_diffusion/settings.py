@@ -126,7 +126,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
         raise UserError(f"no config at {path}: see configs/ for those that ship with the project") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # of 2026-99-99, for one
         raise UserError(f"could not read the config {path}: {error}") from error
     require(isinstance(settings, dict), f"the config {path} must hold keys and values, not {type(settings).__name__}")
     settings.pop("provenance", None)

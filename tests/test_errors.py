@@ -70,7 +70,7 @@ def test_a_missing_config(run_script, tmp_path):
     assert_refused(run_script("train.py", "--config", tmp_path / "nowhere.yaml"), "nowhere.yaml")
 
 
-@pytest.mark.parametrize("text", ["loss: [", "- 1\n- 2\n", "\x00\x01"])
+@pytest.mark.parametrize("text", ["loss: [", "- 1\n- 2\n", "\x00\x01", "loss: 2026-99-99", "[" * 9999])
 def test_a_config_that_is_no_yaml_mapping(run_script, tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     assert_refused(run_script("train.py", "--config", tmp_path / "bad.yaml"), "bad.yaml")
@@ -91,6 +91,10 @@ def test_a_config_that_is_no_yaml_mapping(run_script, tmp_path, text):
         ({"model": {"image_size": 15}}, ["model"]),
         ({"data": "nowhere"}, ["nowhere"]),
         ({"seed": -1}, ["seed", "-1"]),
+        ({"evaluation": {"every": None}}, ["evaluation.every cannot be null"]),
+        ({"diffusion": {"prediction": None}}, ["diffusion.prediction cannot be null"]),
+        ({"training": {"batch_size": 4, "ema_rates": [0.9, 0.9]}}, ["training.ema_rates"]),
+        ({"model": {"image_size": 16, "num_channels": 2**40}}, ["model", "memory"]),
         ({"sampling": {"guidance_scale": 2.0}}, ["guidance_scale", "class_dropout"]),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
@@ -220,6 +224,16 @@ def test_an_interruption_exits_130():
     with pytest.raises(SystemExit) as stop, user_errors_exit():
         raise KeyboardInterrupt
     assert stop.value.code == 130
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory.\nTried 8 TiB")])
+def test_a_want_of_memory_exits_2(capsys, error):
+    with pytest.raises(SystemExit) as stop, user_errors_exit():
+        raise error
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory")
+    with pytest.raises(RuntimeError, match="a fault of ours"), user_errors_exit():
+        raise RuntimeError("a fault of ours")
 
 
 def test_a_message_of_several_lines_becomes_one(capsys):

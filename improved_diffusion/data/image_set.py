@@ -121,7 +121,7 @@ def _load_array(file: Path, mmap_mode: str | None) -> np.ndarray:
         return np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing. {REPACK}") from error
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises almost anything on a damaged file
         raise UserError(f"cannot read {file}: {error}. {REPACK}") from error
 
 

@@ -38,7 +38,7 @@ def build_network(config: Config, num_classes: int) -> Backbone:
             null_class=model.class_dropout > 0,
         )
     except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:  # PyTorch's, of absurd sizes
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the settings under model do not fit together, or not into memory: {reason}") from error
 
 

@@ -83,11 +83,12 @@ def _classes(
     if labels.shape != images.shape[:1] or not labels.shape:
         raise UserError(f"{path} has images of shape {images.shape} and labels of shape {labels.shape}")
     if labels.dtype.kind in "US":
-        found, labels = np.unique(labels.astype(str), return_inverse=True)
+        texts = np.char.decode(labels, "utf-8", "replace") if labels.dtype.kind == "S" else labels
+        found, labels = np.unique(texts, return_inverse=True)
         return labels, tuple(found.tolist())
     if labels.dtype.kind not in "iu":
         raise UserError(f"{path}: the labels are {labels.dtype}; they must be integers or names")
     names = None if names is None else tuple(map(str, np.atleast_1d(names)))
-    if names is not None and not (labels.min() >= 0 and labels.max() < len(names)):
+    if names is not None and ((labels < 0) | (labels >= len(names))).any():
         raise UserError(f"{path} has labels from {labels.min()} to {labels.max()} and {len(names)} class_names")
     return labels, names
