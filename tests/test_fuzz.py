@@ -255,7 +255,7 @@ TENSORS = st.sampled_from(
 )
 
 
-@fuzz(30)
+@fuzz(20)
 @given(data=st.data())
 def test_a_checkpoint_of_other_values(data, spoilt):
     """Another value at a random place, however deep."""
