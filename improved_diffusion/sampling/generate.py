@@ -127,7 +127,7 @@ def sampling_record(config: Config, sampling: SamplingConfig) -> dict[str, Any]:
         "spacing": sampling.chosen_spacing,
         "sampler_options": dict(sorted(sampling.options.items())),
         "guidance_scale": sampling.guidance_scale,
-        "guidance_interval": None if interval is None else list(interval),
+        "guidance_interval": "everywhere" if interval is None else list(interval),
     }
 
 

@@ -49,7 +49,7 @@ def test_an_image_does_not_depend_on_the_batch(tiny_run, settings):
     for other in (by_fours, alone, backwards):
         # Arithmetic may differ in the last digits with the size of the batch, and so a pixel by one level.
         assert np.abs(whole.astype(int) - other.astype(int)).max() <= 1
-        assert (whole == other).mean() > 0.999
+        assert (whole == other).mean() > 0.995
 
 
 def test_images_differ_by_seed_class_and_number(tiny_run):
