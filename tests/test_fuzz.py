@@ -211,9 +211,9 @@ def sample_and_resume(run: RunDirectory) -> None:
         require_same_data(state, image_set)
         trainer.load_state_dict(state)
         run.write_config(config, run.read_provenance())
-        TrainingLoop(trainer, Evaluator(config, image_set, CPU), run, image_set)
-        trainer.train_step(*trainer.stream.batch(trainer.step))
-        trainer.terms.flush(CPU)
+        with TrainingLoop(trainer, Evaluator(config, image_set, CPU), run, image_set).log:
+            trainer.train_step(*trainer.stream.batch(trainer.step))
+            trainer.terms.flush(CPU)
 
 
 @st.composite

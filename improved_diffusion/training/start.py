@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,16 +125,17 @@ def new_run(out: str | None, name: str) -> Iterator[RunDirectory]:
 
 def _new_directory(name: str) -> Path:
     """runs/NAME, NAME-2, NAME-3, ...: the first that is not there yet, made at once, so that it is no one else's."""
-    for number in itertools.count(1):
-        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"could not make {path}: {error.strerror}") from error
-        return path
-    raise AssertionError("the numbers have no end")
+    path, number = Path("runs") / name, 1
+    try:
+        path.parent.mkdir(exist_ok=True)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+            number += 1
+            path = path.with_name(f"{name}-{number}")
+    except OSError as error:
+        raise UserError(f"could not make {path}: {error.strerror}") from error
 
 
 def run_to_resume(path: str, kind: type = Config) -> RunDirectory:

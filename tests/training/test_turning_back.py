@@ -97,6 +97,7 @@ def test_the_best_is_then_the_best_of_those_that_are_left(run, tiny_trainer, tin
         run.save_checkpoint({"step": 15}, keep=9)
         run.evaluations_file.write_text("")
     loop = TrainingLoop(trainer, SimpleNamespace(metric="FID64", protocol={}), run, open_image_set(tiny_set))
+    loop.log.tensorboard.close()
     assert loop.best_value == VALUES.get(best, float("inf"))
     assert run.pointed("best") == (run.checkpoint_file(best) if best else None)
     assert run.latest_checkpoint() == run.checkpoint_file(15)
