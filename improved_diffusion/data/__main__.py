@@ -6,8 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
+from improved_diffusion.data.labelled_files import labelled_folder, labelled_food101, with_validation
 from improved_diffusion.data.packing import VALIDATION_PER_CLASS, PackedSplit, check_free, pack, pack_synthetic
-from improved_diffusion.data.sources import folder_source, food101_source, with_validation
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
 
 LISTED_BROKEN = 10
@@ -85,12 +85,12 @@ def main() -> None:
         packed = pack_synthetic(arguments.out, arguments.per_class, arguments.test_per_class, arguments.seed, **options)
     else:
         if arguments.command == "folder":
-            source = folder_source(arguments.path)
+            files = labelled_folder(arguments.path)
         else:
-            source = food101_source(arguments.source or arguments.out.parent, download=arguments.source is None)
-        source = with_validation(source, validation)
-        notes = source.notes
-        packed = pack(source, arguments.out, arguments.image_size, **options)
+            files = labelled_food101(arguments.source or arguments.out.parent, download=arguments.source is None)
+        files = with_validation(files, validation)
+        notes = files.notes
+        packed = pack(files, arguments.out, arguments.image_size, **options)
     print_report(packed, notes, time.perf_counter() - start)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -42,23 +43,38 @@ def open_encoded(data: bytes) -> Image.Image:
         raise UnidentifiedImageError(problem) from None
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """Decode, turn upright, crop the central square and resize it.
+def decode_upright(
+    data: bytes, convert: Callable[[Image.Image], Image.Image] | None = None, at_least: int | None = None
+) -> Image.Image:
+    """The image in the content of a file, turned upright as its EXIF orientation says; of an animation the first frame.
 
-    `data` is the content of an image file; of an animation the first frame is taken. EXIF orientation is applied,
-    transparency is composited on white, colour profiles are ignored. The resize is Pillow's Lanczos, whose support
+    Args:
+        data: the content.
+        convert: to the wanted mode; by default `to_rgb`.
+        at_least: a JPEG may be decoded smaller than it is, but with no side shorter than this.
+
+    Raises whatever Pillow raises for a damaged, truncated or unsupported image, or one of more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS` allows: OSError, ValueError, SyntaxError, struct.error, `DecompressionBombError` and
+    others, so callers that must go on catch Exception.
+    """
+    with open_encoded(data) as image:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        ImageOps.exif_transpose(image, in_place=True)
+        return (convert or to_rgb)(image)
+
+
+def decode_image(data: bytes, size: int) -> np.ndarray:
+    """Decode as `decode_upright` does, crop the central square and resize it.
+
+    Transparency is composited on white, colour profiles are ignored. The resize is Pillow's Lanczos, whose support
     grows with the reduction (antialiased; Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN
     Evaluation"): of Pillow's filters it keeps the most detail below the new Nyquist frequency. An image that is
     already `size` x `size` is not resampled.
 
-    Returns uint8 RGB, shape (size, size, 3). A damaged, truncated or unsupported image, or one of more pixels than
-    `PIL.Image.MAX_IMAGE_PIXELS` allows, raises whatever Pillow raises: OSError, ValueError, SyntaxError, struct.error,
-    `DecompressionBombError` and others, so callers that must go on catch Exception.
+    Returns uint8 RGB, shape (size, size, 3).
     """
-    with open_encoded(data) as image:
-        image.draft(None, (round(size * REDUCING_GAP), round(size * REDUCING_GAP)))  # JPEG only; never below that size
-        ImageOps.exif_transpose(image, in_place=True)
-        image = to_rgb(image)
+    image = decode_upright(data, at_least=round(size * REDUCING_GAP))
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from improved_diffusion.data import synthetic
+from improved_diffusion.data.containers import Archive, Folder
 from improved_diffusion.data.decode import RESIZE_FILTER, decode_image
 from improved_diffusion.data.image_set import FORMAT_VERSION, array_sha256, content_sha256, is_image_set
-from improved_diffusion.data.sources import Archive, Folder, Source
+from improved_diffusion.data.labelled_files import LabelledFiles
 from improved_diffusion.data.synthetic.canvas import SIZE as SYNTHETIC_SIZE
 from improved_diffusion.data.workers import fill_rows, render_pool
 from improved_diffusion.errors import UserError
@@ -45,20 +46,20 @@ class PackedSplit:
 
 
 def pack(
-    source: Source, out: str | Path, image_size: int, *, overwrite: bool = False, workers: int | None = None
+    files: LabelledFiles, out: str | Path, image_size: int, *, overwrite: bool = False, workers: int | None = None
 ) -> list[PackedSplit]:
-    """Decode every image of `source` to `image_size` x `image_size` and write the packed set `out`.
+    """Decode every image of `files` to `image_size` x `image_size` and write the packed set `out`.
 
     The first split is the set at `out`, every other is a set of its own in the folder `out`/SPLIT. Rows are in the
-    order of `source`, whatever the number of `workers` (default: one per usable core). Broken images are left out.
+    order of `files`, whatever the number of `workers` (default: one per usable core). Broken images are left out.
 
     Raises `UserError` when `out` is taken (see `check_free`), more than 2% of a split is broken (train and val count as
     one: of a few validation images one would be more), the disk is full, or a worker dies; `out` is then as it was.
     """
-    render = functools.partial(_decode, source.files, image_size)
-    details = {"source": source.description, "notes": source.notes, "resize_filter": RESIZE_FILTER}
+    render = functools.partial(_decode, files.container, image_size)
+    details = {"source": files.description, "notes": files.notes, "resize_filter": RESIZE_FILTER}
     with new_directory(Path(out), overwrite) as directory, render_pool(render, workers or usable_cores()) as pool:
-        return _write_splits(pool, directory, Path(out), source.splits, source.class_names, image_size, details)
+        return _write_splits(pool, directory, Path(out), files.splits, files.class_names, image_size, details)
 
 
 def pack_synthetic(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from improved_diffusion.data.containers import Archive, Folder
 from improved_diffusion.data.image_set import ImageSet, open_image_set
-from improved_diffusion.data.sources import Archive, Folder
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.files import FileSource
 from improved_diffusion.metrics.images.sources import ArraySource, Source

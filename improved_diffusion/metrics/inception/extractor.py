@@ -80,7 +80,7 @@ class FeatureExtractor:
         # On a CPU, larger activations than those of a few images cost more in page faults than they save.
         self.batch_size = 8 if self.device.type == "cpu" else 128
         self.weights_hash = weights_hash(layers)
-        network = build_network(self.features, layers, classifier)
+        network = fold_layers(self.features, layers, classifier)
         self.network = network.to(self.device, memory_format=torch.channels_last)
         self._compiled: Callable[[Tensor], dict[int, Tensor]] | None = None
 
@@ -145,7 +145,7 @@ def _blank(n: int) -> Tensor:
     return torch.zeros(n, 3, INPUT_SIZE, INPUT_SIZE).contiguous(memory_format=torch.channels_last)
 
 
-def build_network(features: Iterable[int], layers: dict[str, Layer], classifier: Tensor | None = None) -> Inception:
+def fold_layers(features: Iterable[int], layers: dict[str, Layer], classifier: Tensor | None = None) -> Inception:
     """The network with `layers` folded into it, in evaluation mode."""
     with torch.device("meta"):  # the weights are assigned below: allocating and initializing them first is for nothing
         network = Inception(features)
