@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from improved_diffusion.checkpoint_file import DAMAGE
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import set_moments
@@ -29,7 +30,6 @@ from improved_diffusion.personalize.training.losses import (
     target,
 )
 from improved_diffusion.personalize.training.running_means import RunningMeans
-from improved_diffusion.run_directory import DAMAGE
 
 # Generators of a run are keyed (seed, purpose, micro-batch): resuming draws what an unbroken run would have drawn.
 DRAWS, DROPOUT = range(100, 102)
