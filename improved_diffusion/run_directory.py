@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from filelock import FileLock, Timeout
 
 from improved_diffusion.checkpoint_file import write_checkpoint
 from improved_diffusion.config import Config, load_config
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, exclusive
 from improved_diffusion.settings import load_settings, to_plain
 
 Settings = TypeVar("Settings")
@@ -67,28 +66,18 @@ class RunDirectory:
         """Keep other processes from training here while the block lasts. The directory is made if it is not there, and
         removed at the end if nothing was written.
 
-        The system lets go of the lock when the process ends, however it ends.
-
         Raises:
             UserError: another process holds it, or it cannot be made.
         """
         lock_file = self.path / ".lock"
-        lock = FileLock(lock_file)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"another process trains in {self.path}: wait for its end, or give another --out") from None
-        except OSError as error:
-            raise UserError(f"could not write {self.path}: {error.strerror or error}") from error
-        try:
-            yield self
-        finally:
-            with contextlib.suppress(OSError):
-                if list(self.path.iterdir()) == [lock_file]:
-                    lock_file.unlink()  # still locked: who has opened it meanwhile sees that it has gone
-                    self.path.rmdir()
-            lock.release()
+        with exclusive(lock_file, f"another process trains in {self.path}: wait for its end, or give another --out"):
+            try:
+                yield self
+            finally:
+                with contextlib.suppress(OSError):
+                    if list(self.path.iterdir()) == [lock_file]:
+                        lock_file.unlink()
+                        self.path.rmdir()
 
     def write_config(self, config: Any, provenance: list[dict[str, Any]]) -> None:
         """Write the resolved settings, with `provenance` (command lines, versions, commit, data) beside them."""

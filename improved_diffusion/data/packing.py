@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -24,6 +23,7 @@ from improved_diffusion.data.labelled_files import LabelledFiles
 from improved_diffusion.data.synthetic.canvas import SIZE as SYNTHETIC_SIZE
 from improved_diffusion.data.workers import fill_rows, render_pool
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import exclusive
 
 COPY_BYTES = 1 << 26
 SYNTHETIC_TEST_START = 1_000_000  # index of the first test image, so that no training set reaches it
@@ -122,17 +122,19 @@ def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         check_free(out, overwrite)
         target = out.resolve()
         partial = target.with_name(f".{target.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        with _lock(partial):
+        lock_file = target.with_name(f".{target.name}.partial.lock")
+        with exclusive(lock_file, f"another process is writing {partial} at this moment"):
             try:
-                _clear(partial)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
                 yield partial
                 _sync(partial)
                 _replace(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+                lock_file.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        raise UserError(f"could not write {out}: {error.strerror or error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,25 +231,6 @@ def _write_description(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The directory
-
-
-@contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Hold `directory` for this process; the system lets go of it when the process ends, however it ends."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is writing {directory} at this moment") from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def _clear(directory: Path) -> None:
-    for path in directory.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(directory: Path) -> None:

@@ -196,6 +196,7 @@ def test_two_writers_of_one_set(tmp_path: Path):
     files = labelled_folder(make_folder(tmp_path / "set", ["a/1.png"]))
     with new_directory(tmp_path / "out", overwrite=False), pytest.raises(UserError, match="another process"):
         pack(files, tmp_path / "out", 16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
 
 
 class TestValidation:
@@ -307,7 +308,7 @@ def test_food101_with_its_official_splits(tmp_path: Path):
         (["folder", "{tmp}/set"], "the following arguments are required: --out"),
         (["folder", "{tmp}/set", "--out", "{tmp}/out", "--image-size", "0"], "must be at least 1"),
         (["folder", "{tmp}/set", "--out", "{tmp}/set"], "not a packed image set"),
-        (["folder", "{tmp}/set", "--out", "{tmp}/set/a/1.png/out"], "cannot write"),
+        (["folder", "{tmp}/set", "--out", "{tmp}/set/a/1.png/out"], "could not write"),
         (["food101", "--source", "{tmp}/set", "--out", "{tmp}/out"], "no usable food-101/"),
         (["sorcery"], "invalid choice: 'sorcery'"),
     ],
