@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from improved_diffusion.data.image_set import CHANNELS
 from improved_diffusion.data.labelled_files import labelled_folder, labelled_food101, with_validation
 from improved_diffusion.data.packing import VALIDATION_PER_CLASS, PackedSplit, check_free, pack, pack_synthetic
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
@@ -28,6 +29,17 @@ def at_least(least: int, text: str) -> int:
     return value
 
 
+def sides(text: str) -> tuple[int, int]:
+    """Height and width: `64`, or `64x96`."""
+    try:
+        height, width = text.split("x") if "x" in text else (text, text)
+        return positive(height), positive(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a side, such as 64, or HEIGHTxWIDTH, such as 64x96, not {text!r}"
+        ) from None
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     about = "Pack images into one memory-mapped array."
     parser = ArgumentParser(prog="python -m improved_diffusion.data", description=about)
@@ -41,7 +53,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (food101, folder):
         taken = "images taken out of train where there is no val split; 0 for none (default: %(default)s)"
         command.add_argument("--validation-per-class", **validation, help=taken)
-        command.add_argument("--image-size", type=positive, default=64, help="side in pixels (default: %(default)s)")
+        size = "pixels: a side, or HEIGHTxWIDTH such as 64x96, to whose proportions images are cut (default: 64)"
+        command.add_argument("--image-size", type=sides, default=(64, 64), metavar="SIZE", help=size)
+        kinds = "1 grey, 3 RGB on white, 4 RGBA with its transparency (default: %(default)s)"
+        command.add_argument("--channels", type=int, choices=CHANNELS, default=3, help=kinds)
 
     synthetic = commands.add_parser("synthetic", help="the embedded synthetic set, drawn here; 64x64")
     synthetic.add_argument("--per-class", type=positive, default=500, help="training images (default: %(default)s)")
@@ -90,7 +105,7 @@ def main() -> None:
             files = labelled_food101(arguments.source or arguments.out.parent, download=arguments.source is None)
         files = with_validation(files, validation)
         notes = files.notes
-        packed = pack(files, arguments.out, arguments.image_size, **options)
+        packed = pack(files, arguments.out, arguments.image_size, arguments.channels, **options)
     print_report(packed, notes, time.perf_counter() - start)
 
 

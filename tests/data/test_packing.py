@@ -71,7 +71,7 @@ def test_round_trip_and_equal_hash_of_folder_and_zip(tmp_path: Path):
         np.testing.assert_array_equal(test.images, np.stack([noise(i) for i in (2, 3, 0, 1)]))
         np.testing.assert_array_equal(train.labels, [0, 0, 1, 1])
         assert train.labels.dtype == np.int64
-        assert train.resolution == 16
+        assert train.images.shape[1:] == (16, 16, 3)
         assert isinstance(train.images, np.memmap)
         sets.append((train.content_hash, test.content_hash))
     assert sets[0] == sets[1]
@@ -282,7 +282,7 @@ def test_command_line_reports_what_it_did(tmp_path: Path):
     assert "train: 59 images, 1 classes (no image of 1 others: 'b')" in result.stdout
     assert "'train/a/7.png': " in result.stdout
     assert "skipped 1 files that are no images: 1 .txt" in result.stdout
-    assert open_image_set(tmp_path / "out").resolution == 8
+    assert open_image_set(tmp_path / "out").images.shape[1:] == (8, 8, 3)
 
 
 def test_food101_with_its_official_splits(tmp_path: Path):
@@ -351,7 +351,7 @@ def flip_a_bit(packed: Path) -> None:
         (lambda p: np.save(p / "labels.npy", np.array([1, 0])), "labels.npy does not match its SHA-256"),
         (lambda p: np.save(p / "labels.npy", np.array([0, 2])), "labels from 0 to 2, but dataset.json names 2 classes"),
         (lambda p: np.save(p / "labels.npy", np.array([0])), r"labels.npy is int64 \(1,\); expected int64 \(2,\)"),
-        (lambda p: np.save(p / "images.npy", np.zeros((2, 16, 8, 3))), r"expected uint8 \(N, S, S, 3\)"),
+        (lambda p: np.save(p / "images.npy", np.zeros((2, 16, 8, 3))), r"expected uint8 \(N, H, W, C\)"),
         (lambda p: os.truncate(p / "images.npy", 500), "cannot read .*images.npy"),
         (lambda p: os.truncate(p / "images.npy", 0), "cannot read .*images.npy"),
         (lambda p: (p / "labels.npy").unlink(), "labels.npy is missing"),

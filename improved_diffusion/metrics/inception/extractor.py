@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from improved_diffusion.data.compositing import on_white
+from improved_diffusion.data.image_set import CHANNELS
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.inception.network import CLASSIFIER, LOGITS, Conv, Inception, feature_layers
 from improved_diffusion.metrics.inception.preprocessing import INPUT_SIZE, PREPROCESSINGS, SMALLEST_SIDE, preprocess
@@ -106,15 +108,18 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor | np.ndarray) -> dict[int, Tensor]:
-        """uint8 images (N, H, W, 3) to {feature size: float32 (N, feature size)} on `device`.
+        """uint8 images (N, H, W, C) to {feature size: float32 (N, feature size)} on `device`.
+
+        The network sees RGB: grey is repeated, and RGBA is composited on white.
 
         Raises:
             ValueError: images of another dtype or layout.
             UserError: images too small to mean anything, or of a size that does not go with `none`.
         """
         images = torch.as_tensor(images)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] not in CHANNELS:
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images must be uint8 (N, H, W, 3), or with 1 or 4 channels, got {found}")
         height, width = images.shape[1:3]
         if min(height, width) < SMALLEST_SIDE:
             raise UserError(f"images of {width}x{height} pixels: below {SMALLEST_SIDE} a side nothing can be measured")
@@ -124,7 +129,7 @@ class FeatureExtractor:
                 "clean, which resize"
             )
         with full_float32(self.device):
-            x = preprocess(images.to(self.device), self.preprocessing)
+            x = preprocess(on_white(images.to(self.device)), self.preprocessing)
             with self._arithmetic():
                 features = self._run(x)
         return {size: feature.float() for size, feature in features.items()}

@@ -1,6 +1,6 @@
 """A run directory of a published checkpoint, to sample from and to measure:
 
-    python -m improved_diffusion.models.openai imagenet64_uncond_100M_1500K.pt --out runs/imagenet64
+python -m improved_diffusion.models.openai imagenet64_uncond_100M_1500K.pt --out runs/imagenet64
 """
 
 from __future__ import annotations
