@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.diffusion.denoiser import ClippedDenoiser, Denoiser, Network
 from improved_diffusion.diffusion.noise import PerSampleNoise
@@ -27,7 +28,7 @@ from improved_diffusion.models.build import (
     number_of_steps,
     set_weights,
 )
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import arithmetic, sampling_precision, with_autocast
 
 

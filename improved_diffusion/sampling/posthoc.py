@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.power_ema import Profile, blend
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 
 
 def averaged_weights(run: RunDirectory, step: int, length: float) -> dict[str, Tensor]:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.config import Config, TrainingConfig
 from improved_diffusion.data.image_set import ImageSet, is_image_set
 from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.errors import UserError
 from improved_diffusion.provenance import provenance_entry
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes, choose_precision
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.optimization import learning_rate

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from improved_diffusion.checkpoint_file import DAMAGE
 from improved_diffusion.config import Config
 from improved_diffusion.data.batches import BatchStream
 from improved_diffusion.data.image_set import ImageSet
@@ -26,7 +27,6 @@ from improved_diffusion.models.build import (
 )
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.power_ema import PowerFunctionEMA
-from improved_diffusion.run_directory import DAMAGE
 from improved_diffusion.runtime.devices import Processes, arithmetic, with_autocast
 from improved_diffusion.training.optimization import learning_rate, make_optimizers
 from improved_diffusion.training.running_terms import RunningTerms

@@ -14,7 +14,7 @@ from improved_diffusion.sampling.generate import SampleKey, load_model
 from improved_diffusion.sampling.run_source import GENERATING_CODE, RunSource, generating_code_hash
 
 PACKAGE = Path(run_source.__file__).parent.parent
-DECIDES_NO_IMAGE = {"errors", "files", "run_directory", "settings"}
+DECIDES_NO_IMAGE = {"checkpoint_file", "errors", "files", "run_directory", "settings"}
 
 
 @pytest.fixture

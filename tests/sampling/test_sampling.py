@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
 from improved_diffusion.metrics.images.opening import open_source
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.sampling.generate import SampleKey, generate, load_model, model_denoiser
 from improved_diffusion.sampling.identity import identify
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from improved_diffusion.checkpoint_file import read_checkpoint, write_checkpoint
 from improved_diffusion.files import read_jsonl
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint, write_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.trainer import Trainer
 
