@@ -20,7 +20,7 @@ from improved_diffusion.files import atomic_write
 from improved_diffusion.settings import settings_of, to_plain
 
 SUFFIX = ".safetensors"
-KEY = "improved_diffusion"  # of the metadata; "format" is there for other programs
+DESCRIPTION, SUM = "improved_diffusion", "improved_diffusion_sha256"  # in the metadata; `format` is for other programs
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class ModelFile:
             "ema_rate": self.ema_rate,
             "selected_on": self.selected_on,
             "provenance": self.provenance,
-            "weights_sha256": weights_sha256(weights),
             "settings": to_plain(self.config),
         }
+        text = json.dumps(description)
         with atomic_write(path) as temporary:
             try:
-                save_file(weights, temporary, {"format": "pt", KEY: json.dumps(description)})
+                save_file(weights, temporary, {"format": "pt", DESCRIPTION: text, SUM: content_sha256(text, weights)})
             except SafetensorError as error:  # a full disk, which safetensors covers with an error of its own
                 raise UserError(f"could not write {path}: {error}") from error
 
@@ -68,33 +68,31 @@ class ModelFile:
                 weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is damaged, or no {SUFFIX} file: {error}") from error
-        if KEY not in metadata:
+        if DESCRIPTION not in metadata:
             raise UserError(
                 f"{path} holds no model of this project: one is made with python -m improved_diffusion.sampling.export"
             )
+        if metadata.get(SUM) != content_sha256(metadata[DESCRIPTION], weights):
+            raise UserError(f"{path} is damaged: what it holds is not what was written")
         try:
-            description = json.loads(metadata[KEY])
-            settings, ema_rate = description["settings"], description["ema_rate"]
-            model = cls(
+            description = json.loads(metadata[DESCRIPTION])
+            settings = description["settings"]
+            return cls(
                 weights=weights,
                 config=settings_of(run_type(settings), settings, str(path)),
-                class_names=tuple(map(str, description["class_names"])),
-                step=int(description["step"]),
-                ema_rate=None if ema_rate is None else float(ema_rate),
+                class_names=tuple(description["class_names"]),
+                step=description["step"],
+                ema_rate=description["ema_rate"],
                 selected_on=description["selected_on"],
-                provenance=dict(description["provenance"]),
+                provenance=description["provenance"],
             )
-            intact = weights_sha256(weights) == description["weights_sha256"]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: its description cannot be read ({error})") from error
-        if not intact:
-            raise UserError(f"{path} is damaged: its weights are not those that were written")
-        return model
+            raise UserError(f"{path} was written by another version of this project: it has no {error}") from error
 
 
-def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes."""
-    digest = hashlib.sha256()
+def content_sha256(description: str, weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the description, and the names, types, shapes and bytes of the weights."""
+    digest = hashlib.sha256(description.encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
