@@ -27,6 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="images drawn at once; changes speed and memory only")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 (N, H, W, 3), labels (N,)")
+    parser.add_argument("--strip", action="store_true", help="also draw how the first image of each class comes about")
     parser.add_argument("--out", type=Path, help="folder (default: samples/NAME_OF_THE_RUN, or a free name like it)")
     parser.add_argument("--overwrite", action="store_true", help="replace other samples that are in the folder")
     add_sampling_flags(parser)
@@ -39,8 +40,10 @@ def main(arguments: list[str]) -> int:
     # Only now, for torch takes seconds to import: --help and typos are answered at once.
     from improved_diffusion import load
     from improved_diffusion.runtime.devices import start_processes
+    from improved_diffusion.sampling.grids import save_png
     from improved_diffusion.sampling.loading import newest_run
     from improved_diffusion.sampling.model import change_sampling
+    from improved_diffusion.sampling.strip import draw_strip
     from improved_diffusion.sampling.writing import grid_file, write_samples
 
     with start_processes() as processes:
@@ -57,8 +60,11 @@ def main(arguments: list[str]) -> int:
             *(model, keys, sampling, options.out, processes), with_npz=options.npz, overwrite=options.overwrite
         )
         if processes.is_first:
-            npz = f" and {out}/samples.npz" if options.npz else ""
-            print(f"wrote {grid_file(out)}, {out}/CLASS/seed{options.seed}_NUMBER.png{npz}")
+            written = [f"{out}/CLASS/seed{options.seed}_NUMBER.png", *([f"{out}/samples.npz"] if options.npz else [])]
+            if options.strip:
+                written.append(str(grid_file(out, "_strip")))
+                save_png(draw_strip(model, keys, sampling), grid_file(out, "_strip"))
+            print(f"wrote {grid_file(out)}, {', '.join(written)}")
     return 0
 
 

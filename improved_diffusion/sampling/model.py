@@ -16,6 +16,7 @@ import torch
 
 from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.diffusion.denoiser import Denoiser, Network, Prediction
+from improved_diffusion.diffusion.samplers import OnStep
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
 from improved_diffusion.models import Backbone
@@ -196,9 +197,17 @@ class Model:
         return with_autocast(self.network, self.device, arithmetic(self.precision, self.device))
 
     def draw(
-        self, keys: Sequence[SampleKey], sampling: SamplingConfig, *, show_progress: bool = False
+        self,
+        keys: Sequence[SampleKey],
+        sampling: SamplingConfig,
+        *,
+        show_progress: bool = False,
+        on_step: OnStep | None = None,
     ) -> Iterator[tuple[Sequence[SampleKey], np.ndarray]]:
         """Draw the images of `keys`, a batch at a time: yields (keys, uint8 (N, H, W, C)), as they are finished.
+
+        `on_step` is the samplers' callback. The predictions that it is given are of the batch that is yielded next,
+        which may be filled up with repetitions.
 
         Raises:
             UserError: settings that this model cannot follow.
@@ -207,11 +216,13 @@ class Model:
         # With miniters=0 the time alone decides when the bar is drawn, in the middle of a batch too.
         with progress(total=len(keys), desc="sampling", unit="image", miniters=0, disable=not show_progress) as bar:
 
-            def on_step(step: int, prediction: Prediction) -> None:
+            def after_step(step: int, prediction: Prediction) -> None:
+                if on_step is not None:
+                    on_step(step, prediction)
                 bar.set_postfix_str(f"step {steps - step} of {steps}", refresh=False)
                 bar.update(0)
 
-            for batch, images in generate(denoiser, keys, self.config, sampling, self.device, on_step):
+            for batch, images in generate(denoiser, keys, self.config, sampling, self.device, after_step):
                 bar.update(len(batch))
                 yield batch, images.cpu().numpy()
 

@@ -65,9 +65,9 @@ def write_samples(
     return out
 
 
-def grid_file(out: Path) -> Path:
-    """Where the picture of all samples goes."""
-    return out.with_name(f"{out.name}.png")
+def grid_file(out: Path, suffix: str = "") -> Path:
+    """Where a picture of all samples goes: beside their folder."""
+    return out.with_name(f"{out.name}{suffix}.png")
 
 
 def _claim_folder(
