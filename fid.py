@@ -9,13 +9,14 @@ python fid.py REAL FAKE --train data/food101-64 --metrics fid floor memorisation
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import warnings
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
-from improved_diffusion.sampling.flags import add_sampling_flags
+from improved_diffusion.sampling.flags import add_sampling_flags, flag_changes, split_guide
 
 OF_TRAINING_IMAGES = ["floor", "memorisation", "class-accuracy"]
 METRICS = [  # as improved_diffusion.metrics.METRICS, which a test compares; importing that takes seconds
@@ -34,7 +35,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="REAL and FAKE are each an image folder, a zip of images, a packed set, an .npy or .npz of uint8 images "
-        "(N, H, W, 3), an .npz of saved statistics (mu, sigma), or a run directory. Features are kept in "
+        "(N, H, W, 3), an .npz of saved statistics (mu, sigma), or a run directory, checkpoint or exported model, "
+        "whose images are generated. Features are kept in "
         "$IMPROVED_DIFFUSION_CACHE or ~/.cache/improved_diffusion, so an interrupted command goes on where it stopped.",
     )
     parser.add_argument("real", metavar="REAL", type=Path, help="reference images")
@@ -91,22 +93,37 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
     # Imported only now: torch takes seconds, and --help should not.
-    from improved_diffusion.metrics import measure
+    from improved_diffusion import load
     from improved_diffusion.metrics.fid import statistics
     from improved_diffusion.metrics.report import plot, plot_pairs, table
     from improved_diffusion.provenance import project_version
-    from improved_diffusion.runtime.devices import start_processes
+    from improved_diffusion.runtime.devices import start_processes, usable_device
     from improved_diffusion.sampling.identity import selection_line
-    from improved_diffusion.sampling.measured_sets import open_sets
+    from improved_diffusion.sampling.measuring import Drawn, Extraction, open_sets
 
     with start_processes() as processes:
-        opened = open_sets(options, processes)
+        if options.device is not None:
+            processes = dataclasses.replace(processes, device=usable_device(options.device))
+        guide = load(*split_guide(options.guide), device=processes.device) if options.guide else None
+        opened = open_sets(
+            *(options.real, options.fake, options.metrics, options.features),
+            processes=processes,
+            train=options.train,
+            n=options.n,
+            seed=options.seed,
+            drawn=Drawn(
+                *(options.per_class, options.checkpoint, options.ema, options.generation_seed, guide),
+                changes=flag_changes(options),
+            ),
+            extraction=Extraction(options.weights, options.preprocessing, options.fast, options.batch_size),
+            always=options.save_statistics is not None,
+        )
         if not processes.is_first:
             return
     results, refused = [], []
     for metric in options.metrics:  # one by one: what one of them refuses, the others may still measure
         try:
-            results += measure(opened.sets, [metric], opened.features, opened.device, options.confidence, options.seed)
+            results += opened.measure(metric, options.confidence, options.seed)
         except UserError as error:
             refused.append(str(error))
     if results:

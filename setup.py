@@ -1,6 +1,11 @@
 """Installation; tool settings are in pyproject.toml. What only tests need is the extra `dev`."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+VERSION = re.search('__version__ = "(.+)"', Path("improved_diffusion/__init__.py").read_text())[1]
 
 SIMILARITY = ["transformers>=4.46,<5.6", "torchmetrics>=1.4,<2"]  # CLIP, DINO and PickScore; LPIPS and ERGAS
 # Fine-tuning of SD and SDXL. transformers 5.6 renamed the modules of CLIP's text model: LoRA files saved under it have
@@ -17,7 +22,7 @@ PERSONALIZE = [
 
 setup(
     name="improved_diffusion",
-    version="0.1.0",
+    version=VERSION,
     description="From-scratch pixel-space diffusion: train, sample, and measure",
     license="MIT",
     python_requires=">=3.10",
@@ -37,6 +42,7 @@ setup(
         "jsonargparse[signatures]>=4.49",
         "pyyaml>=6.0",
         "filelock>=3.20",
+        "safetensors>=0.5",
     ],
     extras_require={
         "similarity": SIMILARITY,
