@@ -9,17 +9,19 @@ python fid.py REAL FAKE --train data/food101-64 --metrics fid floor memorisation
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import warnings
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
-from improved_diffusion.sampling.flags import add_sampling_flags
+from improved_diffusion.sampling.flags import add_sampling_flags, flag_changes, split_guide
 
+OF_TRAINING_IMAGES = ["floor", "memorisation", "class-accuracy"]
 METRICS = [  # as improved_diffusion.metrics.METRICS, which a test compares; importing that takes seconds
     *("fid", "fid-infinity", "sfid", "kid", "precision-recall", "density-coverage", "per-class", "inception-score"),
-    *("floor", "memorisation"),
+    *OF_TRAINING_IMAGES,
 ]
 PICTURES = (".png", ".pdf", ".svg")
 OUTPUTS = {  # option -> endings that its file may have, and metrics of which it needs one
@@ -33,7 +35,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="REAL and FAKE are each an image folder, a zip of images, a packed set, an .npy or .npz of uint8 images "
-        "(N, H, W, 3), an .npz of saved statistics (mu, sigma), or a run directory. Features are kept in "
+        "(N, H, W, 3), an .npz of saved statistics (mu, sigma), or a run directory, checkpoint or exported model, "
+        "whose images are generated. Features are kept in "
         "$IMPROVED_DIFFUSION_CACHE or ~/.cache/improved_diffusion, so an interrupted command goes on where it stopped.",
     )
     parser.add_argument("real", metavar="REAL", type=Path, help="reference images")
@@ -41,7 +44,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--metrics", nargs="+", default=["fid"], choices=METRICS, metavar="METRIC", help=" ".join(METRICS))
     add("--features", type=int, default=2048, choices=(64, 192, 768, 2048), help="size (default: %(default)s)")
-    add("--train", type=Path, metavar="PATH", help="what the model was trained on, for floor and memorisation")
+    add(
+        "--train", type=Path, metavar="PATH", help=f"what the model was trained on, for {', '.join(OF_TRAINING_IMAGES)}"
+    )
     add("--n", type=int, help="measure with at most so many images of each side, drawn evenly over the classes")
     add("--preprocessing", default="tf1", choices=("tf1", "clean", "none"), help="resize (default: %(default)s)")
     add("--fast", action="store_true", help="features in bfloat16: another measurement, not to be mixed with others")
@@ -79,7 +84,7 @@ def check(parser: ArgumentParser, options: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} {file}: the name must end in {' or '.join(endings)}")
         if file is not None and needed and not needed & set(options.metrics):
             parser.error(f"--{name} draws {', '.join(sorted(needed))}: measure one with --metrics")
-    if not options.train and (needed := {"floor", "memorisation"} & set(options.metrics)):
+    if not options.train and (needed := set(OF_TRAINING_IMAGES) & set(options.metrics)):
         parser.error(f"{min(needed)} needs the images that the model was trained on: give them with --train")
 
 
@@ -88,22 +93,37 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
     # Imported only now: torch takes seconds, and --help should not.
-    from improved_diffusion.metrics import measure
+    from improved_diffusion import load
     from improved_diffusion.metrics.fid import statistics
     from improved_diffusion.metrics.report import plot, plot_pairs, table
     from improved_diffusion.provenance import project_version
-    from improved_diffusion.runtime.devices import start_processes
+    from improved_diffusion.runtime.devices import start_processes, usable_device
     from improved_diffusion.sampling.identity import selection_line
-    from improved_diffusion.sampling.measured_sets import open_sets
+    from improved_diffusion.sampling.measuring import Drawn, Extraction, open_sets
 
     with start_processes() as processes:
-        opened = open_sets(options, processes)
+        if options.device is not None:
+            processes = dataclasses.replace(processes, device=usable_device(options.device))
+        guide = load(*split_guide(options.guide), device=processes.device) if options.guide else None
+        opened = open_sets(
+            *(options.real, options.fake, options.metrics, options.features),
+            processes=processes,
+            train=options.train,
+            n=options.n,
+            seed=options.seed,
+            drawn=Drawn(
+                *(options.per_class, options.checkpoint, options.ema, options.generation_seed, guide),
+                changes=flag_changes(options),
+            ),
+            extraction=Extraction(options.weights, options.preprocessing, options.fast, options.batch_size),
+            always=options.save_statistics is not None,
+        )
         if not processes.is_first:
             return
     results, refused = [], []
     for metric in options.metrics:  # one by one: what one of them refuses, the others may still measure
         try:
-            results += measure(opened.sets, [metric], opened.features, opened.device, options.confidence, options.seed)
+            results += opened.measure(metric, options.confidence, options.seed)
         except UserError as error:
             refused.append(str(error))
     if results:

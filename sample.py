@@ -8,24 +8,26 @@ torchrun --nproc-per-node 8 -- sample.py ...       the same images, from several
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
-from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.sampling.flags import add_sampling_flags, split_guide, with_flags
+from improved_diffusion.errors import ArgumentParser, user_errors_exit
+from improved_diffusion.sampling.flags import add_sampling_flags, flag_changes, split_guide
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0])
     parser.add_argument("--class", dest="class_name", default="all", help="a class name, or all (default: all)")
-    parser.add_argument("--run", help="run directory (default: the newest run, or else the model that ships)")
+    parser.add_argument(
+        "--run", help="run directory, checkpoint, .safetensors file, or pretrained (default: the newest run, or that)"
+    )
     parser.add_argument("--checkpoint", help="best, latest or step_0015000.pt (default: best, or else latest)")
     parser.add_argument("--ema", type=float, metavar="RATE", help="moving average of the weights (default: the first)")
     parser.add_argument("--n", type=int, default=16, help="images per class (default: 16)")
     parser.add_argument("--batch-size", type=int, help="images drawn at once; changes speed and memory only")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 (N, H, W, 3), labels (N,)")
+    parser.add_argument("--strip", action="store_true", help="also draw how the first image of each class comes about")
     parser.add_argument("--out", type=Path, help="folder (default: samples/NAME_OF_THE_RUN, or a free name like it)")
     parser.add_argument("--overwrite", action="store_true", help="replace other samples that are in the folder")
     add_sampling_flags(parser)
@@ -36,31 +38,33 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
 
     # Only now, for torch takes seconds to import: --help and typos are answered at once.
+    from improved_diffusion import load
     from improved_diffusion.runtime.devices import start_processes
-    from improved_diffusion.sampling import generate, writing
+    from improved_diffusion.sampling.grids import save_png
+    from improved_diffusion.sampling.loading import newest_run
+    from improved_diffusion.sampling.model import change_sampling
+    from improved_diffusion.sampling.strip import draw_strip
+    from improved_diffusion.sampling.writing import grid_file, write_samples
 
     with start_processes() as processes:
-        run = Path(options.run) if options.run else writing.newest_run(Path(__file__).resolve().parent)
-        model = generate.load_model(run, processes.device, options.checkpoint, options.ema)
+        model = load(options.run or newest_run(), options.checkpoint, options.ema, processes.device)
         if options.guide:
-            guide, checkpoint = split_guide(options.guide)
-            model = generate.with_guide(model, generate.load_model(guide, processes.device, checkpoint))
-        sampling = with_flags(model.config.sampling, options)
-        if options.batch_size is not None:
-            sampling = dataclasses.replace(sampling, batch_size=options.batch_size)
-        classes = writing.choose_classes(options.class_name, model)
-        if options.n < 1 or options.seed < 0:
-            raise UserError(f"--n must be at least 1 and --seed at least 0, not {options.n} and {options.seed}")
-        keys = [generate.SampleKey(options.seed, label, number) for label in classes for number in range(options.n)]
+            model = model.guided_by(load(*split_guide(options.guide), device=processes.device))
+        sampling = change_sampling(model.config.sampling, **flag_changes(options), batch_size=options.batch_size)
+        classes = None if options.class_name == "all" else options.class_name
+        keys = model.keys(classes, options.n, options.seed)
         if processes.is_first:
             trained = f"{model.checkpoint} (step {model.step:,})"
             print(f"model: {trained}; {len(keys)} images, drawn in {model.precision}", flush=True)
-        out = writing.write_samples(
+        out = write_samples(
             *(model, keys, sampling, options.out, processes), with_npz=options.npz, overwrite=options.overwrite
         )
         if processes.is_first:
-            npz = f" and {out}/samples.npz" if options.npz else ""
-            print(f"wrote {writing.grid_file(out)}, {out}/CLASS/seed{options.seed}_NUMBER.png{npz}")
+            written = [f"{out}/CLASS/seed{options.seed}_NUMBER.png", *([f"{out}/samples.npz"] if options.npz else [])]
+            if options.strip:
+                written.append(str(grid_file(out, "_strip")))
+                save_png(draw_strip(model, keys, sampling), grid_file(out, "_strip"))
+            print(f"wrote {grid_file(out)}, {', '.join(written)}")
     return 0
 
 

@@ -1,6 +1,11 @@
 """Installation; tool settings are in pyproject.toml. What only tests need is the extra `dev`."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+VERSION = re.search('__version__ = "(.+)"', Path("improved_diffusion/__init__.py").read_text())[1]
 
 SIMILARITY = ["transformers>=4.46,<5.6", "torchmetrics>=1.4,<2"]  # CLIP, DINO and PickScore; LPIPS and ERGAS
 # Fine-tuning of SD and SDXL. transformers 5.6 renamed the modules of CLIP's text model: LoRA files saved under it have
@@ -17,7 +22,7 @@ PERSONALIZE = [
 
 setup(
     name="improved_diffusion",
-    version="0.1.0",
+    version=VERSION,
     description="From-scratch pixel-space diffusion: train, sample, and measure",
     license="MIT",
     python_requires=">=3.10",
@@ -28,6 +33,7 @@ setup(
         "torchvision>=0.26",
         "numpy>=1.26",
         "scipy>=1.11",
+        "scikit-learn>=1.5",  # the linear probe of class-accuracy
         "einops>=0.8",
         "pillow>=10.3",
         "tqdm>=4.66",
@@ -36,6 +42,7 @@ setup(
         "jsonargparse[signatures]>=4.49",
         "pyyaml>=6.0",
         "filelock>=3.20",
+        "safetensors>=0.5",
     ],
     extras_require={
         "similarity": SIMILARITY,

@@ -74,13 +74,18 @@ def _is_average(rate: Any, weights: Any) -> bool:
     return isinstance(rate, str) and re.fullmatch(r"[0-9.e-]*[0-9]", rate) is not None and _is_weights(weights)
 
 
+def _is_averages(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_average, value, value.values()))
+
+
 # What readers rely on, of the keys that a checkpoint may have.
 IS_USABLE: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "images_seen": _is_count,
     "prior_seen": _is_count,
     "model": _is_weights,
-    "ema": lambda value: value is None or (isinstance(value, dict) and all(map(_is_average, value, value.values()))),
+    "ema": lambda value: value is None or _is_averages(value),
+    "power_ema": _is_averages,
     "optimizer": lambda value: isinstance(value, dict),
     "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }

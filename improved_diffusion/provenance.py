@@ -7,11 +7,13 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from improved_diffusion import __version__
 
 
 def provenance_entry(
@@ -25,18 +27,14 @@ def provenance_entry(
         "data": data,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "processes": processes,
-        "versions": {name: version(name) for name in packages},
+        "versions": {"improved_diffusion": __version__, **{name: version(name) for name in packages}},
         "python": platform.python_version(),
     }
 
 
 def project_version() -> dict[str, str | None]:
-    """The version and the commit of this project, with `-dirty` where files differ from it; None where unknown."""
-    try:
-        number = version("improved_diffusion")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        number = None
-    return {"version": number, "commit": git_commit()}
+    """The version of this project, and its commit, with `-dirty` where files differ from it; None where unknown."""
+    return {"version": __version__, "commit": git_commit()}
 
 
 def git_commit() -> str | None:

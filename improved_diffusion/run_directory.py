@@ -2,6 +2,7 @@
 
 config.yaml  metrics.jsonl  evaluations.jsonl  tensorboard/  samples/  curves.png
 checkpoints/step_0015000.pt ...; `latest` and `best` are text files that name one of them
+averages/step_0015000.pt ..., with training.ema_lengths
 .lock, which the process that trains holds
 """
 
@@ -61,6 +62,10 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def averages(self) -> Path:
+        return self.path / "averages"
+
     @contextlib.contextmanager
     def held(self) -> Iterator[RunDirectory]:
         """Keep other processes from training here while the block lasts. The directory is made if it is not there, and
@@ -108,8 +113,15 @@ class RunDirectory:
 
     def checkpoint_files(self) -> list[Path]:
         """All the checkpoints, oldest first."""
-        files = self.checkpoints.glob("step_*.pt") if self.checkpoints.is_dir() else ()
-        return sorted((f for f in files if CHECKPOINT_NAME.fullmatch(f.name)), key=_step)
+        return _files_of_steps(self.checkpoints)
+
+    def save_averages(self, state: dict[str, Any]) -> None:
+        """Keep the power-function averages `state`, which has a `step`, for good."""
+        write_checkpoint(self.averages / self.checkpoint_file(state["step"]).name, state)
+
+    def averages_until(self, step: int) -> list[Path]:
+        """All the power-function averages that were kept up to `step`, oldest first."""
+        return [file for file in _files_of_steps(self.averages) if _step(file) <= step]
 
     def save_checkpoint(self, state: dict[str, Any], keep: int, spared: Collection[int] = ()) -> Path:
         """Write `state` (which has a `step`), point `latest` at it, and `prune`."""
@@ -136,6 +148,8 @@ class RunDirectory:
             self.point("latest", self.checkpoint_file(step))
         if self.pointed("best") is None:
             (self.checkpoints / "best").unlink(missing_ok=True)
+        for file in set(_files_of_steps(self.averages)) - set(self.averages_until(step)):
+            file.unlink()
 
     def discard(self, step: int) -> None:
         """Remove the checkpoint of `step`, if there is one, and let `latest` name the one before it."""
@@ -145,8 +159,9 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Remove what a kill in the middle of a save left of it."""
-        for file in self.checkpoints.glob(".step_*.tmp"):
-            file.unlink()
+        for folder in (self.checkpoints, self.averages):
+            for file in folder.glob(".step_*.tmp"):
+                file.unlink()
 
     def point(self, name: str, file: Path) -> None:
         """Let `name` (`latest` or `best`) name the checkpoint `file`."""
@@ -188,6 +203,10 @@ class RunDirectory:
         if file is None:
             raise UserError(f"{self.path} has no {name} checkpoint yet")
         return file
+
+
+def _files_of_steps(folder: Path) -> list[Path]:
+    return sorted((file for file in folder.glob("step_*.pt") if CHECKPOINT_NAME.fullmatch(file.name)), key=_step)
 
 
 def _step(file: Path) -> int:

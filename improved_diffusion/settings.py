@@ -135,8 +135,13 @@ def read_settings(path: Path | str) -> dict[str, Any]:
 
 def load_settings(kind: type[Settings], path: Path | str) -> Settings:
     """The settings of `kind` in a YAML file. Raises UserError as the functions above do."""
+    return settings_of(kind, read_settings(path), str(path))
+
+
+def settings_of(kind: type[Settings], plain: dict[str, Any], source: str) -> Settings:
+    """The settings of `kind` whose plain form (see `to_plain`) came from `source`. Raises UserError likewise."""
     parser = settings_parser(kind)
-    return to_settings(kind, parser, parse_arguments(parser, [], read_settings(path), str(path)))
+    return to_settings(kind, parser, parse_arguments(parser, [], plain, source))
 
 
 def to_plain(settings: Any) -> dict[str, Any]:

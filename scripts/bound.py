@@ -34,19 +34,19 @@ def main(arguments: list[str]) -> None:
     from improved_diffusion.diffusion.noise import PerSampleNoise
     from improved_diffusion.models.build import build_schedule
     from improved_diffusion.progress import progress
-    from improved_diffusion.sampling.generate import load_model, model_denoiser
+    from improved_diffusion.sampling.loading import load
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {options.batch_size}")
     image_set = open_image_set(options.data)
-    model = load_model(options.run, device)
+    model = load(options.run, device=device)
     if not 1 <= options.n <= len(image_set.images):
         raise UserError(f"--n must be between 1 and the {len(image_set.images)} images of {options.data}")
     if model.config.model.class_conditional and image_set.class_names != model.class_names:
         raise UserError(f"the classes of {options.data} are not those of the run {options.run}")
     sampling = SamplingConfig(steps=options.steps)
-    denoiser = model_denoiser(model, sampling, device)
+    denoiser = model.denoiser(sampling)
     schedule = build_schedule(model.config.diffusion, sampling)
     rows = np.linspace(0, len(image_set.images) - 1, options.n).round().astype(int)
     bounds = []

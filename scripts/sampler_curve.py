@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
+from improved_diffusion.config import SAMPLER_OPTIONS
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
 
@@ -50,33 +50,34 @@ def main(arguments: list[str]) -> None:
     from improved_diffusion.metrics import FeatureExtractor, extract_features, metric_name, open_source
     from improved_diffusion.metrics.estimate import bootstrap_interval
     from improved_diffusion.metrics.fid import frechet_inception_distance
-    from improved_diffusion.sampling.run_source import RunImages, run_source
+    from improved_diffusion.sampling.loading import load
+    from improved_diffusion.sampling.model import change_sampling
+    from improved_diffusion.sampling.run_source import run_source
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractor = FeatureExtractor((options.features,), device)
-    real = extract_features(open_source(options.real), extractor)[options.features]
+    model, reference = load(options.run, options.checkpoint, device=device), open_source(options.real)
+    real = extract_features(reference, extractor)[options.features]
     points = []
     for sampler in options.samplers:
         for evaluations in options.evaluations:
-
-            def change(own: SamplingConfig, sampler: str = sampler, evaluations: int = evaluations) -> SamplingConfig:
-                scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
-                steps = steps_for(sampler, evaluations)
-                changes = {"sampler": sampler, "steps": steps, "spacing": None, "options": {}, "guidance_scale": scale}
-                return dataclasses.replace(own, **changes)
-
-            which = RunImages(options.per_class, options.checkpoint, seed=options.seed, change=change)
-            source = run_source(options.run, options.real, device, which)
-            timesteps = source.model.config.diffusion.timesteps
-            if source.sampling.chosen_spacing == "uniform" and timesteps is not None and evaluations > timesteps:
+            sampling = change_sampling(
+                dataclasses.replace(model.config.sampling, spacing=None, options={}),
+                sampler=sampler,
+                steps=steps_for(sampler, evaluations),
+                guidance_scale=options.guidance_scale,
+            )
+            timesteps = model.config.diffusion.timesteps
+            if sampling.chosen_spacing == "uniform" and timesteps is not None and evaluations > timesteps:
                 continue
+            source = run_source(model, reference, sampling, options.seed, options.per_class)
             estimate = frechet_inception_distance(real, extract_features(source, extractor)[options.features])
             low, high = bootstrap_interval(estimate)
             points.append(
                 {
                     "sampler": sampler,
-                    "evaluations": 2 * source.sampling.steps - 1 if sampler == "heun" else evaluations,
-                    "steps": source.sampling.steps,
+                    "evaluations": 2 * sampling.steps - 1 if sampler == "heun" else evaluations,
+                    "steps": sampling.steps,
                     "value": estimate.value,
                     "low": low,
                     "high": high,

@@ -35,7 +35,7 @@ from improved_diffusion.personalize.data.stream import MicroBatchStream
 from improved_diffusion.personalize.training.budget import plan
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes
-from improved_diffusion.sampling.generate import SampleKey, generate, load_model, model_denoiser
+from improved_diffusion.sampling.loading import load
 from improved_diffusion.settings import load_settings
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.loop import TrainingLoop
@@ -200,9 +200,7 @@ def spoilt(finished, tmp_path) -> Callable[[], RunDirectory]:
 def sample_and_resume(run: RunDirectory) -> None:
     """What sample.py and `train.py --resume` do with a run, to its next step."""
     with works_or_says_why_not():
-        model = load_model(run.path, CPU.device)
-        denoiser = model_denoiser(model, model.config.sampling, CPU.device)
-        list(generate(denoiser, [SampleKey(0, 0, 0)], model.config, model.config.sampling, CPU.device))
+        load(run.path, device=CPU.device).sample([0], show_progress=False)
     with works_or_says_why_not(), run_to_resume(str(run.path)).held():
         state = state_to_resume(run, str(run.path))
         config = run.read_config()

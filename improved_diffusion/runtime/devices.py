@@ -93,12 +93,13 @@ def start_processes() -> Iterator[Processes]:
 _TORCHRUN = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of that name.
+def usable_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name; by default a GPU if there is one, or else the CPU.
 
     Raises:
         UserError: it cannot be used here.
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

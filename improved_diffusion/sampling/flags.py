@@ -4,8 +4,8 @@ those of the settings."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import typing
+from typing import Any
 
 from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
 from improved_diffusion.errors import UserError
@@ -34,24 +34,16 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def with_flags(sampling: SamplingConfig, flags: argparse.Namespace) -> SamplingConfig:
-    """`sampling` changed as the flags say. Another sampler does not keep the spacing and the options of the first.
-
-    Raises:
-        UserError: a value out of range, or an option that the sampler does not have.
-    """
-    given = {
+def flag_changes(flags: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the flags give, as `change_sampling` takes them; None where a flag is not given."""
+    return {
         "sampler": flags.sampler,
         "steps": flags.sampling_steps,
         "spacing": flags.spacing,
         "options": None if flags.sampler_options is None else dict(flags.sampler_options),
         "guidance_scale": flags.guidance_scale,
-        "guidance_interval": None if flags.guidance_interval is None else tuple(flags.guidance_interval),
+        "guidance_interval": flags.guidance_interval,
     }
-    changes = {name: value for name, value in given.items() if value is not None}
-    if changes.get("sampler", sampling.sampler) != sampling.sampler:
-        changes = {"spacing": None, "options": {}, **changes}
-    return dataclasses.replace(sampling, **changes)
 
 
 def split_guide(guide: str) -> tuple[str, str | None]:

@@ -10,11 +10,8 @@ from improved_diffusion.files import file_sha256
 from improved_diffusion.metrics.images.files import FileSource
 from improved_diffusion.metrics.images.sources import Source
 from improved_diffusion.metrics.statistics import FeatureStatistics
-from improved_diffusion.run_directory import RunDirectory
-from improved_diffusion.sampling.generate import image_record
 from improved_diffusion.sampling.run_source import RunSource
 from improved_diffusion.sampling.sample_folder import ARRAY, read_manifest, sample_file
-from improved_diffusion.sampling.series import selection
 
 Identity = dict[str, Any]
 
@@ -30,14 +27,14 @@ def identify(side: Source | FeatureStatistics) -> Identity:
     common = {"path": side.name, "content_hash": side.content_hash, "n": len(side)}
     if not isinstance(side, RunSource):
         return {**common, **_manifest(side)}
-    model, run = side.model, RunDirectory(side.model.checkpoint.parent.parent)
+    model = side.model
     return {
         **common,
-        "path": str(run.path),
+        "path": str(model.source),
         "checkpoint": str(model.checkpoint),
-        **image_record(model, side.sampling),
+        **model.image_record(side.sampling),
         "generation_seed": side.keys[0].seed,
-        "selected_on": selection(run, model.step),
+        "selected_on": model.selected_on,
     }
 
 

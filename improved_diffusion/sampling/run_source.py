@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +13,16 @@ import torch
 from improved_diffusion.config import SamplingConfig
 from improved_diffusion.data.image_set import is_image_set
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import Batch, Source
-from improved_diffusion.metrics.statistics import FeatureStatistics, is_statistics_file
-from improved_diffusion.run_directory import is_run_directory
-from improved_diffusion.sampling.flags import split_guide
-from improved_diffusion.sampling.generate import (
-    LoadedModel,
-    SampleKey,
-    generate,
-    image_record,
-    load_model,
-    model_denoiser,
-    with_guide,
-)
+from improved_diffusion.metrics.statistics import FeatureStatistics
+from improved_diffusion.sampling.generate import SampleKey
+from improved_diffusion.sampling.model import Model
 
 # The source files, and folders of them, that decide what image a checkpoint, settings and a key give.
-GENERATING_CODE = ("config.py", "diffusion", "models", "runtime", "sampling/generate.py")
+GENERATING_CODE = (
+    *("config.py", "diffusion", "models", "runtime"),
+    *(f"sampling/{name}.py" for name in ("generate", "loading", "model", "model_file")),
+)
 
 
 @functools.cache
@@ -44,39 +36,19 @@ def generating_code_hash() -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class RunImages:
-    """Which images of a run are measured."""
-
-    per_class: int | None = None
-    """How many of each class; by default as many as what they are compared with has."""
-    checkpoint: str | None = None
-    """As for `load_model`."""
-    ema: float | None = None
-    """As for `load_model`."""
-    seed: int = 1
-    """Of the generated images; by default another than that of the evaluations by which the best was chosen."""
-    guide: str | None = None
-    """RUN[:CHECKPOINT] by which the run is guided."""
-    change: Callable[[SamplingConfig], SamplingConfig] = lambda sampling: sampling
-    """Of the run's own sampling settings."""
-
-
 class RunSource:
     """Generated images; a source for `improved_diffusion.metrics`.
 
     Args:
-        model: from `load_model`.
+        model: from `load`.
         sampling: how they are drawn.
         keys: which images.
-        device: where to generate.
     """
 
-    def __init__(self, model: LoadedModel, sampling: SamplingConfig, keys: Sequence[SampleKey], device: torch.device):
+    def __init__(self, model: Model, sampling: SamplingConfig, keys: Sequence[SampleKey]):
         self.name = str(model.checkpoint)
         self.model = model
         self.sampling = sampling
-        self.device = device
         self.keys = list(keys)
 
         has_classes = model.config.model.class_conditional
@@ -94,8 +66,8 @@ class RunSource:
         config = self.model.config
         settings = [
             *map(repr, (config.model, config.diffusion, self.sampling, self.model.class_names)),
-            *map(str, image_record(self.model, self.sampling).values()),
-            self.device.type,
+            *map(str, self.model.image_record(self.sampling).values()),
+            self.model.device.type,
         ]
         digest = hashlib.sha256("\n".join(["run", generating_code_hash(), *settings]).encode())
         digest.update(np.array(self.keys, dtype=np.int64).tobytes())
@@ -103,83 +75,69 @@ class RunSource:
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """See `Source`; drawn in the run's own batches, as big as memory allows."""
-        denoiser = model_denoiser(self.model, self.sampling, self.device)
-        for _, images in generate(denoiser, self.keys[start:stop], self.model.config, self.sampling, self.device):
-            for part in images.split(batch_size):
-                yield Batch(np.arange(start, start + len(part)), part.cpu().numpy())
+        for _, images in self.model.draw(self.keys[start:stop], self.sampling):
+            for first in range(0, len(images), batch_size):
+                part = images[first : first + batch_size]
+                yield Batch(np.arange(start, start + len(part)), part)
                 start += len(part)
 
     def subset(self, rows: np.ndarray) -> RunSource:
         """See `Source`."""
-        return RunSource(self.model, self.sampling, [self.keys[row] for row in rows], self.device)
+        return RunSource(self.model, self.sampling, [self.keys[row] for row in rows])
 
 
-def run_source(path: Path, reference: Path, device: torch.device | str, which: RunImages) -> RunSource:
-    """The images of a run to compare with a reference.
+def run_source(
+    model: Model,
+    reference: Source | FeatureStatistics | None,
+    sampling: SamplingConfig,
+    seed: int = 1,
+    per_class: int | None = None,
+) -> RunSource:
+    """The images of a model to compare with a reference.
 
     Args:
-        path: the run directory.
+        model: from `load`.
         reference: images of the model's classes, of each of which as many are generated; or images or statistics
-            without them, whose number is spread evenly.
-        device: where to generate.
-        which: of its images.
+            without them, whose number is spread evenly. None where it is a model too.
+        sampling: how they are drawn.
+        seed: of the images; by default another than that of the evaluations by which a run's best was chosen.
+        per_class: images of each class, whatever the reference has.
 
     Raises:
-        UserError: no run, or a reference of other classes than the model's.
+        UserError: a reference that does not say how many images to generate, or fewer than two.
     """
-    device = torch.device(device)
-    model = load_model(path, device, which.checkpoint, which.ema)
-    if which.guide is not None:
-        guide, checkpoint = split_guide(which.guide)
-        model = with_guide(model, load_model(guide, device, checkpoint))
-    classes = len(model.class_names) if model.config.model.class_conditional else 1
-    if which.per_class is None:
-        counts = _counts_of(reference, path, model, classes)
-    elif which.per_class < 1:
-        raise UserError(f"--per-class must be at least 1, not {which.per_class}")
+    classes = len(model.row_names)
+    if per_class is None:
+        counts = _counts_of(reference, model)
+    elif per_class < 1:
+        raise UserError(f"--per-class must be at least 1, not {per_class}")
     else:
-        counts = [which.per_class] * classes
+        counts = [per_class] * classes
     if sum(counts) < 2:
         raise UserError("one image has no covariance: generate at least 2 with --per-class")
     # Class by class within a number, so that a part of the images is balanced too.
     keys = [
-        SampleKey(which.seed, class_index, number)
+        SampleKey(seed, class_index, number)
         for number in range(max(counts))
         for class_index, count in enumerate(counts)
         if number < count
     ]
-    return RunSource(model, which.change(model.config.sampling), keys, device)
+    return RunSource(model, sampling, keys)
 
 
-def _counts_of(reference: Path, path: Path, model: LoadedModel, classes: int) -> list[int]:
+def _counts_of(reference: Source | FeatureStatistics | None, model: Model) -> list[int]:
     """How many images of each class to generate for a comparison with `reference`."""
-    images = _images_or_statistics(reference)
-    names = getattr(images, "class_names", None)
-    if classes > 1 and names == model.class_names:
-        return np.bincount(images.labels, minlength=classes).tolist()
-    if classes > 1 and is_image_set(reference):
-        raise UserError(
-            f"the classes of {reference} are not those of the run {path}: say how many images to generate of each "
-            "class with --per-class"
-        )
-    total = images.n if isinstance(images, FeatureStatistics) else len(images)
-    if total is None:
-        raise UserError(f"{reference} does not say of how many images it is: give a number with --per-class")
-    return [len(part) for part in np.array_split(np.arange(total), classes)]
-
-
-def open_side(path: Path, other: Path, device: torch.device | str, which: RunImages) -> FeatureStatistics | Source:
-    """What lies at `path`, to be compared with `other`: images, saved statistics, or a run, which generates images.
-
-    Raises:
-        UserError: nothing usable, or two runs without a number of images per class.
-    """
-    if not is_run_directory(path):
-        return _images_or_statistics(path)
-    if is_run_directory(other) and which.per_class is None:
+    if reference is None:
         raise UserError("two runs have no number of images of their own: give one with --per-class")
-    return run_source(path, other, device, which)
-
-
-def _images_or_statistics(path: Path) -> FeatureStatistics | Source:
-    return FeatureStatistics.load(path) if is_statistics_file(path) else open_source(path)
+    classes, names = len(model.row_names), getattr(reference, "class_names", None)
+    if classes > 1 and names == model.class_names:
+        return np.bincount(reference.labels, minlength=classes).tolist()
+    if classes > 1 and is_image_set(Path(reference.name)):
+        raise UserError(
+            f"the classes of {reference.name} are not those of the run {model.source}: say how many images to generate "
+            "of each class with --per-class"
+        )
+    total = reference.n if isinstance(reference, FeatureStatistics) else len(reference)
+    if total is None:
+        raise UserError(f"{reference.name} does not say of how many images it is: give a number with --per-class")
+    return [len(part) for part in np.array_split(np.arange(total), classes)]

@@ -17,9 +17,9 @@ from improved_diffusion.data.decode import EXTENSIONS
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.provenance import project_version
-from improved_diffusion.run_directory import RunDirectory
-from improved_diffusion.sampling.generate import LoadedModel, SampleKey, image_record
-from improved_diffusion.sampling.series import selection, shown
+from improved_diffusion.sampling.generate import SampleKey
+from improved_diffusion.sampling.model import Model
+from improved_diffusion.sampling.series import shown
 
 MANIFEST, ARRAY = "manifest.json", "samples.npz"
 SAMPLE_NAME = re.compile(r"seed\d+_\d{6,}\.png")
@@ -28,20 +28,15 @@ INFORMATION = {"checkpoint", "selected_on", "improved_diffusion"}  # of a manife
 Manifest = dict[str, Any]
 
 
-def manifest_of(model: LoadedModel, sampling: SamplingConfig, keys: Sequence[SampleKey]) -> Manifest:
+def manifest_of(model: Model, sampling: SamplingConfig, keys: Sequence[SampleKey]) -> Manifest:
     """What is to be drawn, and from what."""
     return {
         "checkpoint": str(model.checkpoint),
-        **image_record(model, sampling),
-        "selected_on": selection(RunDirectory(model.checkpoint.parent.parent), model.step),
+        **model.image_record(sampling),
+        "selected_on": model.selected_on,
         "improved_diffusion": project_version(),
-        "keys": [[key.seed, class_name(model, key.class_index), key.number] for key in keys],
+        "keys": [[key.seed, model.row_names[key.class_index], key.number] for key in keys],
     }
-
-
-def class_name(model: LoadedModel, label: int) -> str:
-    """The name of a class; `images` for a model without classes."""
-    return model.class_names[label] if model.config.model.class_conditional else "images"
 
 
 def sample_file(seed: int, class_name: str, number: int) -> str:

@@ -8,7 +8,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from improved_diffusion.checkpoint_file import read_checkpoint
@@ -16,18 +15,16 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.run_directory import RunDirectory
-from improved_diffusion.sampling.generate import SampleKey, generate, load_model, model_denoiser
+from improved_diffusion.sampling.generate import SampleKey
 from improved_diffusion.sampling.identity import identify
+from improved_diffusion.sampling.loading import load
+from improved_diffusion.sampling.model import change_sampling
 
 
 def draw(run, keys, **settings) -> np.ndarray:
-    import dataclasses
-
-    model = load_model(run, torch.device("cpu"))
-    sampling = dataclasses.replace(model.config.sampling, **settings)
-    denoiser = model_denoiser(model, sampling, torch.device("cpu"))
-    batches = generate(denoiser, keys, model.config, sampling, torch.device("cpu"))
-    return np.concatenate([images.numpy() for _, images in batches])
+    model = load(run, device="cpu")
+    sampling = change_sampling(model.config.sampling, **settings)
+    return np.concatenate([images for _, images in model.draw(keys, sampling)])
 
 
 KEYS = [SampleKey(0, label, number) for label in range(3) for number in range(3)]
@@ -193,7 +190,7 @@ def test_any_moving_average_can_be_sampled(averaged_run, tiny_run, run_script, t
     assert refused.is_one_clear_line(), refused
     assert "0.9, 0.9999" in refused.err
     with pytest.raises(UserError, match="it has none"):
-        load_model(tiny_run, torch.device("cpu"), ema=0.9)
+        load(tiny_run, ema=0.9)
 
 
 def test_without_a_run_the_newest_of_the_pixel_job_is_taken(tiny_run, run_script, tmp_path, monkeypatch):

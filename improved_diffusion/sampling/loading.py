@@ -1,0 +1,150 @@
+"""Where a model is loaded from: a run directory, a checkpoint, an exported file, or the project itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from improved_diffusion.checkpoint_file import read_checkpoint
+from improved_diffusion.config import Config
+from improved_diffusion.errors import UserError
+from improved_diffusion.models.build import build_network, set_weights
+from improved_diffusion.run_directory import RunDirectory, is_run_directory
+from improved_diffusion.runtime.devices import sampling_precision, usable_device
+from improved_diffusion.sampling.model import Model
+from improved_diffusion.sampling.model_file import SUFFIX, ModelFile
+from improved_diffusion.sampling.series import selection
+from improved_diffusion.settings import read_settings
+
+PRETRAINED = "pretrained"  # names the model that ships with the project, a run directory
+SHIPPED_RUN = Path(__file__).parents[2] / "pretrained" / "synthetic-64"
+
+
+def load(
+    path: Path | str,
+    checkpoint: str | None = None,
+    ema: float | None = None,
+    device: torch.device | str | None = None,
+) -> Model:
+    """The model at `path`.
+
+    Args:
+        path: a run directory, a checkpoint in one (`runs/hybrid/checkpoints/step_0015000.pt`), an exported
+            `.safetensors` file, or "pretrained", the model that ships with the project.
+        checkpoint: of a run directory: `best`, `latest`, or a file's name; by default the best one, or else the latest.
+        ema: rate of the moving average of the weights; by default the first that is kept, or else the weights
+            themselves. An exported file has one.
+        device: where the model is wanted: cpu, cuda, cuda:1 ...; by default a GPU if there is one.
+
+    Raises:
+        UserError: nothing usable at `path`, no such checkpoint, a damaged one, one without that moving average, or a
+            device that cannot be used.
+    """
+    device, path = usable_device(device), Path(path)
+    if _is_pretrained(path):
+        path = _shipped_run()
+    if not _is_model_file(path):
+        if path.is_file():
+            raise UserError(f"{path} is no model: give a run directory, a checkpoint .pt in one, or a {SUFFIX} file")
+        return _load_run(RunDirectory(path), checkpoint, ema, device)
+    if checkpoint is not None:
+        raise UserError(f"{path} is one model: checkpoint {checkpoint} can only be chosen of a run directory")
+    if path.suffix == SUFFIX:
+        return _load_file(path, ema, device)
+    run = RunDirectory(path.parent.parent)
+    if run.checkpoints / path.name != path or not run.config_file.is_file():
+        raise UserError(
+            f"{path} is not in the checkpoints of a run directory, whose config.yaml says what it is; one of "
+            "openai/improved-diffusion is imported with python -m improved_diffusion.models.openai"
+        )
+    return _load_run(run, path.name, ema, device)
+
+
+def is_model(path: Path | str) -> bool:
+    """Whether `path` is something that `load` means to load, rather than a set of images."""
+    path = Path(path)
+    return is_run_directory(path) or _is_pretrained(path) or _is_model_file(path)
+
+
+def newest_run() -> Path:
+    """The run of the pixel job under runs/ that saved last, or else the model that ships with the project.
+
+    Raises:
+        UserError: there is neither.
+    """
+    pointers = sorted(Path("runs").glob("**/checkpoints/latest"), key=lambda pointer: pointer.stat().st_mtime)
+    runs = (pointer.parent.parent for pointer in reversed(pointers))
+    return next(filter(is_pixel_run, runs), None) or _shipped_run()
+
+
+def is_pixel_run(path: Path) -> bool:
+    """Whether the run at `path` is one of the pixel job: its config has no keys but that job's."""
+    try:
+        return read_settings(path / "config.yaml").keys() <= {field.name for field in dataclasses.fields(Config)}
+    except UserError:
+        return False
+
+
+def _is_model_file(path: Path) -> bool:
+    return path.suffix in (".pt", SUFFIX) and not path.is_dir()
+
+
+def _is_pretrained(path: Path) -> bool:
+    return str(path) == PRETRAINED and not is_run_directory(path)
+
+
+def _shipped_run() -> Path:
+    if not SHIPPED_RUN.is_dir():
+        raise UserError(
+            f"the model that ships with the project is not at {SHIPPED_RUN}: name a run, or train one first"
+        )
+    return SHIPPED_RUN
+
+
+def _load_run(run: RunDirectory, checkpoint: str | None, ema: float | None, device: torch.device) -> Model:
+    config, file = run.read_config(), run.choose_checkpoint(checkpoint)
+    state = read_checkpoint(file, ("step", "model", "ema", "class_names"))
+    averages = {float(rate): weights for rate, weights in (state["ema"] or {}).items()}
+    if ema is not None and ema not in averages:
+        stored = f"it has those of {', '.join(map(str, averages))}" if averages else "it has none"
+        raise UserError(f"{file} has no moving average of rate {ema}: {stored}")
+    rate = next(iter(averages), None) if ema is None else ema
+    entries = [entry for entry in run.read_provenance() if isinstance(entry, dict)]
+    content = ModelFile(
+        weights=state["model"] if rate is None else averages[rate],
+        config=config,
+        class_names=tuple(state["class_names"]),
+        step=state["step"],
+        ema_rate=rate,
+        selected_on=selection(run, state["step"]),
+        provenance={"run": run.path.resolve().name, "checkpoint": file.name, **(entries[-1] if entries else {})},
+    )
+    return _model_of(content, file, run.path, device)
+
+
+def _load_file(file: Path, ema: float | None, device: torch.device) -> Model:
+    content = ModelFile.read(file)
+    if ema not in (None, content.ema_rate):
+        raise UserError(f"{file} has no moving average of rate {ema}: it has that of {content.ema_rate}")
+    return _model_of(content, file, file, device)
+
+
+def _model_of(content: ModelFile, file: Path, source: Path, device: torch.device) -> Model:
+    network = build_network(content.config, len(content.class_names))
+    set_weights(network, dict(content.weights))
+    network.to(device, memory_format=torch.channels_last).eval()
+    return Model(
+        config=content.config,
+        class_names=content.class_names,
+        network=network,
+        device=device,
+        precision=sampling_precision(content.config.training.precision, device),
+        step=content.step,
+        checkpoint=file,
+        source=source,
+        ema_rate=content.ema_rate,
+        selected_on=content.selected_on,
+        provenance=content.provenance,
+    )
