@@ -30,6 +30,9 @@ def test_from_packing_to_measuring(channels, mode, tiny_set, tiny_config_file, t
 
     shape = ("--model.image_size=[16, 24]", f"--model.channels={channels}")
     trained = ("--data", packed, "--out", run, "--training.steps=2", "--evaluation.every=2")
+    refused = run_script("train.py", "--config", tiny_config_file, *trained)
+    assert refused.is_one_clear_line()
+    assert f"take --model.image_size '[16, 24]' --model.channels {channels}" in refused.err
     succeed("train.py", "--config", tiny_config_file, *trained, *shape)
     assert Image.open(run / "samples" / "step_0000002.png").mode == "RGB"
 
