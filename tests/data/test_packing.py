@@ -145,6 +145,13 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def first_row_is_there(file: Path) -> bool:
+    try:
+        return bool(np.load(file, mmap_mode="r")[0].any())
+    except (FileNotFoundError, EOFError, ValueError):  # the file is being made
+        return False
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker processes in Linux's /proc")
 @pytest.mark.parametrize("victim", ["parent", "worker", "ctrl-c"])
 def test_killed_while_packing(tmp_path: Path, victim: str):
@@ -161,7 +168,7 @@ def test_killed_while_packing(tmp_path: Path, victim: str):
     )
     images = tmp_path / ".out.partial" / "images.npy"
     deadline = time.monotonic() + 60
-    while not (images.exists() and np.load(images, mmap_mode="r")[0].any()):
+    while not first_row_is_there(images):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
