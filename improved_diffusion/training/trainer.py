@@ -50,10 +50,11 @@ class Trainer:
         training, device = config.training, processes.device
         height, width, channels = image_set.images.shape[1:]
         if (channels, height, width) != config.model.image_shape:
+            size = height if height == width else f"'[{height}, {width}]'"
             raise UserError(
                 f"the images of {image_set.path} have {height}x{width} pixels and {channels} channels, and the "
-                f"settings model.image_size {config.model.image_size} and model.channels {config.model.channels}: pack "
-                "the images so, or change the settings"
+                f"settings model.image_size {config.model.image_size} and model.channels {config.model.channels}: take "
+                f"--model.image_size {size} --model.channels {channels}, or pack the images as the settings are"
             )
         if training.batch_size % (processes.world_size * training.accumulation):
             raise UserError(
