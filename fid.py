@@ -18,9 +18,10 @@ from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exi
 from improved_diffusion.files import atomic_write
 from improved_diffusion.sampling.flags import add_sampling_flags, flag_changes, split_guide
 
+OF_TRAINING_IMAGES = ["floor", "memorisation", "class-accuracy"]
 METRICS = [  # as improved_diffusion.metrics.METRICS, which a test compares; importing that takes seconds
     *("fid", "fid-infinity", "sfid", "kid", "precision-recall", "density-coverage", "per-class", "inception-score"),
-    *("floor", "memorisation"),
+    *OF_TRAINING_IMAGES,
 ]
 PICTURES = (".png", ".pdf", ".svg")
 OUTPUTS = {  # option -> endings that its file may have, and metrics of which it needs one
@@ -43,7 +44,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--metrics", nargs="+", default=["fid"], choices=METRICS, metavar="METRIC", help=" ".join(METRICS))
     add("--features", type=int, default=2048, choices=(64, 192, 768, 2048), help="size (default: %(default)s)")
-    add("--train", type=Path, metavar="PATH", help="what the model was trained on, for floor and memorisation")
+    add(
+        "--train", type=Path, metavar="PATH", help=f"what the model was trained on, for {', '.join(OF_TRAINING_IMAGES)}"
+    )
     add("--n", type=int, help="measure with at most so many images of each side, drawn evenly over the classes")
     add("--preprocessing", default="tf1", choices=("tf1", "clean", "none"), help="resize (default: %(default)s)")
     add("--fast", action="store_true", help="features in bfloat16: another measurement, not to be mixed with others")
@@ -81,7 +84,7 @@ def check(parser: ArgumentParser, options: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} {file}: the name must end in {' or '.join(endings)}")
         if file is not None and needed and not needed & set(options.metrics):
             parser.error(f"--{name} draws {', '.join(sorted(needed))}: measure one with --metrics")
-    if not options.train and (needed := {"floor", "memorisation"} & set(options.metrics)):
+    if not options.train and (needed := set(OF_TRAINING_IMAGES) & set(options.metrics)):
         parser.error(f"{min(needed)} needs the images that the model was trained on: give them with --train")
 
 

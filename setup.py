@@ -33,6 +33,7 @@ setup(
         "torchvision>=0.26",
         "numpy>=1.26",
         "scipy>=1.11",
+        "scikit-learn>=1.5",  # the linear probe of class-accuracy
         "einops>=0.8",
         "pillow>=10.3",
         "tqdm>=4.66",

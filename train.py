@@ -58,7 +58,9 @@ def main(arguments: list[str]) -> int:
         config, why = start.with_precision(to_settings(kind, parser, parsed), processes)
         say(f"arithmetic: {why}", flush=True)
         if options.resume is not None:
-            start.require_same_run(run.read_config(), config)
+            old = run.read_config()
+            start.require_same_run(old, config)
+            start.require_same_learning_rates(old.training, config.training, state["step"])
         else:
             name = f"{Path(config.data or defaults.data).name}-{config.loss}"
             run = hold(start.new_run(options.out, name))

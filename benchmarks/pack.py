@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from improved_diffusion.data.labelled_files import labelled_folder
 from improved_diffusion.data.packing import pack, usable_cores
-from improved_diffusion.data.sources import folder_source
 from improved_diffusion.errors import user_errors_exit
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         print("workers    images   seconds  images/s")
         for workers in sorted({1, usable_cores()}):
             start = time.perf_counter()
-            packed = pack(folder_source(path), folder / str(workers), arguments.image_size, workers=workers)
+            packed = pack(labelled_folder(path), folder / str(workers), arguments.image_size, workers=workers)
             seconds = time.perf_counter() - start
             count = sum(split.num_images for split in packed)
             print(f"{workers:7}  {count:8,}  {seconds:8.1f}  {count / seconds:8,.0f}")

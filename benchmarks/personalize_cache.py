@@ -30,7 +30,7 @@ from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.examples import Examples
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.trained import prepare
-from improved_diffusion.personalize.training.trainer import Source, Trainer
+from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "tiny_pipeline.py"))
 SIDE, RESOLUTION, IMAGES, BATCH = 320, 64, 16, 4
@@ -55,7 +55,9 @@ def make_trainer(kind: str, config: PersonalizeConfig) -> tuple[Trainer, float]:
     started = time.perf_counter()
     examples = Examples(base, images, [(RESOLUTION, RESOLUTION)] * len(images), config.images)
     seconds = time.perf_counter() - started
-    return Trainer(base, trained, config, Source(examples, [i.caption for i in images]), None, Accelerator()), seconds
+    return Trainer(
+        base, trained, config, EncodedSet(examples, [i.caption for i in images]), None, Accelerator()
+    ), seconds
 
 
 def compare(kind: str) -> None:

@@ -52,7 +52,7 @@ from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.trained import prepare
 from improved_diffusion.personalize.training.memory import estimate_memory
-from improved_diffusion.personalize.training.trainer import Source, Trainer
+from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "tiny_pipeline.py"))
 WIDTH = 12  # of a column
@@ -129,7 +129,7 @@ def measure(base: Base, config: PersonalizeConfig) -> tuple[int, int]:
         images = open_captioned_set(folder).images * config.training.batch_size
         resolution = config.images.resolution or base.resolution
         examples = Examples(base, images, [(resolution, resolution)] * len(images), config.images)
-        source = Source(examples, ["a picture"] * len(images))
+        source = EncodedSet(examples, ["a picture"] * len(images))
         prior = {(resolution, resolution): source} if config.prior.images else None
         trainer = Trainer(base, trained, config, source, prior, Accelerator(cpu=True, mixed_precision="no"))
         trainer.train_step()

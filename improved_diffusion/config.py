@@ -160,16 +160,30 @@ class TrainingConfig:
     """Images per optimizer step, over all processes and accumulated parts."""
     accumulation: int = 1
     """Parts into which each process splits its share of the batch, to need less memory."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, or Muon for the hidden matrices (of a UNet those of its attention and embeddings, not its
+    convolutions) and AdamW for the others."""
     lr: float = 1e-4
-    """Learning rate of AdamW."""
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    eps: float = 1e-8
+    """What AdamW adds to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay; 0 makes AdamW plain Adam."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
+    lr_schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """After that: constant, half a cosine down to 0, or constant with a linear cool-down to 0 at the end."""
+    cooldown_steps: int | None = None
+    """Length of wsd's cool-down; by default a fifth of the steps."""
     grad_clip: float | None = 1.0
     """Largest allowed norm of the gradient; null for no clipping."""
     ema_rates: tuple[float, ...] = (0.9999,)
     """Rates of the moving averages of the weights; the first is the one that is sampled and evaluated."""
+    ema_lengths: tuple[float, ...] = ()
+    """Relative lengths (sigma_rel of EDM2) of averages, such as 0.05 and 0.1, that are kept beside each checkpoint, so
+    that the average of any length can be made of them after training."""
     flip: bool = True
     """Mirror half of the images."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -188,6 +202,8 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name} must be at least 1, not {getattr(self, name)}")
         require(self.batch_size <= 1_000_000, f"training.batch_size must be at most 1,000,000, not {self.batch_size}")
         require(self.lr > 0, f"training.lr must be positive, not {self.lr}")
+        require(all(0 <= b < 1 for b in self.betas), f"training.betas must be in [0, 1), not {self.betas}")
+        require(self.eps >= 0, f"training.eps must not be negative, not {self.eps}")
         require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
         require(self.warmup_steps >= 0, f"training.warmup_steps must not be negative, not {self.warmup_steps}")
         require(
@@ -198,6 +214,20 @@ class TrainingConfig:
         require(len(set(self.ema_rates)) == len(self.ema_rates), "training.ema_rates must differ from each other")
         for rate in self.ema_rates:
             require(0 <= rate < 1, f"training.ema_rates must be in [0, 1), not {rate}")
+        require(len(set(self.ema_lengths)) == len(self.ema_lengths), "training.ema_lengths must differ from each other")
+        for length in self.ema_lengths:
+            require(0 < length < 0.28, f"training.ema_lengths must be between 0 and 0.28, not {length}")
+        require(
+            self.lr_schedule == "wsd" or self.cooldown_steps is None,
+            f"training.cooldown_steps is for training.lr_schedule wsd, not {self.lr_schedule}",
+        )
+        if self.lr_schedule == "wsd":
+            cooldown = max(1, self.steps // 5) if self.cooldown_steps is None else self.cooldown_steps
+            require(
+                1 <= cooldown <= self.steps,
+                f"training.cooldown_steps must be from 1 to training.steps ({self.steps}), not {cooldown}",
+            )
+            object.__setattr__(self, "cooldown_steps", cooldown)
         require(
             self.batch_size % self.accumulation == 0,
             f"training.batch_size ({self.batch_size}) must be divisible by training.accumulation ({self.accumulation})",

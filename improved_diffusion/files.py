@@ -1,4 +1,5 @@
-"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one; their hashes."""
+"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one; their hashes, and
+locks, so that one process writes at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from improved_diffusion.errors import UserError
 
@@ -38,6 +41,30 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(lock_file: Path, refusal: str) -> Iterator[None]:
+    """Hold `lock_file` while the block lasts; its folder is made if it is not there.
+
+    The system lets go of the lock when the process ends, however it ends. The file stays, unless the block removes it:
+    still locked, so that who has opened it meanwhile sees that it has gone.
+
+    Raises:
+        UserError: another process holds it, as `refusal` says; or it cannot be made.
+    """
+    lock = FileLock(lock_file)
+    try:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(refusal) from None
+    except OSError as error:
+        raise UserError(f"could not write {lock_file.parent}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def file_sha256(path: Path) -> str:

@@ -1,34 +1,29 @@
-"""The run directory: where everything of one run lies, and how its checkpoints are written and read.
+"""The run directory: where everything of one run lies.
 
 config.yaml  metrics.jsonl  evaluations.jsonl  tensorboard/  samples/  curves.png
 checkpoints/step_0015000.pt ...; `latest` and `best` are text files that name one of them
+averages/step_0015000.pt ..., with training.ema_lengths
 .lock, which the process that trains holds
 """
 
 from __future__ import annotations
 
 import contextlib
-import pickle
 import re
-import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
-from filelock import FileLock, Timeout
 
+from improved_diffusion.checkpoint_file import write_checkpoint
 from improved_diffusion.config import Config, load_config
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, exclusive
 from improved_diffusion.settings import load_settings, to_plain
 
 Settings = TypeVar("Settings")
-
-# What reading a damaged or foreign file can raise, depending on where the damage is.
-DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 
 CHECKPOINT_NAME = re.compile(r"step_(\d{7,})\.pt")
 
@@ -67,33 +62,27 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def averages(self) -> Path:
+        return self.path / "averages"
+
     @contextlib.contextmanager
     def held(self) -> Iterator[RunDirectory]:
         """Keep other processes from training here while the block lasts. The directory is made if it is not there, and
         removed at the end if nothing was written.
 
-        The system lets go of the lock when the process ends, however it ends.
-
         Raises:
             UserError: another process holds it, or it cannot be made.
         """
         lock_file = self.path / ".lock"
-        lock = FileLock(lock_file)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"another process trains in {self.path}: wait for its end, or give another --out") from None
-        except OSError as error:
-            raise UserError(f"could not write {self.path}: {error.strerror or error}") from error
-        try:
-            yield self
-        finally:
-            with contextlib.suppress(OSError):
-                if list(self.path.iterdir()) == [lock_file]:
-                    lock_file.unlink()  # still locked: who has opened it meanwhile sees that it has gone
-                    self.path.rmdir()
-            lock.release()
+        with exclusive(lock_file, f"another process trains in {self.path}: wait for its end, or give another --out"):
+            try:
+                yield self
+            finally:
+                with contextlib.suppress(OSError):
+                    if list(self.path.iterdir()) == [lock_file]:
+                        lock_file.unlink()
+                        self.path.rmdir()
 
     def write_config(self, config: Any, provenance: list[dict[str, Any]]) -> None:
         """Write the resolved settings, with `provenance` (command lines, versions, commit, data) beside them."""
@@ -124,8 +113,15 @@ class RunDirectory:
 
     def checkpoint_files(self) -> list[Path]:
         """All the checkpoints, oldest first."""
-        files = self.checkpoints.glob("step_*.pt") if self.checkpoints.is_dir() else ()
-        return sorted((f for f in files if CHECKPOINT_NAME.fullmatch(f.name)), key=_step)
+        return _files_of_steps(self.checkpoints)
+
+    def save_averages(self, state: dict[str, Any]) -> None:
+        """Keep the power-function averages `state`, which has a `step`, for good."""
+        write_checkpoint(self.averages / self.checkpoint_file(state["step"]).name, state)
+
+    def averages_until(self, step: int) -> list[Path]:
+        """All the power-function averages that were kept up to `step`, oldest first."""
+        return [file for file in _files_of_steps(self.averages) if _step(file) <= step]
 
     def save_checkpoint(self, state: dict[str, Any], keep: int, spared: Collection[int] = ()) -> Path:
         """Write `state` (which has a `step`), point `latest` at it, and `prune`."""
@@ -152,6 +148,8 @@ class RunDirectory:
             self.point("latest", self.checkpoint_file(step))
         if self.pointed("best") is None:
             (self.checkpoints / "best").unlink(missing_ok=True)
+        for file in set(_files_of_steps(self.averages)) - set(self.averages_until(step)):
+            file.unlink()
 
     def discard(self, step: int) -> None:
         """Remove the checkpoint of `step`, if there is one, and let `latest` name the one before it."""
@@ -161,8 +159,9 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Remove what a kill in the middle of a save left of it."""
-        for file in self.checkpoints.glob(".step_*.tmp"):
-            file.unlink()
+        for folder in (self.checkpoints, self.averages):
+            for file in folder.glob(".step_*.tmp"):
+                file.unlink()
 
     def point(self, name: str, file: Path) -> None:
         """Let `name` (`latest` or `best`) name the checkpoint `file`."""
@@ -206,6 +205,10 @@ class RunDirectory:
         return file
 
 
+def _files_of_steps(folder: Path) -> list[Path]:
+    return sorted((file for file in folder.glob("step_*.pt") if CHECKPOINT_NAME.fullmatch(file.name)), key=_step)
+
+
 def _step(file: Path) -> int:
     match = CHECKPOINT_NAME.fullmatch(file.name)
     assert match is not None
@@ -215,71 +218,3 @@ def _step(file: Path) -> int:
 def is_run_directory(path: Path | str) -> bool:
     """Whether `path` is a directory with a config and checkpoints."""
     return (Path(path) / "config.yaml").is_file() and (Path(path) / "checkpoints").is_dir()
-
-
-def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
-    """Write `state`, of tensors and plain values only, so that a kill leaves the whole file or none.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    with atomic_write(file) as temporary, temporary.open("wb") as stream:
-        try:
-            torch.save(state, stream)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, which torch covers with a complaint of its own
-                raise error.__context__ from None
-            raise
-
-
-def read_checkpoint(file: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The state in a checkpoint, on the CPU.
-
-    Raises:
-        UserError: no such file; a damaged one, where the message names the other checkpoints beside it; or one without
-            some of `keys`, or with something else under them.
-    """
-    if not file.is_file():
-        there = ", ".join(sorted(other.name for other in file.parent.glob("step_*.pt")))
-        raise UserError(f"no checkpoint at {file}" + (f"; there are {there}" if there else ""))
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (*DAMAGE, pickle.UnpicklingError) as error:
-        others = sorted(f.name for f in file.parent.glob("step_*.pt") if f != file)
-        advice = f"use another one: {', '.join(others)}" if others else "there is no other one beside it"
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"the checkpoint {file} is damaged ({reason}); {advice}") from error
-    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise UserError(f"the checkpoint {file} cannot be used for this: it holds no {', '.join(missing)}")
-    for key in keys:
-        if key in IS_USABLE and not IS_USABLE[key](state[key]):
-            raise UserError(f"the checkpoint {file} is damaged: its {key} is a {type(state[key]).__name__} of no use")
-    return state
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(weight, torch.Tensor) and weight.is_floating_point()
-        for name, weight in value.items()
-    )
-
-
-def _is_average(rate: Any, weights: Any) -> bool:
-    return isinstance(rate, str) and re.fullmatch(r"[0-9.e-]*[0-9]", rate) is not None and _is_weights(weights)
-
-
-# What readers rely on, of the keys that a checkpoint may have.
-IS_USABLE: dict[str, Callable[[Any], bool]] = {
-    "step": _is_count,
-    "images_seen": _is_count,
-    "prior_seen": _is_count,
-    "model": _is_weights,
-    "ema": lambda value: value is None or (isinstance(value, dict) and all(map(_is_average, value, value.values()))),
-    "optimizer": lambda value: isinstance(value, dict),
-    "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-}

@@ -64,8 +64,8 @@ def run_script(monkeypatch, capfd) -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory) -> Path:
     """A packed set of 36 images, 16x16, of 3 classes, with a test split inside it: blobs of a class's colour."""
+    from improved_diffusion.data.labelled_files import labelled_folder
     from improved_diffusion.data.packing import pack
-    from improved_diffusion.data.sources import folder_source
 
     root = tmp_path_factory.mktemp("tiny")
     generator = np.random.default_rng(0)
@@ -78,7 +78,7 @@ def tiny_set(tmp_path_factory) -> Path:
                 top, left = generator.integers(0, 8, 2)
                 image[top : top + 8, left : left + 8, label] = 220
                 Image.fromarray(image).save(folder / f"{number}.png")
-    pack(folder_source(root / "files"), root / "set", 16, workers=1)
+    pack(labelled_folder(root / "files"), root / "set", 16, workers=1)
     return root / "set"
 
 

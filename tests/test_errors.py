@@ -196,7 +196,8 @@ class TestRun:
         """A limit on the size of files is a full disk for who writes one."""
         import resource
 
-        from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+        from improved_diffusion.checkpoint_file import read_checkpoint
+        from improved_diffusion.run_directory import RunDirectory
 
         run = RunDirectory(trained)
         before = sorted(run.checkpoints.iterdir())

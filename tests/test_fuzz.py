@@ -25,7 +25,7 @@ from PIL import Image
 from improved_diffusion import settings as settings_module
 from improved_diffusion.config import Config
 from improved_diffusion.data import open_image_set
-from improved_diffusion.data.sources import folder_source
+from improved_diffusion.data.labelled_files import labelled_folder
 from improved_diffusion.errors import user_errors_exit
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.statistics import FeatureStatistics, is_statistics_file
@@ -306,7 +306,7 @@ def read_images(path: Path) -> None:
         assert len(source.content_hash) == 64
         assert all(batch.images.dtype == np.uint8 for batch in source.batches(2))
     with works_or_says_why_not():
-        folder_source(path)
+        labelled_folder(path)
 
 
 @fuzz(60)

@@ -6,8 +6,9 @@ import argparse
 import time
 from pathlib import Path
 
+from improved_diffusion.data.image_set import CHANNELS
+from improved_diffusion.data.labelled_files import labelled_folder, labelled_food101, with_validation
 from improved_diffusion.data.packing import VALIDATION_PER_CLASS, PackedSplit, check_free, pack, pack_synthetic
-from improved_diffusion.data.sources import folder_source, food101_source, with_validation
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
 
 LISTED_BROKEN = 10
@@ -28,6 +29,17 @@ def at_least(least: int, text: str) -> int:
     return value
 
 
+def sides(text: str) -> tuple[int, int]:
+    """Height and width: `64`, or `64x96`."""
+    try:
+        height, width = text.split("x") if "x" in text else (text, text)
+        return positive(height), positive(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a side, such as 64, or HEIGHTxWIDTH, such as 64x96, not {text!r}"
+        ) from None
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     about = "Pack images into one memory-mapped array."
     parser = ArgumentParser(prog="python -m improved_diffusion.data", description=about)
@@ -41,7 +53,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (food101, folder):
         taken = "images taken out of train where there is no val split; 0 for none (default: %(default)s)"
         command.add_argument("--validation-per-class", **validation, help=taken)
-        command.add_argument("--image-size", type=positive, default=64, help="side in pixels (default: %(default)s)")
+        size = "pixels: a side, or HEIGHTxWIDTH such as 64x96, to whose proportions images are cut (default: 64)"
+        command.add_argument("--image-size", type=sides, default=(64, 64), metavar="SIZE", help=size)
+        kinds = "1 grey, 3 RGB on white, 4 RGBA with its transparency (default: %(default)s)"
+        command.add_argument("--channels", type=int, choices=CHANNELS, default=3, help=kinds)
 
     synthetic = commands.add_parser("synthetic", help="the embedded synthetic set, drawn here; 64x64")
     synthetic.add_argument("--per-class", type=positive, default=500, help="training images (default: %(default)s)")
@@ -85,12 +100,12 @@ def main() -> None:
         packed = pack_synthetic(arguments.out, arguments.per_class, arguments.test_per_class, arguments.seed, **options)
     else:
         if arguments.command == "folder":
-            source = folder_source(arguments.path)
+            files = labelled_folder(arguments.path)
         else:
-            source = food101_source(arguments.source or arguments.out.parent, download=arguments.source is None)
-        source = with_validation(source, validation)
-        notes = source.notes
-        packed = pack(source, arguments.out, arguments.image_size, **options)
+            files = labelled_food101(arguments.source or arguments.out.parent, download=arguments.source is None)
+        files = with_validation(files, validation)
+        notes = files.notes
+        packed = pack(files, arguments.out, arguments.image_size, arguments.channels, **options)
     print_report(packed, notes, time.perf_counter() - start)
 
 

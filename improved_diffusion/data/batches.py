@@ -58,7 +58,7 @@ class BatchStream:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's share of the batch of step 0, 1, 2, ...
 
-        Returns, on the device, x: float32 (batch_size / world_size, 3, S, S) in [-1, 1], channels-last in memory; and
+        Returns, on the device, x: float32 (batch_size / world_size, C, H, W) in [-1, 1], channels-last in memory; and
         y: int64 (batch_size / world_size,).
         """
         return self._on_device(*self._on_host(step))
@@ -76,7 +76,7 @@ class BatchStream:
                 yield self._on_device(*prepared)
 
     def _on_host(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What has to be copied to the device: images (n, S, S, 3) uint8, or their rows (n,) int64 where the set is
+        """What has to be copied to the device: images (n, H, W, C) uint8, or their rows (n,) int64 where the set is
         resident; labels (n,) int64; and whether to flip (n,) bool. Runs in threads, and starts no work on the device.
         """
         rows, flips = self._rows(step)

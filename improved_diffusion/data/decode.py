@@ -1,9 +1,10 @@
-"""One encoded image of any common kind -> one uint8 RGB square."""
+"""One encoded image of any common kind -> one uint8 array of a given size: grey, RGB or RGBA."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -42,27 +43,55 @@ def open_encoded(data: bytes) -> Image.Image:
         raise UnidentifiedImageError(problem) from None
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """Decode, turn upright, crop the central square and resize it.
+def decode_upright(
+    data: bytes, convert: Callable[[Image.Image], Image.Image] | None = None, at_least: int | None = None
+) -> Image.Image:
+    """The image in the content of a file, turned upright as its EXIF orientation says; of an animation the first frame.
 
-    `data` is the content of an image file; of an animation the first frame is taken. EXIF orientation is applied,
-    transparency is composited on white, colour profiles are ignored. The resize is Pillow's Lanczos, whose support
-    grows with the reduction (antialiased; Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN
-    Evaluation"): of Pillow's filters it keeps the most detail below the new Nyquist frequency. An image that is
-    already `size` x `size` is not resampled.
+    Args:
+        data: the content.
+        convert: to the wanted mode; by default `to_rgb`.
+        at_least: a JPEG may be decoded smaller than it is, but with no side shorter than this.
 
-    Returns uint8 RGB, shape (size, size, 3). A damaged, truncated or unsupported image, or one of more pixels than
-    `PIL.Image.MAX_IMAGE_PIXELS` allows, raises whatever Pillow raises: OSError, ValueError, SyntaxError, struct.error,
-    `DecompressionBombError` and others, so callers that must go on catch Exception.
+    Raises whatever Pillow raises for a damaged, truncated or unsupported image, or one of more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS` allows: OSError, ValueError, SyntaxError, struct.error, `DecompressionBombError` and
+    others, so callers that must go on catch Exception.
     """
     with open_encoded(data) as image:
-        image.draft(None, (round(size * REDUCING_GAP), round(size * REDUCING_GAP)))  # JPEG only; never below that size
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
         ImageOps.exif_transpose(image, in_place=True)
-        image = to_rgb(image)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP))
+        return (convert or to_rgb)(image)
+
+
+def decode_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """Decode as `decode_upright` does, cut out the largest centred part of the wanted proportions, and resize it.
+
+    Colour profiles are ignored. The resize is Pillow's Lanczos, whose support grows with the reduction (antialiased;
+    Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"): of Pillow's filters it keeps
+    the most detail below the new Nyquist frequency. An image that has the wanted size already is not resampled.
+
+    Args:
+        data: the content of an image file.
+        shape: (height, width, channels). With 3 channels, RGB, and with 1, its luma, transparent images are composited
+            on white. With 4, RGBA, they keep their alpha: they are resized with colours multiplied by it, so that what
+            is hidden under transparent pixels does not bleed into the edges, and divided by it again after. Pixels of
+            alpha 0 are black, whatever the file hides there.
+
+    Returns uint8 of that shape.
+    """
+    height, width, channels = shape
+    image = decode_upright(data, CONVERSIONS[channels], at_least=round(max(height, width) * REDUCING_GAP))
+    scale = min(image.width / width, image.height / height)
+    cut_width, cut_height = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (image.width - cut_width) // 2, (image.height - cut_height) // 2
+    cut = image.crop((left, top, left + cut_width, top + cut_height))
+    # Of RGBA, Pillow itself multiplies the colours by alpha before, and divides them after.
+    resized = cut.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+    pixels = np.array(resized).reshape(shape)
+    if channels == 4:
+        pixels[pixels[..., 3] == 0] = 0
+    return pixels
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
@@ -70,18 +99,34 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
     Raises ValueError where the sample range is not defined.
     """
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion to RGB clips instead of scaling
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point samples have no defined white level")
+    image = _eight_bits(image)
     if image.has_transparency_data:  # an alpha channel, or a transparent palette entry or colour
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Integer samples in 0..65535 -> uint8 in 0..255, rounded (65535 = 257 * 255)."""
+def to_rgba(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGBA, opaque where there is no transparency. Raises ValueError as `to_rgb` does."""
+    return _eight_bits(image).convert("RGBA")
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> L, the luma of `to_rgb` (ITU-R 601-2). Raises ValueError as that does."""
+    return to_rgb(image).convert("L")
+
+
+CONVERSIONS = {1: to_grey, 3: to_rgb, 4: to_rgba}  # by the number of channels
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Integer samples in 0..65535, which Pillow's own conversions clip, to 0..255, rounded (65535 = 257 * 255); other
+    modes as they are."""
+    if image.mode == "F":
+        raise ValueError("floating-point samples have no defined white level")
+    if not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError("32-bit integer samples have no defined white level")
-    return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -13,25 +13,21 @@ import numpy as np
 from improved_diffusion.errors import UserError
 
 FORMAT_VERSION = 1
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 REPACK = "Pack the set again with `python -m improved_diffusion.data`."
 HASH_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """N square RGB images with their classes."""
+    """N images of one size, grey, RGB or RGBA, with their classes."""
 
-    images: np.ndarray  # (N, S, S, 3) uint8; memory-mapped and read-only when opened from disk
+    images: np.ndarray  # (N, H, W, C) uint8, C 1, 3 or 4; memory-mapped and read-only when opened from disk
     labels: np.ndarray  # (N,) int64, indices into class_names
     class_names: tuple[str, ...]  # sorted; the same for all splits of one source
     path: Path
     split: str  # "train", "val", "test", or "all" where the source had no splits
     content_hash: str  # SHA-256 hex of images, labels and class names: equal for equal sets, wherever they lie
-
-    @property
-    def resolution(self) -> int:
-        """Side of the images in pixels."""
-        return self.images.shape[1]
 
 
 def open_image_set(path: str | Path) -> ImageSet:
@@ -46,8 +42,9 @@ def open_image_set(path: str | Path) -> ImageSet:
     labels = _load_array(path / "labels.npy", mmap_mode=None)
     class_names = tuple(description["class_names"])
 
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        raise UserError(f"{path}/images.npy is {images.dtype} {images.shape}; expected uint8 (N, S, S, 3). {REPACK}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in CHANNELS:
+        expected = "uint8 (N, H, W, C) with 1, 3 or 4 channels"
+        raise UserError(f"{path}/images.npy is {images.dtype} {images.shape}; expected {expected}. {REPACK}")
     if labels.dtype != np.int64 or labels.shape != (len(images),) or len(labels) == 0:
         expected = f"int64 ({len(images)},), not empty"
         raise UserError(f"{path}/labels.npy is {labels.dtype} {labels.shape}; expected {expected}. {REPACK}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -17,14 +16,17 @@ from typing import Any
 import numpy as np
 
 from improved_diffusion.data import synthetic
+from improved_diffusion.data.containers import Archive, Folder
 from improved_diffusion.data.decode import RESIZE_FILTER, decode_image
 from improved_diffusion.data.image_set import FORMAT_VERSION, array_sha256, content_sha256, is_image_set
-from improved_diffusion.data.sources import Archive, Folder, Source
+from improved_diffusion.data.labelled_files import LabelledFiles
 from improved_diffusion.data.synthetic.canvas import SIZE as SYNTHETIC_SIZE
 from improved_diffusion.data.workers import fill_rows, render_pool
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import exclusive
 
 COPY_BYTES = 1 << 26
+SYNTHETIC_SHAPE = (SYNTHETIC_SIZE, SYNTHETIC_SIZE, 3)
 SYNTHETIC_TEST_START = 1_000_000  # index of the first test image, so that no training set reaches it
 SYNTHETIC_VALIDATION_START = 2_000_000
 VALIDATION_PER_CLASS = 20  # images for the choice of a checkpoint, where a source has none for that
@@ -45,20 +47,32 @@ class PackedSplit:
 
 
 def pack(
-    source: Source, out: str | Path, image_size: int, *, overwrite: bool = False, workers: int | None = None
+    files: LabelledFiles,
+    out: str | Path,
+    image_size: int | tuple[int, int],
+    channels: int = 3,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
 ) -> list[PackedSplit]:
-    """Decode every image of `source` to `image_size` x `image_size` and write the packed set `out`.
+    """Decode every image of `files` and write the packed set `out`.
+
+    Args:
+        image_size: height and width in pixels: one number, or two.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA); see `decode_image`.
 
     The first split is the set at `out`, every other is a set of its own in the folder `out`/SPLIT. Rows are in the
-    order of `source`, whatever the number of `workers` (default: one per usable core). Broken images are left out.
+    order of `files`, whatever the number of `workers` (default: one per usable core). Broken images are left out.
 
     Raises `UserError` when `out` is taken (see `check_free`), more than 2% of a split is broken (train and val count as
     one: of a few validation images one would be more), the disk is full, or a worker dies; `out` is then as it was.
     """
-    render = functools.partial(_decode, source.files, image_size)
-    details = {"source": source.description, "notes": source.notes, "resize_filter": RESIZE_FILTER}
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    shape = (height, width, channels)
+    render = functools.partial(_decode, files.container, shape)
+    details = {"source": files.description, "notes": files.notes, "resize_filter": RESIZE_FILTER}
     with new_directory(Path(out), overwrite) as directory, render_pool(render, workers or usable_cores()) as pool:
-        return _write_splits(pool, directory, Path(out), source.splits, source.class_names, image_size, details)
+        return _write_splits(pool, directory, Path(out), files.splits, files.class_names, shape, details)
 
 
 def pack_synthetic(
@@ -89,7 +103,7 @@ def pack_synthetic(
     render = functools.partial(_draw, seed)
     details = {"source": f"synthetic, seed {seed}"}
     with new_directory(Path(out), overwrite) as directory, render_pool(render, workers or usable_cores()) as pool:
-        return _write_splits(pool, directory, Path(out), splits, synthetic.CLASS_NAMES, SYNTHETIC_SIZE, details)
+        return _write_splits(pool, directory, Path(out), splits, synthetic.CLASS_NAMES, SYNTHETIC_SHAPE, details)
 
 
 def usable_cores() -> int:
@@ -121,25 +135,27 @@ def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         check_free(out, overwrite)
         target = out.resolve()
         partial = target.with_name(f".{target.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        with _lock(partial):
+        lock_file = target.with_name(f".{target.name}.partial.lock")
+        with exclusive(lock_file, f"another process is writing {partial} at this moment"):
             try:
-                _clear(partial)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
                 yield partial
                 _sync(partial)
                 _replace(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+                lock_file.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        raise UserError(f"could not write {out}: {error.strerror or error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Content
 
 
-def _decode(files: Folder | Archive, image_size: int, name: str) -> np.ndarray:
-    return decode_image(files.read(name), image_size)
+def _decode(files: Folder | Archive, shape: tuple[int, int, int], name: str) -> np.ndarray:
+    return decode_image(files.read(name), shape)
 
 
 def _draw(seed: int, key: tuple[str, int]) -> np.ndarray:
@@ -152,7 +168,7 @@ def _write_splits(
     out: Path,  # where it will be
     splits: dict[str, list[tuple[Any, int]]],  # split -> (key for the pool's render, label) of every image
     class_names: tuple[str, ...],
-    image_size: int,
+    shape: tuple[int, int, int],  # (H, W, C) of an image
     details: dict,  # goes to dataset.json as it is
 ) -> list[PackedSplit]:
     packed = []
@@ -162,7 +178,7 @@ def _write_splits(
         (directory / place).mkdir(exist_ok=True)
         images_file = directory / place / "images.npy"
         keys, labels = [key for key, _ in items], np.array([label for _, label in items], dtype=np.int64)
-        _allocate(images_file, (len(items), image_size, image_size, 3))
+        _allocate(images_file, (len(items), *shape))
         total = learned_from if split in ("train", "val") else len(items)
         reasons = fill_rows(pool, images_file, keys, f"packing {split}", total)
         if reasons:
@@ -209,11 +225,13 @@ def _write_description(
     images_sha256, labels_sha256 = array_sha256(images), array_sha256(labels)
     counts = np.bincount(labels, minlength=len(class_names)).tolist()
     images_per_class = dict(zip(class_names, counts, strict=True))
+    height, width, channels = images.shape[1:]
     description = {
         "format_version": FORMAT_VERSION,
         "split": split,
         "num_images": len(images),
-        "image_size": images.shape[1],
+        "image_size": height if height == width else [height, width],
+        "channels": channels,
         "class_names": class_names,
         "images_per_class": images_per_class,
         **details,
@@ -228,25 +246,6 @@ def _write_description(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The directory
-
-
-@contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Hold `directory` for this process; the system lets go of it when the process ends, however it ends."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is writing {directory} at this moment") from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def _clear(directory: Path) -> None:
-    for path in directory.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(directory: Path) -> None:

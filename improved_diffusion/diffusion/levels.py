@@ -7,7 +7,6 @@ where the preference is part of the objective. Sampling takes the generator; a s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -130,12 +129,17 @@ class LossSecondMomentTimesteps:
         return t, (1 / (self.timesteps * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            if not math.isfinite(loss):  # the run stops by itself; the history must not be spoilt for its resume
-                continue
-            self.losses[step] = self.losses[step].roll(-1)
-            self.losses[step, -1] = loss
-            self.counts[step] = min(int(self.counts[step]) + 1, self.history_length)
+        finite = losses.isfinite()  # else the run stops by itself; the history must not be spoilt for its resume
+        t, order = t[finite].sort(stable=True)
+        new = losses[finite][order].double()
+        added = torch.bincount(t, minlength=self.timesteps)
+        # Each history moves on by as many places as it gets losses, and its losses fill them, the last one the last.
+        length = self.history_length
+        kept = torch.arange(length) + added[:, None]
+        self.losses = self.losses.gather(1, kept.clamp(max=length - 1))
+        place = length + torch.arange(len(t)) - added.cumsum(0)[t]
+        self.losses[t[place >= 0], place[place >= 0]] = new[place >= 0]
+        self.counts = (self.counts + added).clamp(max=length)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}

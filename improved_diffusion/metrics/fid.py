@@ -118,7 +118,7 @@ def per_class(real: Features, fake: Features) -> dict[str, tuple[Estimate, int, 
     """
     estimates: dict[str, tuple[Estimate, int, int]] = {}
     left_out = []
-    for label, name in _common_classes(real, fake).items():
+    for label, name in common_classes(real, fake).items():
         rows = [np.flatnonzero(side.labels == label) for side in (real, fake)]
         if min(map(len, rows)) < 2:
             left_out.append(name)
@@ -135,7 +135,7 @@ def per_class(real: Features, fake: Features) -> dict[str, tuple[Estimate, int, 
     return dict(sorted(estimates.items(), key=lambda item: -item[1][0].value))
 
 
-def _common_classes(real: Features, fake: Features) -> dict[int, str]:
+def common_classes(real: Features, fake: Features) -> dict[int, str]:
     """{label: name} of all classes; a side without names takes the other's."""
     for side in (real, fake):
         if side.labels is None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.metrics.class_accuracy import class_accuracy
 from improved_diffusion.metrics.estimate import Estimate, bootstrap_interval
 from improved_diffusion.metrics.features import Features
 from improved_diffusion.metrics.fid import (
@@ -36,8 +37,9 @@ METRICS = {
     "inception-score": "of the fake images alone; needs the classifier's weights",
     "floor": "FID of training images, as many as there are fake ones; needs --train",
     "memorisation": "the share of images that are closer to a training image than its own neighbour; needs --train",
+    "class-accuracy": "the share of the fake images that a linear probe puts into their class; needs --train",
 }
-OF_TRAINING_IMAGES = ("floor", "memorisation")
+OF_TRAINING_IMAGES = ("floor", "memorisation", "class-accuracy")
 PER_CLASS_FEATURES = 64  # larger features would need more images of each class than anyone has
 
 
@@ -142,7 +144,7 @@ def _sides(metric: str, sets: ImageSets, size: int) -> dict[str, Side]:
     Raises:
         UserError: features of the size are missing, statistics where images are needed, or other settings.
     """
-    taken = {"inception-score": ["fake"], "floor": ["real", "fake", "train"], "memorisation": ["real", "fake", "train"]}
+    taken = {"inception-score": ["fake"], **dict.fromkeys(OF_TRAINING_IMAGES, ["real", "fake", "train"])}
     sides = {}
     for name in taken.get(metric, ["real", "fake"]):
         of_size = getattr(sets, name)
@@ -176,6 +178,8 @@ def _estimates(metric: str, sides: dict[str, Side], size: int, device: torch.dev
         return [(f"{name} of {label}", estimate, *of) for label, (estimate, *of) in per_class(real, fake).items()]
     if metric == "memorisation":
         return [("memorisation", memorisation(train, real, fake, device), *counts)]
+    if metric == "class-accuracy":
+        return [(label, estimate, *counts) for label, estimate in class_accuracy(train, real, fake).items()]
     of_both = {"precision-recall": precision_recall, "density-coverage": density_coverage}[metric]
     return [(label, estimate, *counts) for label, estimate in of_both(real, fake, device=device).items()]
 

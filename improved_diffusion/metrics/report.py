@@ -66,6 +66,12 @@ def _remark(m: Measurement) -> str:
     if "points" in details:
         points = ", ".join(f"{value:.4f} at {n:,}" for n, value in details["points"])
         return f"{m.metric}: {points}; bias {details['bias']:.4f}"
+    if "confused" in details:
+        worst = ", ".join(
+            f"{row[0]} {row[1]:.2f} (real {row[4]:.2f})" for row in details["by_class"][:5] if None not in row
+        )
+        pairs = ", ".join(f"{name} for {other} {share:.2f}" for name, other, share in details["confused"][:5])
+        return f"{m.metric}, the worst classes: {worst}; taken for another: {pairs}"
     if "held_out" in details:
         return (
             f"{m.metric}: {details['held_out']:.4f} of the real images, which no one could memorise, are as close to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from improved_diffusion.models.autocast import without_autocast
 class Backbone(nn.Module):
     """Predicts, from noisy images, what the diffusion's loss asks for (eps, x_0, v, ...), and maybe a variance.
 
-    A subclass says how in `forward`, and starts it with `check_inputs`. The settings that all have:
+    A subclass says how in `forward`, which it starts with `check_inputs`, and names its `hidden_parts`. The settings
+    that all have:
 
     image_size      height and width in pixels: one number for square images, or (height, width)
     in_channels     channels of the images: 1 (grey), 3 (RGB), 4 (RGBA)
@@ -61,6 +63,15 @@ class Backbone(nn.Module):
         )
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + null_class, embedding_channels)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices between the first layer and the last: what Muon is for."""
+        layers = (layer for part in self.hidden_parts() for layer in part.modules())
+        return [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+
+    def hidden_parts(self) -> Sequence[nn.Module]:
+        """The modules between the first layer and the last."""
+        raise NotImplementedError
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Run the network: the one call that denoisers make.

@@ -122,15 +122,18 @@ def set_weights(network: nn.Module, weights: dict) -> None:
 
 
 def set_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Give an AdamW the moments in `state`, from its `state_dict`. The groups in it are settings, which a resumed run
-    has already.
+    """Give an AdamW or Muon the moments in `state`, from its `state_dict`. The groups in it are settings, which a
+    resumed run has already.
 
     Raises ValueError where they are those of other parameters.
     """
     shapes = [tuple(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
     for index, moments in state["state"].items():
         found = {name: tuple(moment.shape) for name, moment in moments.items() if moment.is_floating_point()}
-        if found != {"step": (), "exp_avg": shapes[index], "exp_avg_sq": shapes[index]}:
+        if found not in (
+            {"step": (), "exp_avg": shapes[index], "exp_avg_sq": shapes[index]},
+            {"momentum_buffer": shapes[index]},
+        ):
             raise ValueError(f"the saved moments of parameter {index} are of another shape or kind")
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 

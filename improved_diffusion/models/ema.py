@@ -29,16 +29,18 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters as they are after optimizer step `step`, counted from 0.
-
-        average <- decay * average + (1 - decay) * parameter, with decay = min(rate, (1 + step) / (10 + step)): the
-        warm-up of TensorFlow's `ExponentialMovingAverage(num_updates=...)`, without which the random initial weights
-        would outweigh the rest for the first 1 / (1 - rate) steps.
+        """Take in the parameters as they are after optimizer step `step`, counted from 0:
+        average <- decay * average + (1 - decay) * parameter.
         """
         parameters = [p.float() for p in self._parameters.values()]
         for rate, average in self._averages.items():
-            decay = min(rate, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.values()), parameters, 1 - decay)
+            torch._foreach_lerp_(list(average.values()), parameters, 1 - self.decay(rate, step))
+
+    def decay(self, rate: float, step: int) -> float:
+        """min(rate, (1 + step) / (10 + step)): the warm-up of TensorFlow's `ExponentialMovingAverage(num_updates=...)`,
+        without which the random initial weights would outweigh the rest for the first 1 / (1 - rate) steps.
+        """
+        return min(rate, (1 + step) / (10 + step))
 
     def weights(self, rate: float) -> dict[str, Tensor]:
         """The averages of one rate by parameter name, as `load_state_dict` of a model takes them; not copies.

@@ -170,6 +170,9 @@ class Transformer(Backbone):
         self.output_modulation = zero_init(nn.Linear(width, 2 * width))
         self.output = zero_init(nn.Linear(width, self.out_channels * patch_size**2))
 
+    def hidden_parts(self) -> list[nn.Module]:
+        return [self.blocks]
+
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Run the network: see `Backbone.forward`."""
         self.check_inputs(x_t, t, y)

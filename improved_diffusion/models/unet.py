@@ -193,6 +193,9 @@ class UNet(Backbone):
         self.output_norm = GroupNorm(channels)
         self.output_conv = zero_init(nn.Conv2d(channels, self.out_channels * patch_size**2, 3, padding=1))
 
+    def hidden_parts(self) -> list[nn.Module]:
+        return [self.encoder, self.middle, self.decoder]
+
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Run the network: see `Backbone.forward`."""
         self.check_inputs(x_t, t, y)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
+from improved_diffusion.data.compositing import on_white
 from improved_diffusion.files import atomic_write
 
 
@@ -20,7 +22,7 @@ def make_grid(
     """Put images side by side.
 
     Args:
-        rows: uint8 (R, C, H, W, 3).
+        rows: uint8 (R, C, H, W, channels): grey, RGB, or RGBA, which is shown on white.
         titles: R names, written to the left of their rows; none by default.
         column_titles: C names, written above their columns; none by default.
         corner: what the column titles are, written to the left of them.
@@ -28,7 +30,8 @@ def make_grid(
     Returns:
         uint8 (height, width, 3).
     """
-    grid = rearrange(rows, "r c h w rgb -> (r h) (c w) rgb")
+    rgb = on_white(torch.from_numpy(rows)).numpy()
+    grid = rearrange(rgb, "r c h w rgb -> (r h) (c w) rgb")
     if titles is None:
         return grid
     font = ImageFont.load_default(12)
@@ -47,6 +50,7 @@ def make_grid(
 
 
 def save_png(image: np.ndarray, path: Path) -> None:
-    """Write uint8 (H, W, 3), whole or not at all."""
+    """Write uint8 (H, W, C), C 1 (grey), 3 (RGB) or 4 (RGBA), whole or not at all."""
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
     with atomic_write(path) as temporary:
-        Image.fromarray(image).save(temporary, format="png")
+        Image.fromarray(pixels).save(temporary, format="png")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.config import Config
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import build_network, set_weights
-from improved_diffusion.run_directory import RunDirectory, is_run_directory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory, is_run_directory
 from improved_diffusion.runtime.devices import sampling_precision, usable_device
 from improved_diffusion.sampling.model import Model
 from improved_diffusion.sampling.model_file import SUFFIX, ModelFile

@@ -128,7 +128,7 @@ class TrainingLoop:
             "step": trainer.step,
             "images_seen": trainer.step * training.batch_size,
             **means,
-            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "lr": trainer.lr,
             "images_per_second": images / (now - self.logged_time),
         }
         if self.processes.is_first:
@@ -147,16 +147,18 @@ class TrainingLoop:
 
     def _save(self) -> None:
         """Save a checkpoint of this step, unless there is one."""
-        step = self.trainer.step
+        trainer, step = self.trainer, self.trainer.step
         if step == self.saved_step:
             return
         self._require_finite()
         state = {
-            **self.trainer.state_dict(),
+            **trainer.state_dict(),
             "class_names": list(self.image_set.class_names),
             "data_hash": self.image_set.content_hash,
         }
         if self.processes.is_first:
+            if self.config.training.ema_lengths and self._is_due(self.config.training.save_every):
+                self.run.save_averages(trainer.averages_to_keep())
             self.run.save_checkpoint(state, self.config.training.keep_checkpoints)
         self.saved_step = step
 

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from improved_diffusion.config import Config
+from improved_diffusion.checkpoint_file import read_checkpoint
+from improved_diffusion.config import Config, TrainingConfig
 from improved_diffusion.data.image_set import ImageSet, is_image_set
 from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.errors import UserError
 from improved_diffusion.provenance import provenance_entry
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes, choose_precision
 from improved_diffusion.training.evaluation import Evaluator
+from improved_diffusion.training.optimization import learning_rate
 from improved_diffusion.training.trainer import Trainer
 
 FOOD101, SYNTHETIC = Path("data/food101-64"), Path("data/synthetic-64")
@@ -30,7 +32,7 @@ TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "clas
 # What a resumed run may change, by group ("" for what is in none); all else decides what the run computes.
 CHANGEABLE = {
     "": ("data",),
-    "training": ("steps", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
+    "training": ("steps", "cooldown_steps", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
 }
@@ -185,6 +187,23 @@ def require_same_run(old: Any, new: Any, changeable: Mapping[str, Collection[str
                 raise UserError(
                     f"a resumed run cannot change {name} from {was} to {now}: start a new run, or leave the setting out"
                 )
+
+
+def require_same_learning_rates(old: TrainingConfig, new: TrainingConfig, step: int) -> None:
+    """A run that goes on at `step` took the steps until then at the learning rates that `new` would have given them:
+    another number of steps may mean another schedule.
+
+    Raises:
+        UserError: it did not; the message names the step up to which it did.
+    """
+    for earlier in range(step):
+        was, now = learning_rate(old, earlier), learning_rate(new, earlier)
+        if was != now:
+            raise UserError(
+                f"with these training.steps and training.cooldown_steps the learning rate of step {earlier} would have "
+                f"been {now:.3g} and not {was:.3g}: turn back to a checkpoint of at most {earlier} steps, --resume "
+                "CHECKPOINT.pt, or leave them as they were"
+            )
 
 
 def require_same_data(state: dict[str, Any], image_set: ImageSet) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from improved_diffusion.checkpoint_file import DAMAGE
 from improved_diffusion.config import Config
 from improved_diffusion.data.batches import BatchStream
 from improved_diffusion.data.image_set import ImageSet
@@ -25,8 +26,9 @@ from improved_diffusion.models.build import (
     set_weights,
 )
 from improved_diffusion.models.ema import EMA
-from improved_diffusion.run_directory import DAMAGE
+from improved_diffusion.models.power_ema import PowerFunctionEMA
 from improved_diffusion.runtime.devices import Processes, arithmetic, with_autocast
+from improved_diffusion.training.optimization import learning_rate, make_optimizers
 from improved_diffusion.training.running_terms import RunningTerms
 
 # Generators of a run are keyed (seed, purpose, step): resuming draws what an unbroken run would have drawn.
@@ -61,15 +63,16 @@ class Trainer:
         self.config = config
         self.processes = processes
         self.step = 0
+        self.lr = 0.0  # of the last step
         self.num_classes = len(image_set.class_names)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.network = build_network(config, self.num_classes)
         self.network.to(device, memory_format=torch.channels_last)
-        self.ema = EMA(dict(self.network.named_parameters()), training.ema_rates)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
-        )
+        parameters = dict(self.network.named_parameters())
+        self.ema = EMA(parameters, training.ema_rates)
+        self.power_ema = PowerFunctionEMA(parameters, training.ema_lengths)
+        self.optimizers = make_optimizers(training, self.network)
         diffusion = config.diffusion
         self.levels = build_levels(diffusion, device)
         self.timestep_sampler = make_level_sampler(diffusion.timestep_sampler, build_process(diffusion))
@@ -104,9 +107,8 @@ class Trainer:
         """
         training = self.config.training
         t, weights, noise, y = self._draw(y)
-        for group in self.optimizer.param_groups:
-            group["lr"] = training.lr * min(1.0, (self.step + 1) / max(1, training.warmup_steps))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.lr = learning_rate(training, self.step)
+        self.network.zero_grad(set_to_none=True)
         self.network.train()
         bounds = []
         parts = zip(*(tensor.chunk(training.accumulation) for tensor in (x_start, t, y, noise, weights)), strict=True)
@@ -121,8 +123,12 @@ class Trainer:
             self.terms.add(terms, level, weights_part)
             bounds.append(terms.vlb)
         self.terms.add_grad_norm(self._clip_gradients())
-        self.optimizer.step()
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+            optimizer.step()
         self.ema.update(self.step)
+        self.power_ema.update(self.step)
         if self.timestep_sampler.learns:
             gather = self.processes.concatenate
             self.timestep_sampler.update(gather(t).cpu(), gather(torch.cat(bounds).detach()).cpu())
@@ -164,10 +170,19 @@ class Trainer:
             "images_seen": self.step * self.config.training.batch_size,
             "model": self.network.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "power_ema": self.power_ema.state_dict(),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "timestep_sampler": self.timestep_sampler.state_dict(),
             "running_terms": self.terms.state_dict(self.processes),
         }
+
+    def averages_to_keep(self) -> dict[str, Any]:
+        """The power-function averages, in half precision: what `models/power_ema.py` blends after training."""
+        averages = self.power_ema.state_dict()
+        half = {
+            length: {name: tensor.half() for name, tensor in average.items()} for length, average in averages.items()
+        }
+        return {"step": self.step, "power_ema": half}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`.
@@ -178,7 +193,9 @@ class Trainer:
         set_weights(self.network, state["model"])
         try:
             self.ema.load_state_dict(state["ema"])
-            set_moments(self.optimizer, state["optimizer"])
+            self.power_ema.load_state_dict(state.get("power_ema", {}))  # older checkpoints have none
+            for name, optimizer in self.optimizers.items():
+                set_moments(optimizer, state[name])
             self.timestep_sampler.load_state_dict(state["timestep_sampler"])
             if "running_terms" in state:  # older checkpoints have none
                 self.terms.load_state_dict(state["running_terms"], self.processes)

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from improved_diffusion.data import open_image_set
+from improved_diffusion.data.containers import Folder
+from improved_diffusion.data.labelled_files import LabelledFiles, labelled_folder, with_validation
 from improved_diffusion.data.packing import new_directory, pack, pack_synthetic
-from improved_diffusion.data.sources import Folder, Source, folder_source, with_validation
 from improved_diffusion.data.synthetic import CLASS_NAMES, draw
 from improved_diffusion.errors import UserError
 
@@ -62,7 +63,7 @@ def test_round_trip_and_equal_hash_of_folder_and_zip(tmp_path: Path):
     sets = []
     for path in (folder, make_zip(folder)):
         out = tmp_path / f"packed-{path.name}"
-        pack(folder_source(path), out, 16, workers=2)
+        pack(labelled_folder(path), out, 16, workers=2)
         train, test = open_image_set(out), open_image_set(out / "test")
         assert (train.split, test.split) == ("train", "test")
         assert train.class_names == test.class_names == ("a", "b 'q' é")
@@ -70,7 +71,7 @@ def test_round_trip_and_equal_hash_of_folder_and_zip(tmp_path: Path):
         np.testing.assert_array_equal(test.images, np.stack([noise(i) for i in (2, 3, 0, 1)]))
         np.testing.assert_array_equal(train.labels, [0, 0, 1, 1])
         assert train.labels.dtype == np.int64
-        assert train.resolution == 16
+        assert train.images.shape[1:] == (16, 16, 3)
         assert isinstance(train.images, np.memmap)
         sets.append((train.content_hash, test.content_hash))
     assert sets[0] == sets[1]
@@ -81,7 +82,7 @@ def test_round_trip_and_equal_hash_of_folder_and_zip(tmp_path: Path):
 def test_broken_images_are_named_and_left_out(tmp_path: Path):
     names = [f"a/{i:03}.png" for i in range(300)]  # three chunks
     broken = ("a/000.png", "a/128.png", "a/200.png", "a/299.png")
-    (packed,) = pack(folder_source(make_folder(tmp_path / "set", names, broken)), tmp_path / "out", 16)
+    (packed,) = pack(labelled_folder(make_folder(tmp_path / "set", names, broken)), tmp_path / "out", 16)
     assert [name for name, _ in packed.broken] == list(broken)
     assert packed.num_images == 296
     kept = [i for i, name in enumerate(names) if name not in broken]
@@ -93,25 +94,25 @@ def test_broken_images_are_named_and_left_out(tmp_path: Path):
 
 def test_more_than_two_percent_broken_is_an_error(tmp_path: Path):
     names = [f"a/{i:02}.png" for i in range(50)]
-    pack(folder_source(make_folder(tmp_path / "one", names, ("a/07.png",))), tmp_path / "out", 16)  # exactly 2%
-    source = folder_source(make_folder(tmp_path / "two", names, ("a/07.png", "a/31.png")))
+    pack(labelled_folder(make_folder(tmp_path / "one", names, ("a/07.png",))), tmp_path / "out", 16)  # exactly 2%
+    files = labelled_folder(make_folder(tmp_path / "two", names, ("a/07.png", "a/31.png")))
     with pytest.raises(UserError, match=r"2 of the first 50 images .* For one, 'a/07.png': .*truncated"):
-        pack(source, tmp_path / "never", 16)
+        pack(files, tmp_path / "never", 16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "two"]
 
 
 def test_result_does_not_depend_on_the_number_of_workers(tmp_path: Path):
-    source = folder_source(make_folder(tmp_path / "set", [f"{i % 3}/{i}.png" for i in range(300)]))
+    files = labelled_folder(make_folder(tmp_path / "set", [f"{i % 3}/{i}.png" for i in range(300)]))
     hashes = set()
     for workers in (1, 3):
-        pack(source, tmp_path / str(workers), 16, workers=workers)
+        pack(files, tmp_path / str(workers), 16, workers=workers)
         hashes.add(open_image_set(tmp_path / str(workers)).content_hash)
     assert len(hashes) == 1
 
 
 def test_existing_output(tmp_path: Path):
-    first = folder_source(make_folder(tmp_path / "first", ["a/1.png"]))
-    second = folder_source(make_folder(tmp_path / "second", ["a/1.png", "a/2.png"]))
+    first = labelled_folder(make_folder(tmp_path / "first", ["a/1.png"]))
+    second = labelled_folder(make_folder(tmp_path / "second", ["a/1.png", "a/2.png"]))
     out = tmp_path / "out"
     out.mkdir()
     pack(first, out, 16)  # an empty folder is no obstacle
@@ -129,10 +130,10 @@ def test_existing_output(tmp_path: Path):
 def test_failure_keeps_the_set_that_was_there(tmp_path: Path):
     names = ["a/1.png", "a/2.png"]
     out = tmp_path / "out"
-    pack(folder_source(make_folder(tmp_path / "set", names)), out, 16)
+    pack(labelled_folder(make_folder(tmp_path / "set", names)), out, 16)
     before = open_image_set(out).content_hash
     with pytest.raises(UserError, match="broken"):
-        pack(folder_source(make_folder(tmp_path / "bad", names, ("a/1.png",))), out, 16, overwrite=True)
+        pack(labelled_folder(make_folder(tmp_path / "bad", names, ("a/1.png",))), out, 16, overwrite=True)
     assert open_image_set(out).content_hash == before
 
 
@@ -186,15 +187,16 @@ def test_killed_while_packing(tmp_path: Path, victim: str):
     while any(is_running(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    pack(folder_source(make_folder(tmp_path / "quick", ["a/1.png"])), out, 16)
+    pack(labelled_folder(make_folder(tmp_path / "quick", ["a/1.png"])), out, 16)
     assert len(open_image_set(out).images) == 1
     assert not (tmp_path / ".out.partial").exists()
 
 
 def test_two_writers_of_one_set(tmp_path: Path):
-    source = folder_source(make_folder(tmp_path / "set", ["a/1.png"]))
+    files = labelled_folder(make_folder(tmp_path / "set", ["a/1.png"]))
     with new_directory(tmp_path / "out", overwrite=False), pytest.raises(UserError, match="another process"):
-        pack(source, tmp_path / "out", 16)
+        pack(files, tmp_path / "out", 16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
 
 
 class TestValidation:
@@ -223,9 +225,9 @@ class TestValidation:
         split=st.sampled_from(["train/", ""]),
     )
     def test_sizes(self, counts: list[int], per_class: int, split: str):
-        source = made_up_source({split or "all": {f"c{k}": count for k, count in enumerate(counts)}})
-        carved = with_validation(source, per_class)
-        (items,) = source.splits.values()
+        files = made_up_files({split or "all": {f"c{k}": count for k, count in enumerate(counts)}})
+        carved = with_validation(files, per_class)
+        (items,) = files.splits.values()
         parts = [carved.splits.get(name, []) for name in ("train", "val")]
         expected = [min(per_class, count // 5) for count in counts]
         assert np.bincount([label for _, label in parts[1]], minlength=len(counts)).tolist() == expected
@@ -234,12 +236,12 @@ class TestValidation:
             assert list(carved.splits) == ["train", "val"]
             assert parts[0] == sorted(parts[0], key=items.index)
         else:
-            assert carved.splits == source.splits
+            assert carved.splits == files.splits
 
     def test_names_decide_and_new_images_change_little(self):
         def taken(**classes: int) -> set[str]:
-            source = made_up_source({"train/": classes, "test/": {"a": 3}})
-            return {name for name, _ in with_validation(source, 20).splits["val"]}
+            files = made_up_files({"train/": classes, "test/": {"a": 3}})
+            return {name for name, _ in with_validation(files, 20).splits["val"]}
 
         few, more = taken(a=200), taken(a=205, b=100)
         assert len(few) == 20
@@ -247,12 +249,12 @@ class TestValidation:
         assert {name.split("/")[-1] for name in few} != {f"{i}.png" for i in range(20)}
 
     def test_a_split_of_ones_own_is_kept(self):
-        source = made_up_source({"train/": {"a": 100}, "val/": {"a": 3}})
-        assert with_validation(source, 20) == source
-        assert with_validation(made_up_source({"test/": {"a": 100}}), 20).splits.keys() == {"test"}
+        files = made_up_files({"train/": {"a": 100}, "val/": {"a": 3}})
+        assert with_validation(files, 20) == files
+        assert with_validation(made_up_files({"test/": {"a": 100}}), 20).splits.keys() == {"test"}
 
 
-def made_up_source(splits: dict[str, dict[str, int]]) -> Source:
+def made_up_files(splits: dict[str, dict[str, int]]) -> LabelledFiles:
     """{"train/": {class: number of images}}, where "all" is no folder; there are no files."""
     class_names = tuple(sorted({name for classes in splits.values() for name in classes}))
     items = {
@@ -263,7 +265,7 @@ def made_up_source(splits: dict[str, dict[str, int]]) -> Source:
         ]
         for split, classes in splits.items()
     }
-    return Source("made up", Folder(Path("nowhere")), class_names, items)
+    return LabelledFiles("made up", Folder(Path("nowhere")), class_names, items)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,7 +282,7 @@ def test_command_line_reports_what_it_did(tmp_path: Path):
     assert "train: 59 images, 1 classes (no image of 1 others: 'b')" in result.stdout
     assert "'train/a/7.png': " in result.stdout
     assert "skipped 1 files that are no images: 1 .txt" in result.stdout
-    assert open_image_set(tmp_path / "out").resolution == 8
+    assert open_image_set(tmp_path / "out").images.shape[1:] == (8, 8, 3)
 
 
 def test_food101_with_its_official_splits(tmp_path: Path):
@@ -306,7 +308,7 @@ def test_food101_with_its_official_splits(tmp_path: Path):
         (["folder", "{tmp}/set"], "the following arguments are required: --out"),
         (["folder", "{tmp}/set", "--out", "{tmp}/out", "--image-size", "0"], "must be at least 1"),
         (["folder", "{tmp}/set", "--out", "{tmp}/set"], "not a packed image set"),
-        (["folder", "{tmp}/set", "--out", "{tmp}/set/a/1.png/out"], "cannot write"),
+        (["folder", "{tmp}/set", "--out", "{tmp}/set/a/1.png/out"], "could not write"),
         (["food101", "--source", "{tmp}/set", "--out", "{tmp}/out"], "no usable food-101/"),
         (["sorcery"], "invalid choice: 'sorcery'"),
     ],
@@ -327,7 +329,7 @@ def test_command_line_errors_are_one_line(tmp_path: Path, arguments: list[str], 
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    pack(folder_source(make_folder(tmp_path / "set", ["a/1.png", "b/2.png"])), tmp_path / "packed", 16, workers=1)
+    pack(labelled_folder(make_folder(tmp_path / "set", ["a/1.png", "b/2.png"])), tmp_path / "packed", 16, workers=1)
     return tmp_path / "packed"
 
 
@@ -349,7 +351,7 @@ def flip_a_bit(packed: Path) -> None:
         (lambda p: np.save(p / "labels.npy", np.array([1, 0])), "labels.npy does not match its SHA-256"),
         (lambda p: np.save(p / "labels.npy", np.array([0, 2])), "labels from 0 to 2, but dataset.json names 2 classes"),
         (lambda p: np.save(p / "labels.npy", np.array([0])), r"labels.npy is int64 \(1,\); expected int64 \(2,\)"),
-        (lambda p: np.save(p / "images.npy", np.zeros((2, 16, 8, 3))), r"expected uint8 \(N, S, S, 3\)"),
+        (lambda p: np.save(p / "images.npy", np.zeros((2, 16, 8, 3))), r"expected uint8 \(N, H, W, C\)"),
         (lambda p: os.truncate(p / "images.npy", 500), "cannot read .*images.npy"),
         (lambda p: os.truncate(p / "images.npy", 0), "cannot read .*images.npy"),
         (lambda p: (p / "labels.npy").unlink(), "labels.npy is missing"),

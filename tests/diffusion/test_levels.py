@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import numpy as np
 import pytest
@@ -123,6 +124,20 @@ def test_uniform_until_every_timestep_has_ten_losses():
     np.testing.assert_array_equal(sampler.probabilities(), [0.25] * 4)
     sampler.update(torch.tensor([3]), torch.tensor([50.0]))
     assert sampler.probabilities().std() > 0.01
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 9) | st.just(math.nan)), max_size=40), max_size=5))
+def test_the_last_ten_losses_of_each_timestep_are_remembered(batches):
+    sampler, histories = LossSecondMomentTimesteps(4), [deque([0.0] * 10, maxlen=10) for _ in range(4)]
+    for batch in batches:
+        t, losses = torch.tensor([t for t, _ in batch], dtype=torch.int64), torch.tensor([loss for _, loss in batch])
+        sampler.update(t, losses)
+        for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            if math.isfinite(loss):
+                histories[step].append(loss)
+    np.testing.assert_array_equal(sampler.losses, [list(history) for history in histories])
+    seen = [sum(t == step and math.isfinite(loss) for batch in batches for t, loss in batch) for step in range(4)]
+    assert sampler.counts.tolist() == [min(10, n) for n in seen]
 
 
 @given(

@@ -8,7 +8,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureExtractor
 from improved_diffusion.metrics.estimate import bootstrap_interval
-from improved_diffusion.metrics.inception.extractor import build_network
+from improved_diffusion.metrics.inception.extractor import fold_layers
 from improved_diffusion.metrics.inception.weights import load_layers
 from improved_diffusion.metrics.inception_score import inception_score
 
@@ -47,7 +47,7 @@ def test_weights_without_a_classifier_are_refused(weights):
 
 def test_logits_are_the_pooled_features_by_the_classifier(weights):
     classifier = torch.randn(1008, 2048, generator=torch.Generator().manual_seed(0))
-    network = build_network((2048, 1008), load_layers(weights), classifier)
+    network = fold_layers((2048, 1008), load_layers(weights), classifier)
     with torch.inference_mode():
         features = network(torch.zeros(1, 3, 299, 299))
     torch.testing.assert_close(features[1008], features[2048] @ classifier.T, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import gzip
 import re
+import runpy
+import sys
 import zlib
 from pathlib import Path
 
@@ -18,11 +20,12 @@ import numpy as np
 import pytest
 import torch
 
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
-from improved_diffusion.models import openai
-from improved_diffusion.models.openai import load_checkpoint, original_name, original_shape
+from improved_diffusion.models.openai import load_checkpoint
+from improved_diffusion.models.openai.conversion import LAYERS, STAGES, infer_settings, original_name, original_shape
 from improved_diffusion.models.unet import UNet
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CONDITIONAL = {"image_size": 32, "num_heads": 4, "num_classes": 5}
@@ -88,7 +91,7 @@ def test_published_models_have_precisely_our_names_and_shapes(label, num_channel
     own = {original_name(name): original_shape(name, p.shape) for name, p in network.named_parameters()}
     assert own == published
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(millions * 1e6, rel=1e-3)
-    settings = openai.infer_settings(weights, image_size=None, num_heads=4)
+    settings = infer_settings(weights, image_size=None, num_heads=4)
     with torch.device("meta"):
         inferred = UNet(**settings)
     assert {n: p.shape for n, p in inferred.named_parameters()} == {n: p.shape for n, p in network.named_parameters()}
@@ -99,9 +102,9 @@ def test_the_table_of_names_can_be_read_backwards():
     """No two of our names become one of theirs, and the inverse table leads back."""
     with torch.device("meta"):
         names = [n for n, _ in UNet(image_size=64, num_classes=3).named_parameters()]
-    stages = {there: here for here, there in openai.STAGES.items()}
-    layers = {there: here for here, there in openai.LAYERS.items()}
-    assert (len(stages), len(layers)) == (len(openai.STAGES), len(openai.LAYERS))
+    stages = {there: here for here, there in STAGES.items()}
+    layers = {there: here for here, there in LAYERS.items()}
+    assert (len(stages), len(layers)) == (len(STAGES), len(LAYERS))
     pattern = re.compile(rf"({'|'.join(stages)})((?:\.\d+)*?)(?:\.({'|'.join(layers)}))?\.(weight|bias)")
     for name in names:
         stage, positions, layer, kind = pattern.fullmatch(original_name(name)).groups()
@@ -165,9 +168,17 @@ def test_damaged_files_are_refused(weights, tmp_path):
             load_checkpoint(path)
 
 
-def test_command_line_makes_a_run_directory(weights, tmp_path):
+def test_command_line_makes_a_run_directory(weights, tmp_path, monkeypatch, capsys):
     file, out = saved(weights, tmp_path), tmp_path / "run"
-    assert openai.main([str(file), "--out", str(out), "--schedule", "linear", "--timesteps", "1000"]) == 0
+
+    def command(*flags: str) -> int:
+        """`python -m improved_diffusion.models.openai FILE --out OUT`, in this process."""
+        monkeypatch.setattr(sys, "argv", ["openai", str(file), "--out", str(out), *flags])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module("improved_diffusion.models.openai", run_name="__main__")
+        return stop.value.code
+
+    assert command("--schedule", "linear", "--timesteps", "1000") == 0
     run = RunDirectory(out)
     config, state = run.read_config(), read_checkpoint(run.latest_checkpoint())
     assert (config.diffusion.schedule, config.diffusion.timesteps) == ("linear", 1000)
@@ -178,5 +189,5 @@ def test_command_line_makes_a_run_directory(weights, tmp_path):
     assert state["model"].keys() == network.state_dict().keys()
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(state["model"][name], tensor, atol=0, rtol=0)
-    with pytest.raises(UserError, match="already holds a run"):
-        openai.main([str(file), "--out", str(out)])
+    assert command() == 2
+    assert "already holds a run" in capsys.readouterr().err

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 import improved_diffusion
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import open_source
 from improved_diffusion.metrics.inception.weights import packaged_weights
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 
 PROJECT = Path(improved_diffusion.__file__).parent.parent
 

@@ -14,7 +14,7 @@ from improved_diffusion.sampling.loading import load
 from improved_diffusion.sampling.run_source import GENERATING_CODE, RunSource, generating_code_hash
 
 PACKAGE = Path(run_source.__file__).parent.parent
-DECIDES_NO_IMAGE = {"errors", "files", "progress", "run_directory", "sampling.series", "settings"}
+DECIDES_NO_IMAGE = {"checkpoint_file", "errors", "files", "progress", "run_directory", "sampling.series", "settings"}
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
 from improved_diffusion.metrics.images.opening import open_source
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.sampling.generate import SampleKey
 from improved_diffusion.sampling.identity import identify
 from improved_diffusion.sampling.loading import load

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from improved_diffusion.data import open_image_set
+from improved_diffusion.data.labelled_files import labelled_folder, with_validation
 from improved_diffusion.data.packing import pack
-from improved_diffusion.data.sources import folder_source, with_validation
 from improved_diffusion.files import file_sha256, read_jsonl
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.inception.weights import packaged_weights
@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch) -> None:
 @pytest.fixture
 def validated_set(tiny_set, tmp_path) -> Path:
     """The tiny set with a val split."""
-    pack(with_validation(folder_source(tiny_set.parent / "files"), 2), tmp_path / "set", 16, workers=1)
+    pack(with_validation(labelled_folder(tiny_set.parent / "files"), 2), tmp_path / "set", 16, workers=1)
     return tmp_path / "set"
 
 

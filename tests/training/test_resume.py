@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from improved_diffusion.checkpoint_file import read_checkpoint, write_checkpoint
 from improved_diffusion.files import read_jsonl
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint, write_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.trainer import Trainer
 
@@ -55,10 +56,11 @@ def take_steps(trainer, steps: int) -> None:
     [
         ["--loss=hybrid"],
         ["--loss=mse", "--training.accumulation=2", "--diffusion.timestep_sampler=stratified"],
+        ["--training.lr_schedule=wsd", "--training.optimizer=muon", "--training.ema_lengths=[0.05, 0.1]"],
         # Three timesteps, so that the history of the losses fills and decides what is drawn after the resume.
         ["--loss=vlb", "--diffusion.timesteps=3", "--training.warmup_steps=12"],
     ],
-    ids=["hybrid", "mse", "vlb"],
+    ids=["hybrid", "mse", "muon", "vlb"],
 )
 def test_half_the_steps_and_a_resume_equal_all_the_steps(tiny_trainer, tmp_path, flags):
     unbroken, first_half, second_half = (tiny_trainer(*flags) for _ in range(3))

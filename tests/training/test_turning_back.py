@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.data import open_image_set
 from improved_diffusion.files import read_jsonl
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.loop import TrainingLoop
 from improved_diffusion.training.run_log import RunLog
 

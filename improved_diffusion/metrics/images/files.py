@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import ImageOps
 
-from improved_diffusion.data.decode import EXTENSIONS, open_encoded, to_rgb
-from improved_diffusion.data.sources import Archive, Folder, is_hidden
+from improved_diffusion.data.containers import Archive, Folder, is_hidden
+from improved_diffusion.data.decode import EXTENSIONS, decode_upright
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.sources import Batch, check_count
 
@@ -109,7 +108,7 @@ class FileSource:
 
     def _decode(self, name: str) -> np.ndarray | str:
         try:
-            return decode_image(self.files.read(name))
+            return np.asarray(decode_upright(self.files.read(name)))
         except Exception as error:  # Pillow raises almost anything on a damaged file
             return " ".join(str(error).split()) or type(error).__name__
 
@@ -118,10 +117,3 @@ class FileSource:
             return hashlib.sha256(self.files.read(name)).hexdigest()
         except Exception:  # as in _decode: such an image is skipped
             return "unreadable"
-
-
-def decode_image(data: bytes) -> np.ndarray:
-    """The content of an image file to uint8 (H, W, 3): upright, on white, of its own size."""
-    with open_encoded(data) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(to_rgb(image))

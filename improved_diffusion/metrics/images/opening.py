@@ -6,9 +6,11 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from improved_diffusion.data.compositing import on_white
+from improved_diffusion.data.containers import Archive, Folder
 from improved_diffusion.data.image_set import ImageSet, open_image_set
-from improved_diffusion.data.sources import Archive, Folder
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.files import FileSource
 from improved_diffusion.metrics.images.sources import ArraySource, Source
@@ -19,7 +21,7 @@ WANTED_KEYS = (*ARRAY_KEYS, "labels", "class_names")
 
 
 def open_source(path: Path | str) -> Source:
-    """The images at `path`: an image folder, a zip of images, a packed set, or an .npy or .npz of uint8 (N, H, W, 3).
+    """The images at `path`: an image folder, a zip of images, a packed set, or an .npy or .npz of uint8 (N, H, W, C).
 
     Raises:
         UserError: none of these, nothing there, or fewer than two images.
@@ -42,8 +44,9 @@ def open_source(path: Path | str) -> Source:
 
 
 def open_image(source: Source, index: int) -> np.ndarray:
-    """uint8 (H, W, 3): one image of a source."""
-    return next(iter(source.batches(1, index, index + 1))).images[0]
+    """uint8 (H, W, 3): one image of a source, on white where it is transparent."""
+    image = next(iter(source.batches(1, index, index + 1))).images[0]
+    return on_white(torch.from_numpy(image)).numpy()
 
 
 def image_set_source(images: ImageSet) -> ArraySource:

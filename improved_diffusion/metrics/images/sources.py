@@ -10,12 +10,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from improved_diffusion.data.image_set import array_sha256
+from improved_diffusion.data.image_set import CHANNELS, array_sha256
 from improved_diffusion.errors import UserError
 
 
 class Batch(NamedTuple):
-    """Some images of a source: their numbers (n,), and themselves, uint8 (n, H, W, 3)."""
+    """Some images of a source: their numbers (n,), and themselves, uint8 (n, H, W, C), grey, RGB or RGBA."""
 
     indices: np.ndarray
     images: np.ndarray
@@ -51,7 +51,7 @@ class Source(Protocol):
 
 @dataclass(eq=False)
 class ArraySource:
-    """Images that are decoded already: uint8 (N, H, W, 3), in memory or memory-mapped.
+    """Images that are decoded already: uint8 (N, H, W, C), C 1, 3 or 4, in memory or memory-mapped.
 
     Raises:
         UserError: an array of another dtype or shape, or of fewer than two images.
@@ -65,9 +65,10 @@ class ArraySource:
 
     def __post_init__(self) -> None:
         images = self.images
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in CHANNELS:
             raise UserError(
-                f"{self.name} holds {images.dtype} {images.shape}: expected images as uint8 (N, H, W, 3), 0 to 255"
+                f"{self.name} holds {images.dtype} {images.shape}: expected images as uint8 (N, H, W, 3), 0 to 255, or "
+                "with 1 or 4 channels"
             )
         check_count(self.name, len(images))
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from improved_diffusion.data.compositing import on_white
+from improved_diffusion.data.image_set import CHANNELS
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.inception.network import CLASSIFIER, LOGITS, Conv, Inception, feature_layers
 from improved_diffusion.metrics.inception.preprocessing import INPUT_SIZE, PREPROCESSINGS, SMALLEST_SIDE, preprocess
@@ -80,7 +82,7 @@ class FeatureExtractor:
         # On a CPU, larger activations than those of a few images cost more in page faults than they save.
         self.batch_size = 8 if self.device.type == "cpu" else 128
         self.weights_hash = weights_hash(layers)
-        network = build_network(self.features, layers, classifier)
+        network = fold_layers(self.features, layers, classifier)
         self.network = network.to(self.device, memory_format=torch.channels_last)
         self._compiled: Callable[[Tensor], dict[int, Tensor]] | None = None
 
@@ -106,15 +108,18 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor | np.ndarray) -> dict[int, Tensor]:
-        """uint8 images (N, H, W, 3) to {feature size: float32 (N, feature size)} on `device`.
+        """uint8 images (N, H, W, C) to {feature size: float32 (N, feature size)} on `device`.
+
+        The network sees RGB: grey is repeated, and RGBA is composited on white.
 
         Raises:
             ValueError: images of another dtype or layout.
             UserError: images too small to mean anything, or of a size that does not go with `none`.
         """
         images = torch.as_tensor(images)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] not in CHANNELS:
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images must be uint8 (N, H, W, 3), or with 1 or 4 channels, got {found}")
         height, width = images.shape[1:3]
         if min(height, width) < SMALLEST_SIDE:
             raise UserError(f"images of {width}x{height} pixels: below {SMALLEST_SIDE} a side nothing can be measured")
@@ -124,7 +129,7 @@ class FeatureExtractor:
                 "clean, which resize"
             )
         with full_float32(self.device):
-            x = preprocess(images.to(self.device), self.preprocessing)
+            x = preprocess(on_white(images.to(self.device)), self.preprocessing)
             with self._arithmetic():
                 features = self._run(x)
         return {size: feature.float() for size, feature in features.items()}
@@ -145,7 +150,7 @@ def _blank(n: int) -> Tensor:
     return torch.zeros(n, 3, INPUT_SIZE, INPUT_SIZE).contiguous(memory_format=torch.channels_last)
 
 
-def build_network(features: Iterable[int], layers: dict[str, Layer], classifier: Tensor | None = None) -> Inception:
+def fold_layers(features: Iterable[int], layers: dict[str, Layer], classifier: Tensor | None = None) -> Inception:
     """The network with `layers` folded into it, in evaluation mode."""
     with torch.device("meta"):  # the weights are assigned below: allocating and initializing them first is for nothing
         network = Inception(features)

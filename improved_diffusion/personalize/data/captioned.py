@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import zipfile
@@ -22,10 +23,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
-from improved_diffusion.data.decode import EXTENSIONS, open_encoded, to_rgb
-from improved_diffusion.data.sources import Folder, is_hidden
+from improved_diffusion.data.containers import Folder, is_hidden
+from improved_diffusion.data.decode import EXTENSIONS, decode_upright, open_encoded, to_rgb
 from improved_diffusion.errors import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "en_text", "prompt")
@@ -45,9 +46,7 @@ class CaptionedImage:
 
     def load(self, background: str = "white") -> Image.Image:
         """RGB, upright, of its own size; raises whatever Pillow raises for a damaged file."""
-        with open_encoded(self.read()) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image, background)
+        return decode_upright(self.read(), functools.partial(to_rgb, background=background))
 
 
 def load_image(path: Path, background: str = "white") -> Image.Image:

@@ -43,7 +43,7 @@ def on_front(points: Sequence[tuple[float, float]]) -> np.ndarray:
     return ~(as_good & better).any(axis=0)
 
 
-def current_series(looks: Sequence[Look]) -> list[Look]:
+def comparable(looks: Sequence[Look]) -> list[Look]:
     """Those that can be compared with the last one, which is among them."""
     return [look for look in looks if look.protocol == looks[-1].protocol]
 
@@ -63,7 +63,7 @@ def candidates(looks: Sequence[Look], copy_cap: float) -> list[Look]:
 def choose(looks: Sequence[Look], copy_cap: float) -> Look | None:
     """The look of the current series whose point lies nearest to the ideal one, each axis scaled to what the candidates
     span; the base as it was, step 0, is none of them but helps to span. None where all copy too much."""
-    found = candidates(current_series(looks), copy_cap)
+    found = candidates(comparable(looks), copy_cap)
     trained = [look for look in found if look.step > 0]
     if not trained:
         return None
@@ -86,7 +86,7 @@ def overfitting(looks: Sequence[Look], copy_cap: float) -> list[str]:
             f"step {last.step}: pictures come closer to training images than these are to each other (copy score "
             f"{last.copy_score:.2f}, the cap is {copy_cap:g}): it copies"
         )
-    for earlier in reversed(current_series(looks)[:-1]):
+    for earlier in reversed(comparable(looks)[:-1]):
         if earlier.step == 0 or not last.prompt or not earlier.prompt:
             continue
         gained = _change(earlier.fidelity, last.fidelity)

@@ -41,7 +41,7 @@ def see_training(
     return References(judge.see(squares()), judge.see(rendered(base, square) for square in squares()))
 
 
-def measure(seen: Seen, texts: Tensor | None, references: References) -> dict[str, Tensor]:
+def score_pictures(seen: Seen, texts: Tensor | None, references: References) -> dict[str, Tensor]:
     """{score: one value for each of N pictures, (N,)}, of all scores for which there is a model.
 
     `clip_t` and `clip_i` by CLIP, `likeness` by the vision model, `copying` by it or else by CLIP; see scores.py.

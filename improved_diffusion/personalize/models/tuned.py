@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
+from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.models.adapter_file import read_adapter
 from improved_diffusion.personalize.models.adapters import ADAPTER
 from improved_diffusion.personalize.models.base import Base, load_base
 from improved_diffusion.personalize.models.trained import prepare
-from improved_diffusion.run_directory import RunDirectory, read_checkpoint
+from improved_diffusion.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, eq=False)

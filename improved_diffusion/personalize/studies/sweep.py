@@ -19,7 +19,7 @@ from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.learned import open_images
 from improved_diffusion.personalize.generate import Sampling
 from improved_diffusion.personalize.measuring.judge import Judge
-from improved_diffusion.personalize.measuring.references import References, measure, see_training
+from improved_diffusion.personalize.measuring.references import References, score_pictures, see_training
 from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.trained import resolution_of
 from improved_diffusion.personalize.models.tuned import Tuned, load_run
@@ -46,7 +46,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Source:
+class SweptRun:
     """A run to draw from, found to be in order."""
 
     run: RunDirectory
@@ -106,23 +106,23 @@ def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str,
         UserError: before anything is drawn: a run, checkpoint, base, prompt, scale or training images that will not do.
     """
     judge = Judge(config.clip, config.vision, device)
-    sources = [_open_source(config, run) for run in runs]
-    checkpoints = sum(len(source.checkpoints) for source in sources)
+    all_swept = [_open_run(config, run) for run in runs]
+    checkpoints = sum(len(swept.checkpoints) for swept in all_swept)
     total = checkpoints * len(_points(config.draw)) * len(config.draw.prompts) * len(config.draw.seeds)
     drawn: list[Drawn] = []
     known: dict[tuple, References] = {}
     with progress(total=total, desc="sweep", unit="picture") as bar:
-        for source in sources:
-            for checkpoint in source.checkpoints:
-                tuned = load_run(source.run, checkpoint, config.base, device, dtype)
-                references = _references(tuned, source, judge, known)
-                for pictures in _draw_checkpoint(config.draw, tuned, source.run.path, out):
+        for swept in all_swept:
+            for checkpoint in swept.checkpoints:
+                tuned = load_run(swept.run, checkpoint, config.base, device, dtype)
+                references = _references(tuned, swept, judge, known)
+                for pictures in _draw_checkpoint(config.draw, tuned, swept.run.path, out):
                     drawn += _score(pictures, judge, references)
                     bar.update(len(pictures))
     return drawn
 
 
-def _open_source(config: SweepConfig, path: Path) -> Source:
+def _open_run(config: SweepConfig, path: Path) -> SweptRun:
     """The run at `path`, after a trial of all that will be done with it but drawing: grids are drawn for hours."""
     run = RunDirectory(path)
     settings = run.read_config(PersonalizeConfig)
@@ -136,7 +136,7 @@ def _open_source(config: SweepConfig, path: Path) -> Source:
         tuned = load_run(run, checkpoint, config.base)
         for unet, text, _ in _points(config.draw):
             set_scales(tuned.base, unet, text)
-    return Source(run, settings, checkpoints, images)
+    return SweptRun(run, settings, checkpoints, images)
 
 
 def _points(grid: DrawGrid) -> list[tuple[float, float, float]]:
@@ -170,18 +170,18 @@ def _digest(*what: object) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
-def _references(tuned: Tuned, source: Source, judge: Judge, known: dict[tuple, References]) -> References:
+def _references(tuned: Tuned, swept: SweptRun, judge: Judge, known: dict[tuple, References]) -> References:
     """The training images of a run; those that several runs share are looked at once."""
-    config, side = source.config, resolution_of(source.config, tuned.base)
+    config, side = swept.config, resolution_of(swept.config, tuned.base)
     key = (tuned.base.name, side, config.data, config.images, config.seed)
     if key not in known:
-        known[key] = see_training(tuned.base, judge, source.images, config.images.background, side)
+        known[key] = see_training(tuned.base, judge, swept.images, config.images.background, side)
     return known[key]
 
 
 def _score(pictures: list[Drawn], judge: Judge, references: References) -> list[Drawn]:
     seen = judge.see(Image.open(picture.file).convert("RGB") for picture in pictures)
-    values = measure(seen, judge.read([picture.prompt for picture in pictures]), references)
+    values = score_pictures(seen, judge.read([picture.prompt for picture in pictures]), references)
     return [
         replace(picture, scores={name: value[i].item() for name, value in values.items()})
         for i, picture in enumerate(pictures)

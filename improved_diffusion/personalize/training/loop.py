@@ -17,7 +17,7 @@ from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.generate import BrokenPicture
 from improved_diffusion.personalize.measuring.choice import Look, candidates, choose, overfitting
 from improved_diffusion.personalize.training.budget import Budget
-from improved_diffusion.personalize.training.trainer import Source, Trainer
+from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 from improved_diffusion.personalize.training.watch import Watch, difference, fixed_loss, series_of, to_look
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
@@ -44,7 +44,7 @@ class PersonalizeLoop:
         self,
         trainer: Trainer,
         watch: Watch | None,
-        held_out: Source | None,
+        held_out: EncodedSet | None,
         budget: Budget,
         run: RunDirectory,
         config: PersonalizeConfig,

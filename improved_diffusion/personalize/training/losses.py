@@ -45,7 +45,7 @@ def per_sample_loss(predicted: Tensor, expected: Tensor) -> Tensor:
     return (predicted.float() - expected.float()).square().flatten(1).mean(dim=1)
 
 
-def combine(losses: Tensor, weights: Tensor | None, is_prior: Tensor, prior_weight: float) -> Tensor:
+def dreambooth_loss(losses: Tensor, weights: Tensor | None, is_prior: Tensor, prior_weight: float) -> Tensor:
     """The loss of a batch of instances and prior images (Ruiz et al. 2022, DreamBooth, arXiv:2208.12242, equation 2):
 
         mean over the instances + prior_weight * mean over the prior images

@@ -28,7 +28,7 @@ from improved_diffusion.personalize.training.budget import plan, require_same_up
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
 from improved_diffusion.personalize.training.prior import prior_images
-from improved_diffusion.personalize.training.trainer import Source, Trainer
+from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 from improved_diffusion.personalize.training.watch import Watch, watched_prompts
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
@@ -100,7 +100,7 @@ def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     )
 
 
-def arithmetic(accelerator: Accelerator) -> str:
+def precision_of(accelerator: Accelerator) -> str:
     """The precision of the networks: float32, bf16 or fp16."""
     return {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
@@ -132,7 +132,7 @@ def build(
     prompts, class_prompts = watched_prompts(config, (*learned.held_out.texts, *learned.training.texts))
     require_token(config, [load_tokenizer(config.base)])  # before the weights, which take long, are read
     free = free_memory(accelerator.device)  # before anything of the run is there
-    base = load_base(config.base, config.base_bits, arithmetic(accelerator) if config.base_bits else "float32")
+    base = load_base(config.base, config.base_bits, precision_of(accelerator) if config.base_bits else "float32")
     fingerprint = base.fingerprint()  # before it is cast
     timesteps = len(base.alphas_cumprod)
     require(
@@ -151,7 +151,7 @@ def build(
     judge = None
     if accelerator.is_main_process:
         judge = Judge(config.watch.clip, config.watch.vision, accelerator.device, "watch.")
-    precision = arithmetic(accelerator)
+    precision = precision_of(accelerator)
     estimate = estimate_memory(base, config, precision, judge.nbytes if judge is not None else 0)
     say(f"memory on a GPU, in {precision}:\n{textwrap.indent(str(estimate), '  ')}")
     if free is not None:
@@ -201,8 +201,8 @@ def choose_sizes(images: Sequence[CaptionedImage], sizes: list[tuple[int, int]])
     return [choose_bucket(*image.size, sizes) for image in images]
 
 
-def _encode(base: Base, found: Captioned, sizes: Sequence[tuple[int, int]], config: PersonalizeConfig) -> Source:
-    return Source(Examples(base, found.images, sizes, config.images), found.texts)
+def _encode(base: Base, found: Captioned, sizes: Sequence[tuple[int, int]], config: PersonalizeConfig) -> EncodedSet:
+    return EncodedSet(Examples(base, found.images, sizes, config.images), found.texts)
 
 
 def _prior(
@@ -212,7 +212,7 @@ def _prior(
     sizes: Sequence[tuple[int, int]],
     resolution: int,
     accelerator: Accelerator,
-) -> dict[tuple[int, int], Source] | None:
+) -> dict[tuple[int, int], EncodedSet] | None:
     """The prior at each size that the images have; the first process draws what is missing of it."""
     if not config.prior.images:
         return None
@@ -220,7 +220,7 @@ def _prior(
         found = prior_images(base, fingerprint, config, resolution)
     texts = [config.subject.fill(config.prior.prompt)] * len(found)
     plain = dataclasses.replace(config.images, crops=1, flip=False)
-    return {size: Source(Examples(base, found.images, [size] * len(found), plain), texts) for size in set(sizes)}
+    return {size: EncodedSet(Examples(base, found.images, [size] * len(found), plain), texts) for size in set(sizes)}
 
 
 def _record_provenance(

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from improved_diffusion.checkpoint_file import DAMAGE
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import set_moments
@@ -22,22 +23,21 @@ from improved_diffusion.personalize.models.trained import Trained
 from improved_diffusion.personalize.training.budget import Counters
 from improved_diffusion.personalize.training.losses import (
     add_noise,
-    combine,
+    dreambooth_loss,
     min_snr_weights,
     offset_noise,
     per_sample_loss,
     target,
 )
 from improved_diffusion.personalize.training.running_means import RunningMeans
-from improved_diffusion.run_directory import DAMAGE
 
 # Generators of a run are keyed (seed, purpose, micro-batch): resuming draws what an unbroken run would have drawn.
 DRAWS, DROPOUT = range(100, 102)
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """Images with the text that each is learned with."""
+class EncodedSet:
+    """Encoded images, with the text that each is learned with."""
 
     examples: Examples
     texts: Sequence[str]
@@ -63,8 +63,8 @@ class Trainer:
         base: Base,
         trained: Trained,
         config: PersonalizeConfig,
-        source: Source,
-        prior: dict[tuple[int, int], Source] | None,
+        source: EncodedSet,
+        prior: dict[tuple[int, int], EncodedSet] | None,
         accelerator: Accelerator,
     ):
         training = config.training
@@ -166,7 +166,7 @@ class Trainer:
             gamma = config.training.min_snr_gamma
             weights = min_snr_weights(t, self.alphas_cumprod, gamma, self.base.prediction)
         is_prior = (torch.arange(len(x_0)) >= len(indices)).to(device)
-        terms = {"loss": combine(losses, weights, is_prior, config.prior.weight)}
+        terms = {"loss": dreambooth_loss(losses, weights, is_prior, config.prior.weight)}
         if self.prior:
             terms |= {"mse": losses[~is_prior].mean(), "mse_prior": losses[is_prior].mean()}
         else:
@@ -174,7 +174,7 @@ class Trainer:
         return terms
 
     @staticmethod
-    def _draw(source: Source, indices: list[int], generator: torch.Generator) -> tuple[Latents, list[str]]:
+    def _draw(source: EncodedSet, indices: list[int], generator: torch.Generator) -> tuple[Latents, list[str]]:
         """The images `indices` in crops drawn at random, and their texts."""
         count = len(source.examples.variants)
         variant = torch.randint(count, (len(indices),), generator=generator).tolist()

@@ -22,11 +22,11 @@ from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.choice import Look
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.prompts import SUITES
-from improved_diffusion.personalize.measuring.references import References, measure
+from improved_diffusion.personalize.measuring.references import References, score_pictures
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.personalize.training.trainer import Source, Trainer
+from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 
 HELD_OUT_NOISE = 200  # purpose of a generator, see trainer.py
 CAPTIONS = 4  # of the set that make a suite
@@ -102,7 +102,7 @@ class Watch:
             set_scales(self.base, 1.0, 1.0)
         _require_pictures([*pictures, *of_class], step)
         texts = self.judge.read([prompt for prompt in self.prompts for _ in self.watch.seeds])
-        values = measure(self.judge.see(pictures), texts, self.references)
+        values = score_pictures(self.judge.see(pictures), texts, self.references)
         if of_class and self.judge.compares:
             values["drift"] = self._drift(step, of_class)
         per_prompt = len(self.watch.seeds)
@@ -184,7 +184,7 @@ def difference(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def fixed_loss(trainer: Trainer, source: Source, timesteps: Sequence[int]) -> float:
+def fixed_loss(trainer: Trainer, source: EncodedSet, timesteps: Sequence[int]) -> float:
     """The mean-square error over all images of `source`, in their first crop, at `timesteps`, with the same noise each
     time: unlike the loss of a step, it can be compared between steps."""
     total = 0.0

@@ -13,7 +13,7 @@ import torchvision
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureExtractor
 from improved_diffusion.metrics.inception import network as inception
-from improved_diffusion.metrics.inception.extractor import build_network
+from improved_diffusion.metrics.inception.extractor import fold_layers
 from improved_diffusion.metrics.inception.preprocessing import preprocess
 from improved_diffusion.metrics.inception.weights import load_layers, read_packaged, read_published, weights_hash
 
@@ -192,7 +192,7 @@ def torchvision_network() -> torchvision.models.Inception3:
 
 def test_published_weights_are_read_and_folded_layer_by_layer(torchvision_network, tmp_path):
     torch.save(torchvision_network.state_dict(), tmp_path / "published.pth")
-    built = build_network((2048,), read_published(tmp_path / "published.pth"))
+    built = fold_layers((2048,), read_published(tmp_path / "published.pth"))
     generator = torch.Generator().manual_seed(0)
     layers = [(name, layer) for name, layer in built.named_modules() if isinstance(layer, inception.Conv)]
     assert len(layers) == 94

@@ -1,97 +1,38 @@
-"""Where images come from: a folder of class folders, a zip of one, or torchvision's Food101."""
+"""Image files to pack, with their classes: of a folder of class folders, a zip of one, or torchvision's Food101."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from improved_diffusion.data.containers import Archive, Folder, is_hidden
 from improved_diffusion.data.decode import EXTENSIONS
 from improved_diffusion.data.image_set import is_image_set
 from improved_diffusion.errors import UserError
 
 SPLITS = ("train", "val", "test")
-JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # left by operating systems, as are names with a leading dot
 VALIDATION_SHARE = 5  # a validation split takes at most one in five images of a class
 LAYOUT = "expected CLASS/IMAGE, or train/CLASS/IMAGE (and val/, test/)"
 
 
 @dataclass(frozen=True)
-class Folder:
-    """The files below `root`, each named by its path relative to it, folders joined by '/'."""
-
-    root: Path
-
-    def names(self) -> Iterator[str]:
-        """Names of all files, and of all folders with a final '/'."""
-
-        def fail(error: OSError) -> None:
-            raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
-
-        for parent, folders, files in os.walk(self.root, onerror=fail, followlinks=True):
-            relative = os.path.relpath(parent, self.root)
-            prefix = "" if relative == "." else f"{relative}/"
-            yield from (f"{prefix}{folder}/" for folder in folders)
-            yield from (prefix + file for file in files)
-
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
-
-
-@dataclass(frozen=True)
-class Archive:
-    """The members of the zip file at `path`."""
-
-    path: Path
-
-    def names(self) -> Iterator[str]:
-        """Names of all files, and of the folders that have an entry of their own with a final '/'."""
-        yield from self._members
-
-    def read(self, name: str) -> bytes:
-        return self._zip.read(self._members[name])
-
-    @functools.cached_property
-    def _zip(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(self.path)
-
-    @functools.cached_property
-    def _members(self) -> dict[str, zipfile.ZipInfo]:
-        return {_member_name(member).removeprefix("./"): member for member in self._zip.infolist()}
-
-    def __reduce__(self) -> tuple:  # an open zip file cannot go to another process, which opens its own
-        return Archive, (self.path,)
-
-
-def _member_name(member: zipfile.ZipInfo) -> str:
-    """The member's name. Without the UTF-8 flag, `zipfile` assumes the old code page 437, but most writers that do not
-    set the flag (macOS, for one) store UTF-8 all the same."""
-    if member.flag_bits & 0x800:
-        return member.filename
-    try:
-        return member.filename.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        return member.filename
-
-
-@dataclass(frozen=True)
-class Source:
-    """Labelled images of one or more splits, in a fixed order: by class, then by name."""
+class LabelledFiles:
+    """Image files of one or more splits, in a fixed order: by class, then by name."""
 
     description: str
-    files: Folder | Archive
+    container: Folder | Archive
     class_names: tuple[str, ...]  # sorted; one list for all splits
-    splits: dict[str, list[tuple[str, int]]]  # split -> (name in `files`, label); in the order of SPLITS
+    splits: dict[str, list[tuple[str, int]]]  # split -> (name in `container`, label); in the order of SPLITS
     notes: tuple[str, ...] = ()  # what was left out, one line each
 
 
-def folder_source(path: str | Path) -> Source:
+def labelled_folder(path: str | Path) -> LabelledFiles:
     """The images in a folder of class folders or a zip of one.
 
     The first folders below `path` are the classes, or, when all of them are called train, val or test, splits that hold
@@ -101,9 +42,9 @@ def folder_source(path: str | Path) -> Source:
     Raises `UserError` when `path` is no such thing.
     """
     path = Path(path)
-    files = _open(path)
+    container = _open(path)
     try:
-        names = [name for name in files.names() if not is_hidden(name)]
+        names = [name for name in container.names() if not is_hidden(name)]
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -130,16 +71,16 @@ def folder_source(path: str | Path) -> Source:
     splits: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS} if has_splits else {"all": []}
     for parts in sorted(images, key=lambda parts: parts[class_level]):
         splits[parts[level] if has_splits else "all"].append(("/".join(parts), label_of[parts[class_level]]))
-    return Source(
+    return LabelledFiles(
         description=str(path.resolve()),
-        files=files,
+        container=container,
         class_names=class_names,
         splits={split: items for split, items in splits.items() if items},
         notes=_notes(strays, names, class_level, class_names),
     )
 
 
-def food101_source(root: str | Path, download: bool) -> Source:
+def labelled_food101(root: str | Path, download: bool) -> LabelledFiles:
     """torchvision's Food101 at `root`, with the official splits train (75,750 images) and test (25,250).
 
     `root` is what torchvision calls so: the folder that holds, or with `download` gets, `food-101/`. Raises `UserError`
@@ -166,9 +107,9 @@ def food101_source(root: str | Path, download: bool) -> Source:
         class_names = tuple(dataset.classes)
 
     images_folder = root / "food-101" / "images"
-    return Source(
+    return LabelledFiles(
         description=f"torchvision Food101 at {root.resolve()}",
-        files=Folder(images_folder),
+        container=Folder(images_folder),
         class_names=class_names,
         splits={
             split: sorted((file.removeprefix(f"{images_folder}{os.sep}"), label) for file, label in items)
@@ -177,16 +118,16 @@ def food101_source(root: str | Path, download: bool) -> Source:
     )
 
 
-def with_validation(source: Source, per_class: int) -> Source:
-    """`source` with a validation split of `per_class` images of each class taken out of its training split, or out of
-    all its images where it has no splits; of small classes at most a fifth. A source with a val split keeps its own.
+def with_validation(files: LabelledFiles, per_class: int) -> LabelledFiles:
+    """`files` with a validation split of `per_class` images of each class taken out of its training split, or out of
+    all its images where it has no splits; of small classes at most a fifth. Those with a val split keep their own.
 
     Which images is decided by a hash of their file names: the same in every layout, and when others are added, most of
     them stay.
     """
-    (first, items), *others = source.splits.items()
-    if per_class == 0 or "val" in source.splits or first not in ("train", "all"):
-        return source
+    (first, items), *others = files.splits.items()
+    if per_class == 0 or "val" in files.splits or first not in ("train", "all"):
+        return files
     of_class: dict[int, list[str]] = {}
     for name, label in items:
         of_class.setdefault(label, []).append(name)
@@ -197,7 +138,7 @@ def with_validation(source: Source, per_class: int) -> Source:
     }
     if not taken:
         note = f"no validation split: no class has {VALIDATION_SHARE} images, of which one could be taken"
-        return dataclasses.replace(source, notes=(*source.notes, note))
+        return dataclasses.replace(files, notes=(*files.notes, note))
     note = (
         f"val: {len(taken)} images taken out of train by a hash of their names, {per_class} of each class, or a fifth "
         f"of one that has fewer than {per_class * VALIDATION_SHARE} (--validation-per-class 0 leaves them in)"
@@ -207,7 +148,7 @@ def with_validation(source: Source, per_class: int) -> Source:
         "val": [item for item in items if item[0] in taken],
         **dict(others),
     }
-    return dataclasses.replace(source, splits=splits, notes=(*source.notes, note))
+    return dataclasses.replace(files, splits=splits, notes=(*files.notes, note))
 
 
 def _name_hash(name: str) -> tuple[str, str]:
@@ -229,10 +170,6 @@ def _open(path: Path) -> Folder | Archive:
             raise UserError(f"{path} is neither a folder nor a zip archive (or the archive is damaged)")
         return Archive(path)
     raise UserError(f"there is no folder or zip archive at {path}")
-
-
-def is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part in JUNK for part in name.split("/"))
 
 
 def _wrapping_folders(images: list[tuple[str, ...]]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from improved_diffusion.data.sources import folder_source, food101_source
+from improved_diffusion.data.labelled_files import labelled_folder, labelled_food101
 from improved_diffusion.errors import UserError
 
 ODD_NAMES = ["crème brûlée", "寿司", 'it\'s "it"', "a & b; $(c)", "ends with space ", "#1 100%", "ZEBRA", "new\nline"]
@@ -32,43 +32,43 @@ def make_zip(path: Path, *names: str) -> Path:
 
 @pytest.fixture(params=["folder", "zip"])
 def make(request: pytest.FixtureRequest, tmp_path: Path):
-    """Both kinds of source must read the same names the same way."""
+    """Both kinds of container must read the same names the same way."""
     if request.param == "folder":
         return lambda *names: make_files(tmp_path / "set", *names)
     return lambda *names: make_zip(tmp_path / "set.zip", *names)
 
 
 def test_class_folders(make):
-    source = folder_source(make("b/2.png", "a/1.JPG", "b/1.jpeg"))
-    assert source.class_names == ("a", "b")
-    assert source.splits == {"all": [("a/1.JPG", 0), ("b/1.jpeg", 1), ("b/2.png", 1)]}
-    assert source.files.read("b/2.png") == b"b/2.png"
+    found = labelled_folder(make("b/2.png", "a/1.JPG", "b/1.jpeg"))
+    assert found.class_names == ("a", "b")
+    assert found.splits == {"all": [("a/1.JPG", 0), ("b/1.jpeg", 1), ("b/2.png", 1)]}
+    assert found.container.read("b/2.png") == b"b/2.png"
 
 
 def test_splits_share_one_class_list(make):
-    source = folder_source(make("val/c/1.png", "train/b/1.png", "test/a/1.png", "train/c/1.png"))
-    assert source.class_names == ("a", "b", "c")
-    assert list(source.splits) == ["train", "val", "test"]
-    assert source.splits["train"] == [("train/b/1.png", 1), ("train/c/1.png", 2)]
-    assert source.splits["test"] == [("test/a/1.png", 0)]
+    found = labelled_folder(make("val/c/1.png", "train/b/1.png", "test/a/1.png", "train/c/1.png"))
+    assert found.class_names == ("a", "b", "c")
+    assert list(found.splits) == ["train", "val", "test"]
+    assert found.splits["train"] == [("train/b/1.png", 1), ("train/c/1.png", 2)]
+    assert found.splits["test"] == [("test/a/1.png", 0)]
 
 
 def test_odd_class_names_survive(make):
-    source = folder_source(make(*(f"{name}/{name}.png" for name in ODD_NAMES)))
-    assert source.class_names == tuple(sorted(ODD_NAMES))
-    for name, label in source.splits["all"]:
-        assert name == f"{source.class_names[label]}/{source.class_names[label]}.png"
-        assert source.files.read(name) == name.encode()
+    found = labelled_folder(make(*(f"{name}/{name}.png" for name in ODD_NAMES)))
+    assert found.class_names == tuple(sorted(ODD_NAMES))
+    for name, label in found.splits["all"]:
+        assert name == f"{found.class_names[label]}/{found.class_names[label]}.png"
+        assert found.container.read(name) == name.encode()
 
 
 def test_undecodable_folder_name_survives(tmp_path: Path):
     name = os.fsdecode(b"caf\xe9")
     try:
-        source = folder_source(make_files(tmp_path, f"{name}/1.png"))
+        found = labelled_folder(make_files(tmp_path, f"{name}/1.png"))
     except OSError:
         pytest.skip("the file system takes UTF-8 names only")
-    assert source.class_names == (name,)
-    assert source.files.read(f"{name}/1.png") == b"caf\xe9/1.png"
+    assert found.class_names == (name,)
+    assert found.container.read(f"{name}/1.png") == b"caf\xe9/1.png"
 
 
 def test_zip_names_without_the_utf8_flag(tmp_path: Path):
@@ -79,57 +79,57 @@ def test_zip_names_without_the_utf8_flag(tmp_path: Path):
         archive.writestr("cafX/1.png", "")
     raw = path.read_bytes().replace(b"crXXme", "crème".encode()).replace(b"cafX", "café".encode("cp437"))
     path.write_bytes(raw)
-    source = folder_source(path)
-    assert source.class_names == ("café", "crème")
-    assert source.files.read("crème/1.png") == b"content"
+    found = labelled_folder(path)
+    assert found.class_names == ("café", "crème")
+    assert found.container.read("crème/1.png") == b"content"
 
 
 def test_hidden_and_system_files_are_skipped(make):
-    source = folder_source(
+    found = labelled_folder(
         make("a/1.png", "a/.hidden.png", ".git/x.png", "__MACOSX/a/1.png", "a/Thumbs.db", "a/.DS_Store", "b/1.png")
     )
-    assert source.splits == {"all": [("a/1.png", 0), ("b/1.png", 1)]}
-    assert source.notes == ()
+    assert found.splits == {"all": [("a/1.png", 0), ("b/1.png", 1)]}
+    assert found.notes == ()
 
 
 def test_stray_files_and_empty_folders_are_noted(make):
-    source = folder_source(make("a/1.png", "a/notes.txt", "a/2.txt", "README", "a/photo.raw"))
-    assert source.splits == {"all": [("a/1.png", 0)]}
-    (note,) = source.notes
+    found = labelled_folder(make("a/1.png", "a/notes.txt", "a/2.txt", "README", "a/photo.raw"))
+    assert found.splits == {"all": [("a/1.png", 0)]}
+    (note,) = found.notes
     assert note == "skipped 4 files that are no images: 2 .txt, 1 no extension, 1 .raw"
 
 
 def test_folder_without_images_is_no_class(tmp_path: Path):
     make_files(tmp_path, "a/1.png", "b/readme.txt")
     (tmp_path / "c").mkdir()
-    source = folder_source(tmp_path)
-    assert source.class_names == ("a",)
-    assert source.notes[1] == "skipped 2 folders without images: 'b', 'c'"
+    found = labelled_folder(tmp_path)
+    assert found.class_names == ("a",)
+    assert found.notes[1] == "skipped 2 folders without images: 'b', 'c'"
 
 
 def test_deeper_folders_belong_to_their_class(make):
-    source = folder_source(make("a/x/1.png", "a/x/y/2.png", "a/3.png", "b/1.png"))
-    assert source.class_names == ("a", "b")
-    assert [label for _, label in source.splits["all"]] == [0, 0, 0, 1]
+    found = labelled_folder(make("a/x/1.png", "a/x/y/2.png", "a/3.png", "b/1.png"))
+    assert found.class_names == ("a", "b")
+    assert [label for _, label in found.splits["all"]] == [0, 0, 0, 1]
 
 
 def test_wrapping_folder_is_looked_through(make):
-    source = folder_source(make("my set/train/a/1.png", "my set/test/b/1.png"))
-    assert source.class_names == ("a", "b")
-    assert source.splits == {"train": [("my set/train/a/1.png", 0)], "test": [("my set/test/b/1.png", 1)]}
+    found = labelled_folder(make("my set/train/a/1.png", "my set/test/b/1.png"))
+    assert found.class_names == ("a", "b")
+    assert found.splits == {"train": [("my set/train/a/1.png", 0)], "test": [("my set/test/b/1.png", 1)]}
 
 
 def test_single_class(make):
-    assert folder_source(make("a/1.png", "a/2.png")).class_names == ("a",)
+    assert labelled_folder(make("a/1.png", "a/2.png")).class_names == ("a",)
 
 
 def test_single_split(make):
-    source = folder_source(make("train/a/1.png"))
-    assert (source.class_names, list(source.splits)) == (("a",), ["train"])
+    found = labelled_folder(make("train/a/1.png"))
+    assert (found.class_names, list(found.splits)) == (("a",), ["train"])
 
 
 def test_class_called_train_beside_other_classes(make):
-    assert folder_source(make("bus/1.png", "train/1.png")).class_names == ("bus", "train")
+    assert labelled_folder(make("bus/1.png", "train/1.png")).class_names == ("bus", "train")
 
 
 @pytest.mark.parametrize(
@@ -143,20 +143,20 @@ def test_class_called_train_beside_other_classes(make):
 )
 def test_wrong_layout(make, names: list[str], message: str):
     with pytest.raises(UserError, match=message):
-        folder_source(make(*names))
+        labelled_folder(make(*names))
 
 
-def test_not_a_source(tmp_path: Path):
+def test_neither_folder_nor_archive(tmp_path: Path):
     (tmp_path / "x.tar").write_bytes(b"not a zip")
     with pytest.raises(UserError, match="neither a folder nor a zip"):
-        folder_source(tmp_path / "x.tar")
+        labelled_folder(tmp_path / "x.tar")
     with pytest.raises(UserError, match="there is no folder or zip archive at"):
-        folder_source(tmp_path / "missing")
+        labelled_folder(tmp_path / "missing")
 
 
 def test_archive_can_go_to_another_process(tmp_path: Path):
-    source = folder_source(make_zip(tmp_path / "set.zip", "a/1.png"))
-    assert pickle.loads(pickle.dumps(source.files)).read("a/1.png") == b"a/1.png"
+    found = labelled_folder(make_zip(tmp_path / "set.zip", "a/1.png"))
+    assert pickle.loads(pickle.dumps(found.container)).read("a/1.png") == b"a/1.png"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,19 +179,19 @@ def make_food101(root: Path) -> Path:
 @pytest.mark.parametrize("inside", [False, True])
 def test_food101_from_an_existing_root(tmp_path: Path, inside: bool):
     root = make_food101(tmp_path / "torch data")
-    source = food101_source(root / "food-101" if inside else root, download=False)
-    assert source.class_names == ("apple_pie", "waffles")
-    assert source.splits == {
+    found = labelled_food101(root / "food-101" if inside else root, download=False)
+    assert found.class_names == ("apple_pie", "waffles")
+    assert found.splits == {
         "train": [("apple_pie/1.jpg", 0), ("waffles/10.jpg", 1), ("waffles/9.jpg", 1)],
         "test": [("apple_pie/2.jpg", 0), ("waffles/3.jpg", 1)],
     }
-    assert source.files.read("waffles/9.jpg") == b"waffles/9.jpg"
+    assert found.container.read("waffles/9.jpg") == b"waffles/9.jpg"
 
 
 def test_food101_missing_or_damaged(tmp_path: Path):
     with pytest.raises(UserError, match="no usable food-101/"):
-        food101_source(tmp_path / "nowhere", download=False)
+        labelled_food101(tmp_path / "nowhere", download=False)
     root = make_food101(tmp_path)
     (root / "food-101" / "meta" / "test.json").write_text("{")
     with pytest.raises(UserError, match=r"meta/test\.json"):
-        food101_source(root, download=False)
+        labelled_food101(root, download=False)

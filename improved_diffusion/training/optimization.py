@@ -1,0 +1,50 @@
+"""The optimizers of a run, and their learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from improved_diffusion.config import TrainingConfig
+from improved_diffusion.models import Backbone
+
+Optimizers = dict[str, torch.optim.Optimizer]
+
+
+def make_optimizers(training: TrainingConfig, network: Backbone) -> Optimizers:
+    """AdamW as "optimizer", the name that it has in checkpoints; with `training.optimizer` muon also Muon (Jordan et
+    al. 2024) for the network's hidden matrices, which AdamW then leaves alone.
+
+    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate and
+    one weight decay serve both.
+    """
+    shared = {"lr": training.lr, "weight_decay": training.weight_decay}
+    matrices = network.hidden_matrices() if training.optimizer == "muon" else []
+    taken = set(map(id, matrices))
+    rest = [parameter for parameter in network.parameters() if id(parameter) not in taken]
+    optimizers: Optimizers = {
+        "optimizer": torch.optim.AdamW(rest, betas=training.betas, eps=training.eps, fused=True, **shared)
+    }
+    if matrices:
+        optimizers["muon"] = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared)
+    return optimizers
+
+
+def learning_rate(training: TrainingConfig, step: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    It rises linearly over the first `warmup_steps`. Then it is constant; or falls to 0 along half a cosine (Loshchilov
+    & Hutter 2017, arXiv:1608.03983); or is constant up to the last `cooldown_steps`, over which it falls linearly
+    (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395). The last step's is the last above 0.
+    """
+    warm = min(1.0, (step + 1) / max(1, training.warmup_steps))
+    left = training.steps - step
+    if training.lr_schedule == "cosine":
+        done = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+        decayed = (1 + math.cos(math.pi * max(0.0, done))) / 2
+    elif training.lr_schedule == "wsd":
+        decayed = min(1.0, left / max(1, training.cooldown_steps or 0))
+    else:
+        decayed = 1.0
+    return training.lr * min(warm, decayed)
