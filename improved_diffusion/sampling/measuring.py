@@ -95,6 +95,8 @@ class Drawn:
     """Of the images; by default another than that of the evaluations by which a run's best was chosen."""
     guide: Model | None = None
     """By which the model is guided."""
+    ema_length: float | None = None
+    """As for `load`."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Of the model's own sampling settings: see `change_sampling`."""
 
@@ -187,7 +189,7 @@ def _opened(side: Images, drawn: Drawn, device: torch.device) -> Source | Featur
     if isinstance(side, np.ndarray):
         return ArraySource("an array", side)
     if is_model(side):
-        model = load(side, drawn.checkpoint, drawn.ema, device)
+        model = load(side, drawn.checkpoint, drawn.ema, device, ema_length=drawn.ema_length)
         return model if drawn.guide is None else model.guided_by(drawn.guide)
     return FeatureStatistics.load(side) if is_statistics_file(side) else open_source(side)
 
