@@ -157,7 +157,7 @@ def _load_file(file: Path, ema: float | None, device: torch.device) -> Model:
 def _model_of(content: ModelFile, file: Path, source: Path, device: torch.device) -> Model:
     network = build_network(content.config, len(content.class_names))
     set_weights(network, dict(content.weights))
-    network.to(device, memory_format=torch.channels_last).eval()
+    network.to(device).to(memory_format=torch.channels_last).eval()
     return Model(
         config=content.config,
         class_names=content.class_names,
