@@ -33,6 +33,7 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # Fine-tuning, with older versions of the libraries that it builds on.
 test-older: .venv-older/installed

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
-from improved_diffusion.sampling.flags import add_sampling_flags, flag_changes, split_guide
+from improved_diffusion.sampling.flags import EMA_LENGTH_HELP, add_sampling_flags, flag_changes, split_guide
 
 OF_TRAINING_IMAGES = ["floor", "memorisation", "class-accuracy"]
 METRICS = [  # as improved_diffusion.metrics.METRICS, which a test compares; importing that takes seconds
@@ -61,6 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--per-class", type=int, help="images that a run generates (default: as many as REAL has)")
     add("--checkpoint", help="of a run: best, latest or step_0015000.pt (default: best, or else latest)")
     add("--ema", type=float, metavar="RATE", help="of a run: which moving average of its weights (default: the first)")
+    add("--ema-length", type=float, metavar="SIGMA_REL", help=f"of a run: {EMA_LENGTH_HELP}")
     add("--generation-seed", type=int, default=1, help="of a run's images (default: %(default)s)")
     add_sampling_flags(parser)
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
@@ -114,6 +115,7 @@ def main() -> None:
             drawn=Drawn(
                 *(options.per_class, options.checkpoint, options.ema, options.generation_seed, guide),
                 changes=flag_changes(options),
+                ema_length=options.ema_length,
             ),
             extraction=Extraction(options.weights, options.preprocessing, options.fast, options.batch_size),
             always=options.save_statistics is not None,

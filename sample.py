@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
-from improved_diffusion.sampling.flags import add_sampling_flags, flag_changes, split_guide
+from improved_diffusion.sampling.flags import EMA_LENGTH_HELP, add_sampling_flags, flag_changes, split_guide
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -23,6 +23,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", help="best, latest or step_0015000.pt (default: best, or else latest)")
     parser.add_argument("--ema", type=float, metavar="RATE", help="moving average of the weights (default: the first)")
+    parser.add_argument("--ema-length", type=float, metavar="SIGMA_REL", help=EMA_LENGTH_HELP)
     parser.add_argument("--n", type=int, default=16, help="images per class (default: 16)")
     parser.add_argument("--batch-size", type=int, help="images drawn at once; changes speed and memory only")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -47,7 +48,10 @@ def main(arguments: list[str]) -> int:
     from improved_diffusion.sampling.writing import grid_file, write_samples
 
     with start_processes() as processes:
-        model = load(options.run or newest_run(), options.checkpoint, options.ema, processes.device)
+        model = load(
+            *(options.run or newest_run(), options.checkpoint, options.ema, processes.device),
+            ema_length=options.ema_length,
+        )
         if options.guide:
             model = model.guided_by(load(*split_guide(options.guide), device=processes.device))
         sampling = change_sampling(model.config.sampling, **flag_changes(options), batch_size=options.batch_size)

@@ -55,6 +55,10 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.6",
             "import-linter>=2.0",
+            "mypy>=1.14",
+            "types-PyYAML",
+            "nbclient>=0.10",  # these two run the notebook
+            "ipykernel>=6.29",
             "torch-fidelity>=0.4",  # an independent answer for KID, precision and recall, Inception Score
             *SIMILARITY,
             *PERSONALIZE,

@@ -331,7 +331,10 @@ class Config:
         require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         timesteps, diffusion, sampling = self.diffusion.timesteps, self.diffusion, self.sampling
         require(
-            None in (sampling.steps, timesteps) or sampling.chosen_spacing != "uniform" or sampling.steps <= timesteps,
+            sampling.steps is None
+            or timesteps is None
+            or sampling.chosen_spacing != "uniform"
+            or sampling.steps <= timesteps,
             f"sampling.steps ({sampling.steps}) must not exceed diffusion.timesteps ({timesteps})",
         )
         require(
@@ -373,7 +376,8 @@ class Config:
 class TransformerRun(Config):
     """A run of a transformer."""
 
-    model: TransformerConfig = field(default_factory=TransformerConfig)
+    # The parser wants one class here, not a union; what is read of `model` elsewhere is what both kinds have.
+    model: TransformerConfig = field(default_factory=TransformerConfig)  # type: ignore[assignment]
 
 
 RUNS: dict[str, type[Config]] = {"unet": Config, "transformer": TransformerRun}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import yaml
 
@@ -21,9 +21,7 @@ from improved_diffusion.checkpoint_file import write_checkpoint
 from improved_diffusion.config import Config, load_config
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write, exclusive
-from improved_diffusion.settings import load_settings, to_plain
-
-Settings = TypeVar("Settings")
+from improved_diffusion.settings import Settings, load_settings, to_plain
 
 CHECKPOINT_NAME = re.compile(r"step_(\d{7,})\.pt")
 
@@ -96,7 +94,13 @@ class RunDirectory:
         entries = (yaml.safe_load(self.config_file.read_text()) or {}).get("provenance")
         return entries if isinstance(entries, list) else []
 
-    def read_config(self, kind: type[Settings] = Config) -> Settings:
+    @overload
+    def read_config(self) -> Config: ...
+
+    @overload
+    def read_config(self, kind: type[Settings]) -> Settings: ...
+
+    def read_config(self, kind: type[Any] = Config) -> Any:
         """The resolved settings of the run, one of the pixel job by default.
 
         Raises:

@@ -12,7 +12,7 @@ import math
 import re
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jsonargparse
 import yaml
@@ -21,7 +21,10 @@ from improved_diffusion.errors import UserError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 LARGEST = 2**63  # whole number that PyTorch and numpy count with
 
@@ -104,7 +107,7 @@ def _require_values(kind: type, values: argparse.Namespace, group: str = "") -> 
     """
     for name, hint in typing.get_type_hints(kind).items():
         value, key = getattr(values, name), group + name
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             _require_values(hint, value, f"{key}.")
             continue
         may_be_null = type(None) in typing.get_args(hint)

@@ -17,7 +17,8 @@ from improved_diffusion.diffusion.schedule import NoiseSchedule
 
 def posterior_mean(level: NoiseLevel, x_start: Tensor, x_t: Tensor) -> Tensor:
     """The mean of q(x_s | x_t, x_0), for the reverse step of `level` (DDPM, equation 7)."""
-    return like(level.step.mean_x_start, x_t) * x_start + like(level.step.mean_x_t, x_t) * x_t
+    step = level.reverse_step
+    return like(step.mean_x_start, x_t) * x_start + like(step.mean_x_t, x_t) * x_t
 
 
 def bound_term(level: NoiseLevel, x_start: Tensor, x_t: Tensor, prediction: Prediction) -> Tensor:
@@ -28,13 +29,14 @@ def bound_term(level: NoiseLevel, x_start: Tensor, x_t: Tensor, prediction: Pred
     last beta is capped, which leaves 1 / sqrt(abar_T) in the thousands. It is near 0 once the network has learnt
     eps = x_t there. Whoever averages over t must not let that one term drown the others.
     """
+    step, log_variance = level.reverse_step, prediction.known_log_variance
     mean, true_mean = (posterior_mean(level, x_0, x_t) for x_0 in (prediction.x_start, x_start))
-    divergence = gaussian_kl(true_mean, like(level.step.log_variance, x_t), mean, prediction.log_variance)
-    to_image = (level.step.variance == 0).to(x_t.device).expand(len(x_t))
+    divergence = gaussian_kl(true_mean, like(step.log_variance, x_t), mean, log_variance)
+    to_image = (step.variance == 0).to(x_t.device).expand(len(x_t))
     # In other steps the decoder is not used, but a NaN in its gradient would be: there it gets harmless arguments.
     decodes = to_image.view(-1, *(1,) * (x_t.ndim - 1))
     decoder = -discretized_gaussian_log_likelihood(
-        x_start, torch.where(decodes, mean, x_start), torch.where(decodes, prediction.log_variance, 0.0)
+        x_start, torch.where(decodes, mean, x_start), torch.where(decodes, log_variance, 0.0)
     )
     return torch.where(to_image, to_bits_per_dim(decoder), to_bits_per_dim(divergence))
 
@@ -86,6 +88,6 @@ def variational_bound(
         vlb.append(bound_term(level, x_start, x_t, prediction))
         xstart_mse.append((prediction.x_start - x_start).square().flatten(1).mean(1))
         mse.append((prediction.eps - noise).square().flatten(1).mean(1))
-    terms = [torch.stack(column[::-1], dim=1) for column in (vlb, xstart_mse, mse)]
+    terms, x_start_errors, eps_errors = (torch.stack(column[::-1], dim=1) for column in (vlb, xstart_mse, mse))
     prior = prior_term(schedule, x_start)
-    return VariationalBound(*terms, prior, terms[0].sum(1) + prior)
+    return VariationalBound(terms, x_start_errors, eps_errors, prior, terms.sum(1) + prior)

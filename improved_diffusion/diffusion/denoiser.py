@@ -32,6 +32,13 @@ class Prediction:
     eps: Tensor
     log_variance: Tensor | None = None
 
+    @property
+    def known_log_variance(self) -> Tensor:
+        """`log_variance`, for who needs one. Raises ValueError where there is none."""
+        if self.log_variance is None:
+            raise ValueError("this prediction has no variance: its noise level has no reverse step")
+        return self.log_variance
+
 
 class Denoiser(Protocol):
     """x_t (N, C, H, W), a noise level of shape () or (N,), y int64 (N,) classes or None -> Prediction."""
@@ -94,7 +101,7 @@ class NetworkDenoiser:
 
         v is not clamped: it may pass these bounds.
         """
-        step = level.step
+        step = level.reverse_step
         if v is None:
             fixed = step.log_variance if self.variance == "fixed_small" else step.log_fixed_large
             return like(fixed, x_t).expand_as(x_t)

@@ -45,9 +45,9 @@ class ClassifierFreeGuidance:
             return self.denoiser(x_t, level, y)
         labels = torch.cat([y, torch.full_like(y, self.null_class)])
         both = self.denoiser(torch.cat([x_t, x_t]), level, labels)
-        halves = [None if field is None else field.chunk(2) for field in (both.x_start, both.eps, both.log_variance)]
-        good, worse = (Prediction(*(None if pair is None else pair[i] for pair in halves)) for i in range(2))
-        return extrapolate(good, worse, self.scale)
+        (x_start, worse_x_start), (eps, worse_eps) = both.x_start.chunk(2), both.eps.chunk(2)
+        log_variance = None if both.log_variance is None else both.log_variance.chunk(2)[0]
+        return extrapolate(Prediction(x_start, eps, log_variance), Prediction(worse_x_start, worse_eps), self.scale)
 
 
 class AutoGuidance:

@@ -111,9 +111,9 @@ class Objective:
         if weighting is None and self.loss_space in (None, prediction):
             return None
         divisor = determinant(prediction, level).clamp(min=LEAST_DIVISOR)
-        if weighting is None:
-            return (determinant(self.loss_space, level) / divisor).square()
-        return weighting(level) * (level.sigma / divisor).square()
+        if weighting is not None:
+            return weighting(level) * (level.sigma / divisor).square()
+        return (determinant(self.loss_space or prediction, level) / divisor).square()
 
 
 def named_objective(
@@ -122,5 +122,7 @@ def named_objective(
     """The product called `name`: mse, hybrid (with `vlb_weight`), or vlb, T times the term, which at uniform t is an
     unbiased estimate of the sum over t."""
     if name == "vlb":
+        if timesteps is None:
+            raise ValueError("the vlb objective is a sum over T steps: there are none in continuous time")
         return Objective(mean_weight=0.0, vlb_weight=float(timesteps))
     return Objective(loss_space, weighting, vlb_weight=vlb_weight if name == "hybrid" else 0.0)

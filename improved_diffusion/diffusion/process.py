@@ -9,6 +9,8 @@ et al. 2022, arXiv:2206.00364), in which processes can be compared. Levels and w
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +51,13 @@ class NoiseLevel:
     step: ReverseStep | None = None
 
     @property
+    def reverse_step(self) -> ReverseStep:
+        """`step`, for who needs one. Raises ValueError where the level is on no grid."""
+        if self.step is None:
+            raise ValueError("this noise level is on no grid: there is no reverse step from it")
+        return self.step
+
+    @property
     def noise_to_signal(self) -> Tensor:
         """sigma / signal, infinite where there is no signal."""
         return self.sigma / self.signal
@@ -79,8 +88,11 @@ class Process(Protocol):
     some parameterizations would have to divide by. `timesteps` is T where only the levels 1/T, 2/T, ... 1 are trained.
     """
 
-    last_level: float
-    timesteps: int | None
+    @property
+    def last_level(self) -> float: ...
+
+    @property
+    def timesteps(self) -> int | None: ...
 
     def at(self, t: Tensor) -> NoiseLevel:
         """The level `t`, float64 in [0, 1]."""
@@ -91,7 +103,7 @@ class Process(Protocol):
         ...
 
 
-class _Continuous:
+class _Continuous(ABC):
     timesteps = None
 
     def __init__(self) -> None:
@@ -99,6 +111,12 @@ class _Continuous:
         self.last_level = float(self.level_of(one * self.most_noise_to_signal))
 
     most_noise_to_signal = 1000.0
+
+    @abstractmethod
+    def signal_and_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def level_of(self, noise_to_signal: Tensor) -> Tensor: ...
 
     def at(self, t: Tensor) -> NoiseLevel:
         return NoiseLevel(t, t, *self.signal_and_sigma(t))
@@ -213,4 +231,9 @@ class TabulatedProcess:
         return (torch.where(below <= 0, below, position) + 1) / self.timesteps
 
 
-PROCESSES = {"cosine": CosineProcess, "linear": LinearProcess, "flow": RectifiedFlow, "ve": VarianceExploding}
+PROCESSES: dict[str, Callable[[], Process]] = {
+    "cosine": CosineProcess,
+    "linear": LinearProcess,
+    "flow": RectifiedFlow,
+    "ve": VarianceExploding,
+}

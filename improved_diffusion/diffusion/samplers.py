@@ -56,7 +56,7 @@ def ancestral(
         on_step(step, prediction)
         x = posterior_mean(level, prediction.x_start, x)
         if step > 0:
-            x = x + torch.exp(0.5 * prediction.log_variance) * draw_noise()
+            x = x + torch.exp(0.5 * prediction.known_log_variance) * draw_noise()
     return x
 
 
@@ -85,7 +85,7 @@ def ddim(
         level, (signal, sigma) = schedule.at(step), _next(schedule, step)
         prediction = denoiser(x, level, y)
         on_step(step, prediction)
-        fresh = eta * level.step.variance.sqrt()
+        fresh = eta * level.reverse_step.variance.sqrt()
         direction = (sigma.square() - fresh.square()).clamp(min=0).sqrt()
         x = like(signal, x) * prediction.x_start + like(direction, x) * prediction.eps
         if eta > 0 and step > 0:
@@ -161,19 +161,20 @@ def dpmpp_2m(
     """
     _require_eta(eta)
     x = _start(schedule, x_T)
-    last_x_start, last_h = None, None
+    last: tuple[Tensor, Tensor] | None = None  # x_0 and h of the step before
     for step in reversed(range(len(schedule))):
         level, (signal, sigma) = schedule.at(step), _next(schedule, step)
         prediction = denoiser(x, level, y)
         on_step(step, prediction)
         shrink = sigma / signal / level.noise_to_signal  # exp(-h), where lambda rises by h; 0 in the step to the image
         x_start, h = prediction.x_start, -torch.log(shrink)
-        if last_x_start is not None and step > 0:
+        if last is not None and step > 0:
+            last_x_start, last_h = last
             x_start = x_start + like(h / (2 * last_h), x) * (x_start - last_x_start)
         x = like(sigma / level.sigma * shrink**eta, x) * x + like(signal * (1 - shrink ** (1 + eta)), x) * x_start
         if eta > 0 and step > 0:
             x = x + like(sigma * torch.sqrt(1 - shrink ** (2 * eta)), x) * draw_noise()
-        last_x_start, last_h = prediction.x_start, h
+        last = prediction.x_start, h
     return x
 
 
@@ -193,4 +194,4 @@ def _require_eta(eta: float) -> None:
         raise ValueError(f"eta must be between 0 and 1, not {eta}")
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"ancestral": ancestral, "ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,9 +71,9 @@ class Measurement:
 class ImageSets:
     """What is compared, each as {feature size: features}; saved statistics in place of features serve FID alone."""
 
-    real: dict[int, Side]
-    fake: dict[int, Side]
-    train: dict[int, Features] | None = None
+    real: Mapping[int, Side]
+    fake: Mapping[int, Side]
+    train: Mapping[int, Features] | None = None
 
 
 def feature_sizes(metrics: Iterable[str], features: int) -> set[int]:

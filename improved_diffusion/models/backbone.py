@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + null_class, embedding_channels)
 
-    def hidden_matrices(self) -> list[nn.Parameter]:
+    def hidden_matrices(self) -> list[Tensor]:
         """The matrices between the first layer and the last: what Muon is for."""
         layers = (layer for part in self.hidden_parts() for layer in part.modules())
         return [layer.weight for layer in layers if isinstance(layer, nn.Linear)]

@@ -79,6 +79,7 @@ def number_of_steps(diffusion: DiffusionConfig, sampling: SamplingConfig) -> int
 def build_denoiser(config: Config, network: Network) -> NetworkDenoiser:
     """`network` as a denoiser."""
     diffusion = config.diffusion
+    assert diffusion.variance is not None  # Config fills it in
     scale_input = diffusion.prediction == "edm" or PROCESSES[diffusion.schedule] is VarianceExploding
     return NetworkDenoiser(
         network, diffusion.prediction, diffusion.variance, diffusion.timestep_range, scale_input=scale_input

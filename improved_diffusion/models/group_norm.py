@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ class GroupNorm(nn.GroupNorm):
         # CUDA autocast would make float32 of bfloat16 activations here: twice the memory traffic, for kernels that
         # accumulate in float32 anyway.
         with without_autocast(x.device):
-            weight, bias = self.weight, self.bias
-            if scale is not None:  # one affine map in place of two
+            weight: Tensor = self.weight
+            bias: Tensor = self.bias
+            if scale is not None and shift is not None:  # one affine map in place of two
                 gain = 1 + scale.float()
                 weight, bias = weight * gain, bias * gain + shift.float()
             if x.device.type == "cpu" and (x.dtype == torch.bfloat16 or _is_channels_last_float32(x)):
@@ -44,7 +46,7 @@ class _GroupNormOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         """`x`: (N, C, H, W). `weight`, `bias`: float32, (C,) or (N, C)."""
         n, c, h, w = x.shape
         of_all = weight.dim() == 1
@@ -58,7 +60,7 @@ class _GroupNormOnCPU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With x_hat = (x - mean) * rstd and g = grad * weight,
 
             dx = rstd * (g - mean over the group of g - x_hat * mean over the group of (g * x_hat))

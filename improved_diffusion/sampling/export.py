@@ -15,6 +15,7 @@ import torch
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.provenance import project_version
+from improved_diffusion.sampling.flags import EMA_LENGTH_HELP
 from improved_diffusion.sampling.loading import load
 from improved_diffusion.sampling.model import Model
 from improved_diffusion.sampling.model_file import SUFFIX, ModelFile
@@ -43,6 +44,7 @@ def export(model: Model, path: Path, *, half: bool = False) -> None:
         class_names=model.class_names,
         step=model.step,
         ema_rate=model.ema_rate,
+        ema_length=model.ema_length,
         selected_on=model.selected_on,
         provenance={**model.provenance, **origin},
     ).write(path)
@@ -56,9 +58,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"a name that ends in {SUFFIX}")
     parser.add_argument("--checkpoint", help="best, latest or step_0015000.pt (default: best, or else latest)")
     parser.add_argument("--ema", type=float, metavar="RATE", help="moving average of the weights (default: the first)")
+    parser.add_argument("--ema-length", type=float, metavar="SIGMA_REL", help=EMA_LENGTH_HELP)
     parser.add_argument("--half", action="store_true", help="weights in float16: half the size, other last digits")
     options = parser.parse_args(arguments)
-    model = load(options.run, options.checkpoint, options.ema, torch.device("cpu"))
+    model = load(options.run, options.checkpoint, options.ema, torch.device("cpu"), ema_length=options.ema_length)
     export(model, options.out, half=options.half)
     print(f"wrote {options.out}: {model.checkpoint} (step {model.step:,}), {options.out.stat().st_size / 1e6:.1f} MB")
 

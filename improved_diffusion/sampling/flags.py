@@ -10,6 +10,8 @@ from typing import Any
 from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
 from improved_diffusion.errors import UserError
 
+EMA_LENGTH_HELP = "average of the weights of this relative length, made of those kept by training.ema_lengths"
+
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """--sampler, --sampling-steps, --spacing, --sampling.options, --guidance-scale, --guidance-interval, --guide."""

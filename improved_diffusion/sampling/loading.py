@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.config import Config
@@ -15,6 +17,7 @@ from improved_diffusion.run_directory import RunDirectory, is_run_directory
 from improved_diffusion.runtime.devices import sampling_precision, usable_device
 from improved_diffusion.sampling.model import Model
 from improved_diffusion.sampling.model_file import SUFFIX, ModelFile
+from improved_diffusion.sampling.posthoc import averaged_weights
 from improved_diffusion.sampling.series import selection
 from improved_diffusion.settings import read_settings
 
@@ -27,6 +30,8 @@ def load(
     checkpoint: str | None = None,
     ema: float | None = None,
     device: torch.device | str | None = None,
+    *,
+    ema_length: float | None = None,
 ) -> Model:
     """The model at `path`.
 
@@ -37,21 +42,27 @@ def load(
         ema: rate of the moving average of the weights; by default the first that is kept, or else the weights
             themselves. An exported file has one.
         device: where the model is wanted: cpu, cuda, cuda:1 ...; by default a GPU if there is one.
+        ema_length: in place of `ema`: the relative length of an average that is made now, of those that a run with
+            `training.ema_lengths` kept (see `averaged_weights`).
 
     Raises:
         UserError: nothing usable at `path`, no such checkpoint, a damaged one, one without that moving average, or a
             device that cannot be used.
     """
+    if ema is not None and ema_length is not None:
+        raise UserError(f"choose one average of the weights: by its rate {ema}, or by its relative length {ema_length}")
     device, path = usable_device(device), Path(path)
     if _is_pretrained(path):
         path = _shipped_run()
     if not _is_model_file(path):
         if path.is_file():
             raise UserError(f"{path} is no model: give a run directory, a checkpoint .pt in one, or a {SUFFIX} file")
-        return _load_run(RunDirectory(path), checkpoint, ema, device)
+        return _load_run(RunDirectory(path), checkpoint, ema, ema_length, device)
     if checkpoint is not None:
         raise UserError(f"{path} is one model: checkpoint {checkpoint} can only be chosen of a run directory")
     if path.suffix == SUFFIX:
+        if ema_length is not None:
+            raise UserError(f"{path} is one model: an average of relative length {ema_length} is made of a run's")
         return _load_file(path, ema, device)
     run = RunDirectory(path.parent.parent)
     if run.checkpoints / path.name != path or not run.config_file.is_file():
@@ -59,7 +70,7 @@ def load(
             f"{path} is not in the checkpoints of a run directory, whose config.yaml says what it is; one of "
             "openai/improved-diffusion is imported with python -m improved_diffusion.models.openai"
         )
-    return _load_run(run, path.name, ema, device)
+    return _load_run(run, path.name, ema, ema_length, device)
 
 
 def is_model(path: Path | str) -> bool:
@@ -103,25 +114,37 @@ def _shipped_run() -> Path:
     return SHIPPED_RUN
 
 
-def _load_run(run: RunDirectory, checkpoint: str | None, ema: float | None, device: torch.device) -> Model:
+def _load_run(
+    run: RunDirectory, checkpoint: str | None, ema: float | None, ema_length: float | None, device: torch.device
+) -> Model:
     config, file = run.read_config(), run.choose_checkpoint(checkpoint)
     state = read_checkpoint(file, ("step", "model", "ema", "class_names"))
-    averages = {float(rate): weights for rate, weights in (state["ema"] or {}).items()}
-    if ema is not None and ema not in averages:
-        stored = f"it has those of {', '.join(map(str, averages))}" if averages else "it has none"
-        raise UserError(f"{file} has no moving average of rate {ema}: {stored}")
-    rate = next(iter(averages), None) if ema is None else ema
+    if ema_length is None:
+        weights, rate = _kept_average(state, ema, file)
+    else:
+        weights, rate = averaged_weights(run, state["step"], ema_length), None
     entries = [entry for entry in run.read_provenance() if isinstance(entry, dict)]
     content = ModelFile(
-        weights=state["model"] if rate is None else averages[rate],
+        weights=weights,
         config=config,
         class_names=tuple(state["class_names"]),
         step=state["step"],
         ema_rate=rate,
+        ema_length=ema_length,
         selected_on=selection(run, state["step"]),
         provenance={"run": run.path.resolve().name, "checkpoint": file.name, **(entries[-1] if entries else {})},
     )
     return _model_of(content, file, run.path, device)
+
+
+def _kept_average(state: dict[str, Any], rate: float | None, file: Path) -> tuple[dict[str, Tensor], float | None]:
+    """The moving average of that rate in a checkpoint, or the first, or else the weights themselves; and its rate."""
+    averages = {float(name): weights for name, weights in (state["ema"] or {}).items()}
+    if rate is not None and rate not in averages:
+        stored = f"it has those of {', '.join(map(str, averages))}" if averages else "it has none"
+        raise UserError(f"{file} has no moving average of rate {rate}: {stored}")
+    rate = next(iter(averages), None) if rate is None else rate
+    return (state["model"] if rate is None else averages[rate]), rate
 
 
 def _load_file(file: Path, ema: float | None, device: torch.device) -> Model:
@@ -134,7 +157,7 @@ def _load_file(file: Path, ema: float | None, device: torch.device) -> Model:
 def _model_of(content: ModelFile, file: Path, source: Path, device: torch.device) -> Model:
     network = build_network(content.config, len(content.class_names))
     set_weights(network, dict(content.weights))
-    network.to(device, memory_format=torch.channels_last).eval()
+    network.to(device).to(memory_format=torch.channels_last).eval()
     return Model(
         config=content.config,
         class_names=content.class_names,
@@ -145,6 +168,7 @@ def _model_of(content: ModelFile, file: Path, source: Path, device: torch.device
         checkpoint=file,
         source=source,
         ema_rate=content.ema_rate,
+        ema_length=content.ema_length,
         selected_on=content.selected_on,
         provenance=content.provenance,
     )

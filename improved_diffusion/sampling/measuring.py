@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.metrics.fid import Side
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import ArraySource, Source, balanced_rows
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
@@ -94,6 +95,8 @@ class Drawn:
     """Of the images; by default another than that of the evaluations by which a run's best was chosen."""
     guide: Model | None = None
     """By which the model is guided."""
+    ema_length: float | None = None
+    """As for `load`."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Of the model's own sampling settings: see `change_sampling`."""
 
@@ -160,24 +163,24 @@ def open_sets(
     opened = [_opened(side, drawn, device) for side in (real, fake)]
     sides = [_side(opened[0], opened[1], drawn), _side(opened[1], opened[0], drawn)]
     trained_on = [open_source(train)] if train and set(metrics) & set(OF_TRAINING_IMAGES) else []
-    identities = {}
+    identities: dict[str, Identity] = {}
     if processes.is_first:
         identities = dict(zip(("real", "fake", "train"), map(identify, [*sides, *trained_on]), strict=False))
         warn_of_selection(identities["real"], identities["fake"])
     if n is not None:
         sides = [_subset(side, n, seed) for side in sides]
-    sides += trained_on
     sizes = feature_sizes(metrics, features) | ({features} if always else set())
     precision = "bf16" if extraction.fast else "float32"
     extractor = FeatureExtractor(sizes, device, extraction.weights, extraction.preprocessing, precision)
-    extracted = [
-        # Statistics of a size that does not fit are refused when they are compared.
-        dict.fromkeys(sizes, side)
-        if isinstance(side, FeatureStatistics)
-        else extract_features(side, extractor, extraction.batch_size, processes)
-        for side in sides
-    ]
-    return MeasuredSets(ImageSets(*extracted), features, device, identities, *sides[1:])
+
+    def features_of(side: Source | FeatureStatistics) -> Mapping[int, Side]:
+        if isinstance(side, FeatureStatistics):  # of a size that does not fit: refused when it is compared
+            return dict.fromkeys(sizes, side)
+        return extract_features(side, extractor, extraction.batch_size, processes)
+
+    trained = extract_features(trained_on[0], extractor, extraction.batch_size, processes) if trained_on else None
+    sets = ImageSets(features_of(sides[0]), features_of(sides[1]), trained)
+    return MeasuredSets(sets, features, device, identities, sides[1], trained_on[0] if trained_on else None)
 
 
 def _opened(side: Images, drawn: Drawn, device: torch.device) -> Source | FeatureStatistics | Model:
@@ -186,7 +189,7 @@ def _opened(side: Images, drawn: Drawn, device: torch.device) -> Source | Featur
     if isinstance(side, np.ndarray):
         return ArraySource("an array", side)
     if is_model(side):
-        model = load(side, drawn.checkpoint, drawn.ema, device)
+        model = load(side, drawn.checkpoint, drawn.ema, device, ema_length=drawn.ema_length)
         return model if drawn.guide is None else model.guided_by(drawn.guide)
     return FeatureStatistics.load(side) if is_statistics_file(side) else open_source(side)
 

@@ -50,7 +50,9 @@ class Model:
     source: Path
     """What it is of: a run directory, or that file."""
     ema_rate: float | None = None
-    """Of the moving average that the weights are; None: of none."""
+    """Of the moving average that the weights are; None: of none, or of one that was made after training."""
+    ema_length: float | None = None
+    """Relative length of the average of the weights, where it was made after training."""
     selected_on: dict[str, Any] | None = field(default=None, repr=False)
     """How it was chosen among the checkpoints of its run, where it was (see `series.selection`)."""
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -233,11 +235,15 @@ class Model:
         return {
             "checkpoint_sha256": self.checkpoint_sha256,
             "step": self.step,
-            "ema_rate": self.ema_rate,
+            **self._average(),
             **sampling_record(self.config, sampling),
-            "guide": None if guide is None else {"sha256": guide.checkpoint_sha256, "ema_rate": guide.ema_rate},
+            "guide": None if guide is None else {"sha256": guide.checkpoint_sha256, **guide._average()},
             "precision": self.precision,
         }
+
+    def _average(self) -> dict[str, Any]:
+        made = {} if self.ema_length is None else {"ema_length": self.ema_length}
+        return {"ema_rate": self.ema_rate, **made}
 
 
 def change_sampling(sampling: SamplingConfig, **given: Any) -> SamplingConfig:

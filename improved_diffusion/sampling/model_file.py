@@ -32,6 +32,7 @@ class ModelFile:
     class_names: tuple[str, ...]
     step: int
     ema_rate: float | None
+    ema_length: float | None
     selected_on: dict[str, Any] | None
     provenance: dict[str, Any]
 
@@ -42,6 +43,7 @@ class ModelFile:
             "class_names": list(self.class_names),
             "step": self.step,
             "ema_rate": self.ema_rate,
+            "ema_length": self.ema_length,
             "selected_on": self.selected_on,
             "provenance": self.provenance,
             "settings": to_plain(self.config),
@@ -83,6 +85,7 @@ class ModelFile:
                 class_names=tuple(description["class_names"]),
                 step=description["step"],
                 ema_rate=description["ema_rate"],
+                ema_length=description["ema_length"],
                 selected_on=description["selected_on"],
                 provenance=description["provenance"],
             )
@@ -95,5 +98,5 @@ def content_sha256(description: str, weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(description.encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -21,7 +21,7 @@ from improved_diffusion.sampling.model import Model
 # The source files, and folders of them, that decide what image a checkpoint, settings and a key give.
 GENERATING_CODE = (
     *("config.py", "diffusion", "models", "runtime"),
-    *(f"sampling/{name}.py" for name in ("generate", "loading", "model", "model_file")),
+    *(f"sampling/{name}.py" for name in ("generate", "loading", "model", "model_file", "posthoc")),
 )
 
 
@@ -129,9 +129,9 @@ def _counts_of(reference: Source | FeatureStatistics | None, model: Model) -> li
     """How many images of each class to generate for a comparison with `reference`."""
     if reference is None:
         raise UserError("two runs have no number of images of their own: give one with --per-class")
-    classes, names = len(model.row_names), getattr(reference, "class_names", None)
-    if classes > 1 and names == model.class_names:
-        return np.bincount(reference.labels, minlength=classes).tolist()
+    classes = len(model.row_names)
+    if classes > 1 and not isinstance(reference, FeatureStatistics) and reference.class_names == model.class_names:
+        return np.bincount(np.asarray(reference.labels), minlength=classes).tolist()
     if classes > 1 and is_image_set(Path(reference.name)):
         raise UserError(
             f"the classes of {reference.name} are not those of the run {model.source}: say how many images to generate "

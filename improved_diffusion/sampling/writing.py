@@ -54,7 +54,7 @@ def write_samples(
     processes.wait()
     if not processes.is_first:
         return out
-    images = np.stack([np.atleast_3d(Image.open(file_of(key))) for key in keys])
+    images = np.stack([np.atleast_3d(np.asarray(Image.open(file_of(key)))) for key in keys])
     labels = np.array([key.class_index for key in keys])
     classes = sorted(set(labels.tolist()))
     rows = np.stack([images[labels == label] for label in classes])

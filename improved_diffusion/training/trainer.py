@@ -27,7 +27,7 @@ from improved_diffusion.models.build import (
 )
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.power_ema import PowerFunctionEMA
-from improved_diffusion.runtime.devices import Processes, arithmetic, with_autocast
+from improved_diffusion.runtime.devices import Processes, arithmetic, upload, with_autocast
 from improved_diffusion.training.optimization import learning_rate, make_optimizers
 from improved_diffusion.training.running_terms import RunningTerms
 
@@ -93,10 +93,10 @@ class Trainer:
             rank=processes.rank,
             world_size=processes.world_size,
         )
-        self.parallel = DistributedDataParallel(self.network) if processes.world_size > 1 else self.network
-        runnable = torch.compile(self.parallel) if training.compile else self.parallel
+        runnable = torch.compile(self.network) if training.compile else self.network
+        self.parallel = DistributedDataParallel(runnable) if processes.world_size > 1 else runnable
         dtype = arithmetic(training.precision, device)
-        self.denoiser = build_denoiser(config, with_autocast(runnable, device, dtype))
+        self.denoiser = build_denoiser(config, with_autocast(self.parallel, device, dtype))
         self.terms = RunningTerms(device)
 
     def train_step(self, x_start: Tensor, y: Tensor) -> None:
@@ -145,8 +145,8 @@ class Trainer:
         noise = torch.randn(n, *config.model.image_shape, generator=noise_generator, device=device)[share]
         if config.model.class_dropout > 0:
             draws = torch.rand(n, generator=seeded_generator(config.seed, CLASS_DROPOUT, self.step))[share]
-            y = torch.where((draws < config.model.class_dropout).to(device), self.num_classes, y)
-        return t[share].to(device), weights[share].to(device), noise, y
+            y = torch.where(upload(draws < config.model.class_dropout, device), self.num_classes, y)
+        return upload(t[share], device), upload(weights[share], device), noise, y
 
     def _dropout_seed(self, part: int) -> int:
         """Seed of the network's dropout, which can only be drawn from the global generator, for a part of the batch."""

@@ -52,7 +52,9 @@ IMAGE_SIZES = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64, (1, 1, 2, 2, 4, 4): 256}  # b
 
 def original_name(name: str) -> str:
     """What openai/improved-diffusion calls the parameter `name` of a `UNet`."""
-    stage, positions, layer, kind = NAME.fullmatch(name).groups()
+    match = NAME.fullmatch(name)
+    assert match is not None
+    stage, positions, layer, kind = match.groups()
     return STAGES[stage] + positions + (f".{LAYERS[layer]}" if layer else "") + f".{kind}"
 
 
