@@ -29,6 +29,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 (N, H, W, 3), labels (N,)")
     parser.add_argument("--strip", action="store_true", help="also draw how the first image of each class comes about")
+    parser.add_argument(
+        "--beside", type=Path, metavar="SET", help="packed set: its images of each class to the right of the grid"
+    )
     parser.add_argument("--out", type=Path, help="folder (default: samples/NAME_OF_THE_RUN, or a free name like it)")
     parser.add_argument("--overwrite", action="store_true", help="replace other samples that are in the folder")
     add_sampling_flags(parser)
@@ -44,6 +47,7 @@ def main(arguments: list[str]) -> int:
     from improved_diffusion.sampling.grids import save_png
     from improved_diffusion.sampling.loading import newest_run
     from improved_diffusion.sampling.model import change_sampling
+    from improved_diffusion.sampling.overview import Overview
     from improved_diffusion.sampling.strip import draw_strip
     from improved_diffusion.sampling.writing import grid_file, write_samples
 
@@ -57,6 +61,7 @@ def main(arguments: list[str]) -> int:
         sampling = change_sampling(model.config.sampling, **flag_changes(options), batch_size=options.batch_size)
         classes = None if options.class_name == "all" else options.class_name
         keys = model.keys(classes, options.n, options.seed)
+        overview = Overview(model, keys, options.beside)
         if processes.is_first:
             trained = f"{model.checkpoint} (step {model.step:,})"
             print(f"model: {trained}; {len(keys)} images, drawn in {model.precision}", flush=True)
@@ -68,7 +73,8 @@ def main(arguments: list[str]) -> int:
             if options.strip:
                 written.append(str(grid_file(out, "_strip")))
                 save_png(draw_strip(model, keys, sampling), grid_file(out, "_strip"))
-            print(f"wrote {grid_file(out)}, {', '.join(written)}")
+            save_png(overview.draw(out), grid_file(out))
+            print(f"wrote {grid_file(out)} ({overview.caption}), {', '.join(written)}")
     return 0
 
 

@@ -18,8 +18,10 @@ from improved_diffusion.errors import UserError
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, sync it to disk and rename it to `path`.
+
+    Without `durable` it is not synced: whole or absent after a kill, but not after a crash of the machine.
 
     Raises:
         UserError: the file cannot be written (no space left, no permission); the temporary file is removed.
@@ -33,8 +35,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         temporary = Path(name)
         temporary.chmod(0o666 & ~_umask())
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"could not write {path}: {error.strerror or error}") from error

@@ -178,7 +178,7 @@ def _write_splits(
         (directory / place).mkdir(exist_ok=True)
         images_file = directory / place / "images.npy"
         keys, labels = [key for key, _ in items], np.array([label for _, label in items], dtype=np.int64)
-        _allocate(images_file, (len(items), *shape))
+        allocate(images_file, (len(items), *shape))
         total = learned_from if split in ("train", "val") else len(items)
         reasons = fill_rows(pool, images_file, keys, f"packing {split}", total)
         if reasons:
@@ -191,7 +191,7 @@ def _write_splits(
     return packed
 
 
-def _allocate(file: Path, shape: tuple[int, ...]) -> None:
+def allocate(file: Path, shape: tuple[int, ...]) -> None:
     """Create the .npy with its disk space reserved: a memory map that runs out of disk kills the process instead."""
     np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):
@@ -203,7 +203,7 @@ def _keep_rows(images_file: Path, kept: np.ndarray) -> None:
     """Rewrite the array with the rows `kept` (increasing) only."""
     images = np.load(images_file, mmap_mode="r")
     compact_file = images_file.with_name("compact.npy")
-    _allocate(compact_file, (len(kept), *images.shape[1:]))
+    allocate(compact_file, (len(kept), *images.shape[1:]))
     compact = np.load(compact_file, mmap_mode="r+")
     rows = max(1, COPY_BYTES // images[:1].nbytes)
     for start in range(0, len(kept), rows):

@@ -49,8 +49,8 @@ def make_grid(
     return np.asarray(page)
 
 
-def save_png(image: np.ndarray, path: Path) -> None:
-    """Write uint8 (H, W, C), C 1 (grey), 3 (RGB) or 4 (RGBA), whole or not at all."""
+def save_png(image: np.ndarray, path: Path, *, durable: bool = True) -> None:
+    """Write uint8 (H, W, C), C 1 (grey), 3 (RGB) or 4 (RGBA), whole or not at all; see `atomic_write`."""
     pixels = image[..., 0] if image.shape[-1] == 1 else image
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=durable) as temporary:
         Image.fromarray(pixels).save(temporary, format="png")
