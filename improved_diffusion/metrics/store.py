@@ -1,10 +1,10 @@
 """Extracting the features of a set of images, bounded in memory and safe from interruption.
 
-Features go to disk in chunks, each written whole or not at all, so that an extraction that was killed goes on with
-the chunks that are missing, and several processes can share one. The finished store is a single array, opened
-memory-mapped; it is found again by the content of the images and every setting.
+Features go to disk in chunks, each written whole or not at all and named by the images that it is of. So an extraction
+that was killed goes on with the images that are missing, however many processes share them now. The finished store is a
+single array, opened memory-mapped; it is found again by the content of the images and every setting.
 
-    features/KEY/chunk_00000.npz ...    while it grows: features, indices, broken
+    features/KEY/chunk_0_512.npz ...    while it grows: features, indices, broken, of images 0 to 511
     features/KEY/rows.json              once complete: indices of the images, and which are left out
     features/KEY/features.npy           float32 (n, d)
 """
@@ -14,7 +14,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from improved_diffusion.progress import progress
 from improved_diffusion.runtime.devices import Processes
 
 CHUNK = 512  # images
+CHUNK_NAME = re.compile(r"chunk_(\d+)_(\d+)\.npz")
 MAX_BROKEN = 0.02  # of the images; beyond it the set is not the one that was meant
 COMPILE_FROM = 5000  # images still to do on a CPU; below, compiling takes longer than it saves, as it does on a GPU
 
@@ -40,18 +44,19 @@ class FeatureStore:
 
     directory: Path
 
-    def chunk_file(self, chunk: int) -> Path:
-        return self.directory / f"chunk_{chunk:05d}.npz"
+    def chunk_file(self, chunk: range) -> Path:
+        """Where the features of the images of these numbers go."""
+        return self.directory / f"chunk_{chunk.start}_{chunk.stop}.npz"
 
     @property
     def is_complete(self) -> bool:
         return (self.directory / "features.npy").is_file()
 
-    def write_chunk(self, chunk: int, features: np.ndarray, indices: np.ndarray, broken: dict[int, str]) -> None:
+    def write_chunk(self, chunk: range, features: np.ndarray, indices: np.ndarray, broken: dict[int, str]) -> None:
         with atomic_write(self.chunk_file(chunk)) as temporary, temporary.open("wb") as file:
             np.savez(file, features=features, indices=indices, broken=np.str_(json.dumps(broken)))
 
-    def read_chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]] | None:
+    def read_chunk(self, chunk: range) -> tuple[np.ndarray, np.ndarray, dict[int, str]] | None:
         """Features, indices and what is broken; None where the chunk is missing or damaged."""
         try:
             with np.load(self.chunk_file(chunk), allow_pickle=False) as arrays:
@@ -60,13 +65,17 @@ class FeatureStore:
         except Exception:  # numpy and zipfile raise almost anything on a damaged file
             return None
 
-    def has_chunk(self, chunk: int, images: range) -> bool:
-        """Whether the chunk is there, whole, and of these images."""
-        content = self.read_chunk(chunk)
-        return content is not None and sorted({*content[1].tolist(), *content[2]}) == list(images)
+    def chunks(self) -> set[range]:
+        """Those that are there and whole."""
+        names = [CHUNK_NAME.fullmatch(file.name) for file in self.directory.glob("chunk_*.npz")]
+        return {chunk for name in names if name and self._is_whole(chunk := range(int(name[1]), int(name[2])))}
 
-    def finish(self, chunks: int, size: int) -> None:
-        """Join the chunks into one array, in bounded memory.
+    def _is_whole(self, chunk: range) -> bool:
+        content = self.read_chunk(chunk)
+        return content is not None and sorted({*content[1].tolist(), *content[2]}) == list(chunk)
+
+    def finish(self, chunks: Sequence[range], size: int) -> None:
+        """Join the chunks, which are those of all images in order, into one array, in bounded memory.
 
         Raises:
             UserError: one of them is missing, and no other command has finished meanwhile.
@@ -82,8 +91,8 @@ class FeatureStore:
         for file in [*self.directory.glob("chunk_*.npz"), *self.directory.glob(".*.tmp")]:
             file.unlink(missing_ok=True)
 
-    def _join(self, chunks: int, size: int) -> None:
-        parts = [self._chunk_rows(chunk) for chunk in range(chunks)]
+    def _join(self, chunks: Sequence[range], size: int) -> None:
+        parts = [self._chunk_rows(chunk) for chunk in chunks]
         n = sum(len(indices) for indices, _ in parts)
         rows = {
             "indices": np.concatenate([indices for indices, _ in parts]).tolist(),
@@ -94,16 +103,16 @@ class FeatureStore:
         with atomic_write(self.directory / "features.npy") as temporary, temporary.open("wb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": (n, size)}
             np.lib.format.write_array_header_1_0(file, header)
-            for chunk in range(chunks):
+            for chunk in chunks:
                 file.write(np.ascontiguousarray(self._chunk(chunk)[0], dtype="<f4").data)
 
-    def _chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    def _chunk(self, chunk: range) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         content = self.read_chunk(chunk)
         if content is None:
             raise UserError(f"{self.chunk_file(chunk)} disappeared or was damaged: run the same command again")
         return content
 
-    def _chunk_rows(self, chunk: int) -> tuple[np.ndarray, dict[int, str]]:
+    def _chunk_rows(self, chunk: range) -> tuple[np.ndarray, dict[int, str]]:
         _, indices, broken = self._chunk(chunk)
         return indices, broken
 
@@ -154,69 +163,84 @@ def extract_features(
     """
     processes = processes or Processes(extractor.device)
     stores = {size: open_store(source, extractor.settings(size)) for size in extractor.features}
-    chunks = -(-len(source) // CHUNK)
     complete = processes.gather(all(store.is_complete for store in stores.values()))[0]
     if not complete:
+        incomplete = {size: store for size, store in stores.items() if not store.is_complete}
+        # The first process looks what is there, for all: others might find more, which another command writes.
+        there = set.intersection(*(store.chunks() for store in incomplete.values())) if processes.is_first else set()
+        chunks, missing = processes.gather(divide(len(source), there, processes.world_size))[0]
+        share = missing[processes.rank :: processes.world_size]
         problem = None
         try:
-            _extract_missing(source, extractor, stores, batch_size, processes)
+            _extract(share, source, extractor, incomplete, batch_size, show_progress=processes.is_first)
         except UserError as error:  # the others would wait for this process for ever
             problem = str(error)
         if problems := [problem for problem in processes.gather(problem) if problem]:
             raise UserError(problems[0])
-        if processes.rank == 0:
-            for size, store in stores.items():
-                if not store.is_complete:
-                    store.finish(chunks, size)
+        if processes.is_first:
+            for size, store in incomplete.items():
+                store.finish(chunks, size)
+            for store in stores.values():
                 store.remove_leftovers()
         processes.gather(None)
     opened = {size: _open(source, extractor.settings(size), store) for size, store in stores.items()}
-    if processes.rank == 0:
+    if processes.is_first:
         _warn_of_broken(source.name, len(source), stores[extractor.features[0]].open()[2])
     return opened
 
 
-def _extract_missing(
+def divide(count: int, there: Iterable[range], processes: int) -> tuple[list[range], list[range]]:
+    """Divide `count` images into chunks.
+
+    Of the chunks that are `there` those are kept that do not overlap. The images between them are divided so that each
+    of the `processes` has as many to do: chunks of up to `CHUNK` images, and of fewer where some would be idle.
+
+    Returns:
+        All chunks, in order, and those that are missing.
+    """
+    kept: list[range] = []
+    for chunk in sorted(there, key=_start):
+        if chunk.start >= (kept[-1].stop if kept else 0) and chunk.stop <= count:
+            kept.append(chunk)
+    ends, starts = [0, *(chunk.stop for chunk in kept)], [*map(_start, kept), count]
+    gaps = [range(end, start) for end, start in zip(ends, starts, strict=True)]
+    todo = sum(map(len, gaps))
+    rounds = math.ceil(todo / (CHUNK * processes))
+    size = math.ceil(todo / (rounds * processes)) if todo and processes > 1 else CHUNK
+    missing = [gap[first : first + size] for gap in gaps for first in range(0, len(gap), size)]
+    return sorted([*kept, *missing], key=_start), missing
+
+
+def _start(chunk: range) -> int:
+    return chunk.start
+
+
+def _extract(
+    chunks: Sequence[range],
     source: Source,
     extractor: FeatureExtractor,
     stores: dict[int, FeatureStore],
     batch_size: int | None,
-    processes: Processes,
+    show_progress: bool,
 ) -> None:
-    """This process's share of the chunks that some of the stores lack."""
-    incomplete = {size: store for size, store in stores.items() if not store.is_complete}
-    starts = range(0, len(source), CHUNK)
-    share = list(enumerate(starts))[processes.rank :: processes.world_size]
-    missing = [
-        (chunk, start)
-        for chunk, start in share
-        if not all(
-            store.has_chunk(chunk, range(start, min(start + CHUNK, len(source)))) for store in incomplete.values()
-        )
-    ]
-    todo = sum(min(CHUNK, len(source) - start) for _, start in missing)
+    """Compute the features of the images of `chunks` and write them to the stores of their sizes."""
+    todo = sum(map(len, chunks))
     if todo >= COMPILE_FROM and extractor.device.type == "cpu" and batch_size is None:
         extractor.compile()
-    with progress(
-        total=sum(min(CHUNK, len(source) - start) for _, start in share),
-        initial=sum(min(CHUNK, len(source) - start) for _, start in share) - todo,
-        desc=f"features of {source.name}",
-        unit="image",
-        disable=processes.rank > 0 or not todo,
-    ) as bar:
-        for chunk, start in missing:
-            stop = min(start + CHUNK, len(source))
+    bar = progress(total=todo, desc=f"features of {source.name}", unit="image", disable=not show_progress or not todo)
+    with bar:
+        for chunk in chunks:
             features: dict[int, list[np.ndarray]] = {size: [] for size in extractor.features}
             indices: list[np.ndarray] = []
-            for batch in source.batches(batch_size or extractor.batch_size, start, stop):
+            for batch in source.batches(batch_size or extractor.batch_size, chunk.start, chunk.stop):
                 for size, feature in extractor(batch.images).items():
                     features[size].append(finite(feature, source.name))
                 indices.append(batch.indices)
                 bar.update(len(batch.indices))
-            broken = {index: reason for index, reason in source.broken.items() if start <= index < stop}
+            broken = {index: reason for index, reason in source.broken.items() if index in chunk}
             bar.update(len(broken))
             _check_broken(source.name, len(source), source.broken)
-            for size, store in incomplete.items():
+            for size, store in stores.items():
                 rows = np.concatenate([np.empty((0, size), np.float32), *features[size]])
                 store.write_chunk(chunk, rows, np.concatenate([np.empty(0, np.int64), *indices]), broken)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureExtractor, extract_features, features_of_batches, open_source, store
 from improved_diffusion.metrics.images.sources import ArraySource
-from improved_diffusion.metrics.store import FeatureStore, open_store
+from improved_diffusion.metrics.store import FeatureStore, divide, open_store
 from improved_diffusion.runtime.devices import Processes
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +105,7 @@ def test_an_interrupted_extraction_goes_on_where_it_stopped(photos, extractor64,
 def test_a_damaged_chunk_is_computed_anew(photos, extractor64, expected):
     with pytest.raises(KeyboardInterrupt):
         extract_features(Interrupted("photos", photos), extractor64)
-    file = open_store(ArraySource("photos", photos), extractor64.settings(64)).chunk_file(0)
+    file = open_store(ArraySource("photos", photos), extractor64.settings(64)).chunk_file(range(5))
     file.write_bytes(file.read_bytes()[:100])
     features = extract_features(ArraySource("photos", photos), extractor64)[64]
     np.testing.assert_allclose(features.array, expected, **TOLERANCE)
@@ -131,7 +134,7 @@ def test_processes_divide_the_chunks(source, extractor64, expected):
     with pytest.raises(Stopped):
         extract_features(source, extractor64, processes=First(CPU, rank=0, world_size=2))
     chunks = open_store(source, extractor64.settings(64))
-    assert [chunks.read_chunk(chunk) is not None for chunk in range(3)] == [True, False, True]
+    assert chunks.chunks() == {range(3), range(6, 9)}
     features = extract_features(source, extractor64)[64]
     np.testing.assert_allclose(features.array, expected, **TOLERANCE)
 
@@ -165,6 +168,65 @@ def test_chunks_of_another_size_are_not_taken_for_whole(photos, extractor64, exp
     monkeypatch.setattr(store, "CHUNK", 8)
     features = extract_features(ArraySource("photos", photos), extractor64)[64]
     np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("count", "processes", "sizes"),
+    [(2020, 1, [512, 512, 512, 484]), (2020, 8, [253] * 7 + [249]), (50_000, 8, [481] * 103 + [457]), (5, 8, [1] * 5)],
+)
+def test_chunks_fit_the_number_of_processes(monkeypatch, count, processes, sizes):
+    monkeypatch.setattr(store, "CHUNK", 512)
+    chunks, missing = divide(count, [], processes)
+    assert chunks == missing
+    assert [len(chunk) for chunk in chunks] == sizes
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixtures of this file are alike each time
+@given(count=st.integers(2, 200), processes=st.integers(1, 9), cuts=st.sets(st.integers(0, 200)))
+def test_what_is_there_is_kept_and_the_rest_is_shared(count, processes, cuts):
+    """However many processes, of whatever earlier commands, have left it; chunks here are of 5 images."""
+    ends = sorted({min(cut, count) for cut in cuts})
+    there = {range(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False)}
+    chunks, missing = divide(count, there, processes)
+    assert [index for chunk in chunks for index in chunk] == list(range(count))
+    assert {*chunks} - {*missing} == there
+    assert max(map(len, missing), default=0) <= 5
+    if not there:
+        loads = [sum(map(len, missing[rank::processes])) for rank in range(processes)]
+        assert max(loads) <= 5 * math.ceil(count / (5 * processes))
+
+
+def test_of_chunks_that_overlap_one_is_kept():
+    chunks, missing = divide(12, [range(0, 4), range(3, 6), range(4, 8), range(10, 15)], 1)
+    assert chunks == [range(0, 4), range(4, 8), range(8, 12)]
+    assert missing == [range(8, 12)]
+
+
+def test_other_processes_go_on_where_one_was_killed(photos, extractor64, expected):
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(Interrupted("photos", photos), extractor64)
+
+    class Last(Processes):
+        def gather(self, value):
+            if value is not None:
+                return [value] if isinstance(value, bool) else [divide(12, {range(5)}, 3)]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(OnlyFrom("photos", photos), extractor64, processes=Last(CPU, rank=2, world_size=3))
+    chunks = open_store(ArraySource("photos", photos), extractor64.settings(64)).chunks()
+    assert chunks == {range(5), range(11, 12)}  # of 7 images 3, 3 and 1
+    features = extract_features(OnlyFrom("photos", photos), extractor64)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+
+
+def test_chunks_of_an_older_version_are_begun_anew(source, extractor64, expected):
+    directory = open_store(source, extractor64.settings(64)).directory
+    directory.mkdir(parents=True)
+    np.savez(directory / "chunk_00000.npz", features=np.zeros((5, 64)), indices=np.arange(5), broken=np.str_("{}"))
+    features = extract_features(source, extractor64)[64]
+    np.testing.assert_allclose(features.array, expected, **TOLERANCE)
+    assert sorted(file.name for file in directory.iterdir()) == ["features.npy", "rows.json"]
 
 
 def test_features_that_are_not_finite_name_the_set(weights, source):
