@@ -30,6 +30,14 @@ PROJECT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """A cache directory of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMPROVED_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command line did."""

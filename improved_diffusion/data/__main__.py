@@ -1,4 +1,4 @@
-"""Pack an image set: `python -m improved_diffusion.data {food101,folder,synthetic} --out DIR`."""
+"""Pack an image set, `python -m improved_diffusion.data {food101,folder,synthetic} --out DIR`, or `verify DIR`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from improved_diffusion.data.image_set import CHANNELS
+from improved_diffusion.data.image_set import CHANNELS, is_image_set, open_image_set
 from improved_diffusion.data.labelled_files import labelled_folder, labelled_food101, with_validation
 from improved_diffusion.data.packing import VALIDATION_PER_CLASS, PackedSplit, check_free, pack, pack_synthetic
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
@@ -43,7 +43,7 @@ def sides(text: str) -> tuple[int, int]:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     about = "Pack images into one memory-mapped array."
     parser = ArgumentParser(prog="python -m improved_diffusion.data", description=about)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{food101,folder,synthetic}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{food101,folder,synthetic,verify}")
 
     food101 = commands.add_parser("food101", help="Food101 from torchvision, with its official train and test splits")
     food101.add_argument("--source", type=Path, help="folder that holds food-101/ (default: download it beside --out)")
@@ -68,6 +68,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--out", type=Path, required=True, help="the packed set: a new directory")
         command.add_argument("--workers", type=positive, help="processes (default: one per core)")
         command.add_argument("--overwrite", action="store_true", help="replace the packed set at --out")
+
+    verify = commands.add_parser("verify", help="read a packed set and its splits whole and compare their SHA-256")
+    verify.add_argument("path", type=Path, help="the packed set")
     return parser.parse_args(arguments)
 
 
@@ -88,8 +91,19 @@ def print_report(packed: list[PackedSplit], notes: tuple[str, ...], seconds: flo
         print(f"  {note}")
 
 
+def verify(path: Path) -> None:
+    """Read the set at `path`, and those inside it, whole; the first that is damaged is a UserError."""
+    inside = sorted(directory for directory in path.glob("*") if is_image_set(directory))
+    for directory in [path, *inside]:
+        images = open_image_set(directory, verify=True)
+        print(f"{directory}: {len(images.images):,} images, as packed (SHA-256 {images.content_hash[:16]}...)")
+
+
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.command == "verify":
+        verify(arguments.path)
+        return
     check_free(arguments.out, arguments.overwrite)  # before a long download, too
     start = time.perf_counter()
     validation = arguments.validation_per_class

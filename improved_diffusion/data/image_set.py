@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from improved_diffusion.data.sums import array_sha256, file_array_sha256
 from improved_diffusion.errors import UserError
 
 FORMAT_VERSION = 1
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 REPACK = "Pack the set again with `python -m improved_diffusion.data`."
-HASH_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +28,14 @@ class ImageSet:
     path: Path
     split: str  # "train", "val", "test", or "all" where the source had no splits
     content_hash: str  # SHA-256 hex of images, labels and class names: equal for equal sets, wherever they lie
+    images_sha256: str | None = None  # SHA-256 hex of the images alone, where it is known
 
 
-def open_image_set(path: str | Path) -> ImageSet:
+def open_image_set(path: str | Path, *, verify: bool = False) -> ImageSet:
     """Open the packed set in the directory `path` and verify it against the SHA-256 sums in its `dataset.json`.
+
+    The images are read for that once, and again when their file has another size or time, or if `verify` says so: what
+    changes a file behind the back of the file system, as a failing disk does, only `verify` finds.
 
     Raises `UserError` when there is no packed set at `path`, a file is missing or damaged, an array has the wrong
     shape or type, a label is no class, or a sum does not match.
@@ -54,7 +58,8 @@ def open_image_set(path: str | Path) -> ImageSet:
             f"{len(class_names)} classes. {REPACK}"
         )
 
-    sums = {"images": array_sha256(images), "labels": array_sha256(labels)}
+    images_sha256 = file_array_sha256(path / "images.npy", images, anew=verify)
+    sums = {"images": images_sha256, "labels": array_sha256(labels)}
     for name, actual in sums.items():
         if actual != description[f"{name}_sha256"]:
             raise UserError(f"{path}/{name}.npy does not match its SHA-256 in dataset.json: it was changed. {REPACK}")
@@ -62,16 +67,7 @@ def open_image_set(path: str | Path) -> ImageSet:
     if total != description["content_sha256"]:
         raise UserError(f"{path}/dataset.json: the class names do not match content_sha256: it was changed. {REPACK}")
     labels.flags.writeable = False
-    return ImageSet(images, labels, class_names, path, description["split"], total)
-
-
-def array_sha256(array: np.ndarray) -> str:
-    """SHA-256 hex of the array's bytes in C order, read in pieces so that a memory map is never copied whole."""
-    digest = hashlib.sha256()
-    rows = max(1, HASH_CHUNK_BYTES // max(1, array[:1].nbytes))
-    for start in range(0, len(array), rows):
-        digest.update(np.ascontiguousarray(array[start : start + rows]))
-    return digest.hexdigest()
+    return ImageSet(images, labels, class_names, path, description["split"], total, images_sha256)
 
 
 def content_sha256(images_sha256: str, labels_sha256: str, class_names: tuple[str, ...]) -> str:

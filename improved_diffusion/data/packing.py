@@ -18,8 +18,9 @@ import numpy as np
 from improved_diffusion.data import synthetic
 from improved_diffusion.data.containers import Archive, Folder
 from improved_diffusion.data.decode import RESIZE_FILTER, decode_image
-from improved_diffusion.data.image_set import FORMAT_VERSION, array_sha256, content_sha256, is_image_set
+from improved_diffusion.data.image_set import FORMAT_VERSION, content_sha256, is_image_set
 from improved_diffusion.data.labelled_files import LabelledFiles
+from improved_diffusion.data.sums import array_sha256
 from improved_diffusion.data.synthetic.canvas import SIZE as SYNTHETIC_SIZE
 from improved_diffusion.data.workers import fill_rows, render_pool
 from improved_diffusion.errors import UserError

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from improved_diffusion.cache import cache_directory
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
-from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.metrics.features import Features
 from improved_diffusion.metrics.frechet import factor
 from improved_diffusion.metrics.images.opening import ARRAY_KEYS

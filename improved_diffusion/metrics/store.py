@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from improved_diffusion.cache import cache_directory
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
-from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.metrics.features import Features, finite
 from improved_diffusion.metrics.images.sources import Source
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor, FeatureSettings

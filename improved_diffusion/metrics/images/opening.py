@@ -51,7 +51,9 @@ def open_image(source: Source, index: int) -> np.ndarray:
 
 def image_set_source(images: ImageSet) -> ArraySource:
     """A packed set as a source."""
-    return ArraySource(str(images.path), images.images, images.labels, images.class_names)
+    return ArraySource(
+        *(str(images.path), images.images, images.labels, images.class_names), images_sha256=images.images_sha256
+    )
 
 
 def load_images(path: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:

@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from improved_diffusion.data.image_set import CHANNELS, array_sha256
+from improved_diffusion.data.image_set import CHANNELS
+from improved_diffusion.data.sums import array_sha256
 from improved_diffusion.errors import UserError
 
 
@@ -62,6 +63,7 @@ class ArraySource:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
     broken: dict[int, str] = field(default_factory=dict)
+    images_sha256: str | None = None  # of `images`, where it is known
 
     def __post_init__(self) -> None:
         images = self.images
@@ -78,7 +80,8 @@ class ArraySource:
     @functools.cached_property
     def content_hash(self) -> str:
         """SHA-256 of the shape and the pixels."""
-        return hashlib.sha256(f"array {self.images.shape} {array_sha256(self.images)}".encode()).hexdigest()
+        images_sha256 = self.images_sha256 or array_sha256(self.images)
+        return hashlib.sha256(f"array {self.images.shape} {images_sha256}".encode()).hexdigest()
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """See `Source`; at most `batch_size` at a time."""

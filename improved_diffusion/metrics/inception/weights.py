@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from improved_diffusion.cache import cache_directory
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write, file_sha256
-from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.progress import progress
 
 DOWNLOAD_NAME = "pt_inception-2015-12-05-6726825d.pth"

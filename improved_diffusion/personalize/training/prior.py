@@ -6,8 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from improved_diffusion.cache import cache_directory
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.cache import cache_directory
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captioned import CaptionedSet, open_captioned_set
 from improved_diffusion.personalize.generate import Sampling

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from improved_diffusion.data.image_set import array_sha256, content_sha256
+from improved_diffusion.data.image_set import content_sha256
+from improved_diffusion.data.sums import array_sha256
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.opening import open_image, open_source
 from improved_diffusion.metrics.images.sources import ArraySource, Source

@@ -1,4 +1,4 @@
-"""Where downloaded weights and reference statistics are kept between runs."""
+"""Where what can be found again is kept between runs: downloaded weights, features, statistics, sums of files."""
 
 from __future__ import annotations
 
