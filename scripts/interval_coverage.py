@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.metrics.estimate import bootstrap_interval
-from improved_diffusion.metrics.features import Features
-from improved_diffusion.metrics.fid import IMAGES_PER_FEATURE, fid_infinity, frechet_inception_distance
-from improved_diffusion.metrics.inception.extractor import FeatureSettings
-from improved_diffusion.metrics.neighbours import density_coverage, precision_recall
 from improved_diffusion.progress import progress
+
+if TYPE_CHECKING:
+    from improved_diffusion.metrics import Features
 
 SHIFTS = (0.0, 0.1, 0.5)  # of the mean, and of the logarithm of the deviations, between the two Gaussians
 
@@ -41,12 +40,23 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def sample(n: int, deviations: np.ndarray, mean: np.ndarray, rng: np.random.Generator) -> Features:
+    from improved_diffusion.metrics.features import Features
+    from improved_diffusion.metrics.inception.extractor import FeatureSettings
+
     array = (rng.normal(size=(n, len(deviations))) * deviations + mean).astype(np.float32)
     return Features("Gaussian", array, FeatureSettings(len(deviations), "none", "float32", ""))
 
 
 def main() -> None:
     options = parse_arguments()
+
+    # Only now, for torch takes seconds to import: --help and typos are answered at once.
+    import torch
+
+    from improved_diffusion.metrics.estimate import bootstrap_interval
+    from improved_diffusion.metrics.fid import IMAGES_PER_FEATURE, fid_infinity, frechet_inception_distance
+    from improved_diffusion.metrics.neighbours import density_coverage, precision_recall
+
     torch.set_num_threads(1)
     deviations = np.arange(1, options.d + 1) ** -0.5
     print(f"{options.trials} trials, d = {options.d}, {options.confidence:.0%} intervals, seed {options.seed}")
@@ -74,7 +84,7 @@ def print_row(name: str, values: np.ndarray, truth: float, n: int, confidence: f
     value, low, high = values.T
     target = truth if name == "FID-infinity" else value.mean()
     covered = ((low <= target) & (target <= high)).mean()
-    z = math.sqrt(2) * torch.erfinv(torch.tensor(confidence, dtype=torch.float64)).item()
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     claimed = (high - low).mean() / (2 * z)
     print(f"{name:14} {truth:8.4f} {n:6} {value.mean():9.4f} {value.std():9.4f} {claimed:9.4f} {covered:9.1%}")
 

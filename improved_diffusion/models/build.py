@@ -15,8 +15,11 @@ from improved_diffusion.diffusion.guidance import EVERYWHERE, AutoGuidance, Clas
 from improved_diffusion.diffusion.process import PROCESSES, Process, VarianceExploding
 from improved_diffusion.diffusion.schedule import SCHEDULES, NoiseSchedule, sampling_schedule
 from improved_diffusion.errors import UserError
-from improved_diffusion.models import BACKBONES, Backbone
+from improved_diffusion.models.backbone import Backbone
+from improved_diffusion.models.transformer import Transformer
+from improved_diffusion.models.unet import UNet
 
+BACKBONES: dict[str, type[Backbone]] = {"unet": UNet, "transformer": Transformer}
 NOT_OF_NETWORKS = ("kind", "channels", "class_conditional", "class_dropout")  # settings that they know otherwise
 STEPS_IN_CONTINUOUS_TIME = 50  # of sampling, where the settings do not say
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.provenance import project_version
 from improved_diffusion.sampling.flags import EMA_LENGTH_HELP
-from improved_diffusion.sampling.loading import load
-from improved_diffusion.sampling.model import Model
-from improved_diffusion.sampling.model_file import SUFFIX, ModelFile
+
+if TYPE_CHECKING:
+    from improved_diffusion.sampling.model import Model
 
 
 def export(model: Model, path: Path, *, half: bool = False) -> None:
@@ -32,6 +30,9 @@ def export(model: Model, path: Path, *, half: bool = False) -> None:
     Raises:
         UserError: there is a file already, another ending, or a disk that cannot be written.
     """
+    from improved_diffusion.provenance import project_version
+    from improved_diffusion.sampling.model_file import SUFFIX, ModelFile
+
     if path.suffix != SUFFIX:
         raise UserError(f"{path}: the name must end in {SUFFIX}")
     if path.exists():
@@ -55,13 +56,17 @@ def main(arguments: list[str]) -> None:
         prog="python -m improved_diffusion.sampling.export", description="Write a run's model to one .safetensors file."
     )
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, or pretrained")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"a name that ends in {SUFFIX}")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a name that ends in .safetensors")
     parser.add_argument("--checkpoint", help="best, latest or step_0015000.pt (default: best, or else latest)")
     parser.add_argument("--ema", type=float, metavar="RATE", help="moving average of the weights (default: the first)")
     parser.add_argument("--ema-length", type=float, metavar="SIGMA_REL", help=EMA_LENGTH_HELP)
     parser.add_argument("--half", action="store_true", help="weights in float16: half the size, other last digits")
     options = parser.parse_args(arguments)
-    model = load(options.run, options.checkpoint, options.ema, torch.device("cpu"), ema_length=options.ema_length)
+
+    # Only now, for torch takes seconds to import: --help and typos are answered at once.
+    from improved_diffusion.sampling.loading import load
+
+    model = load(options.run, options.checkpoint, options.ema, "cpu", ema_length=options.ema_length)
     export(model, options.out, half=options.half)
     print(f"wrote {options.out}: {model.checkpoint} (step {model.step:,}), {options.out.stat().st_size / 1e6:.1f} MB")
 

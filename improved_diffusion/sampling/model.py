@@ -19,7 +19,7 @@ from improved_diffusion.diffusion.denoiser import Denoiser, Network, Prediction
 from improved_diffusion.diffusion.samplers import OnStep
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
-from improved_diffusion.models import Backbone
+from improved_diffusion.models.backbone import Backbone
 from improved_diffusion.models.build import build_denoiser, build_sampling_denoiser, number_of_steps
 from improved_diffusion.progress import progress
 from improved_diffusion.runtime.devices import arithmetic, with_autocast

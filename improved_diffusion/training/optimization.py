@@ -7,7 +7,7 @@ import math
 import torch
 
 from improved_diffusion.config import TrainingConfig
-from improved_diffusion.models import Backbone
+from improved_diffusion.models.backbone import Backbone
 
 Optimizers = dict[str, torch.optim.Optimizer]
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from improved_diffusion.models import BACKBONES, Backbone
-from improved_diffusion.models.backbone import sinusoidal_embedding
+from improved_diffusion.models.backbone import Backbone, sinusoidal_embedding
+from improved_diffusion.models.build import BACKBONES
 
 TINY = {
     "unet": {"num_channels": 16, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_heads": 2}

@@ -9,10 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from improved_diffusion.config import Config, DiffusionConfig, UNetConfig
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.models.openai.conversion import read_network
-from improved_diffusion.run_directory import RunDirectory
 
 
 def main(arguments: list[str]) -> int:
@@ -33,6 +30,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--image-size", type=int, help="pixels; default: what the channel multipliers imply")
     parser.add_argument("--num-heads", type=int, default=4, help="attention heads (default: 4, as published)")
     options = parser.parse_args(arguments)
+
+    # Only now, for torch takes seconds to import: --help and typos are answered at once.
+    from improved_diffusion.config import Config, DiffusionConfig, UNetConfig
+    from improved_diffusion.models.openai.conversion import read_network
+    from improved_diffusion.run_directory import RunDirectory
 
     run = RunDirectory(Path(options.out))
     if run.config_file.exists():
