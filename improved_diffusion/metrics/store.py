@@ -163,9 +163,8 @@ def extract_features(
     """
     processes = processes or Processes(extractor.device)
     stores = {size: open_store(source, extractor.settings(size)) for size in extractor.features}
-    complete = processes.gather(all(store.is_complete for store in stores.values()))[0]
-    if not complete:
-        incomplete = {size: store for size, store in stores.items() if not store.is_complete}
+    incomplete = {size: store for size, store in stores.items() if not store.is_complete}
+    if processes.gather(bool(incomplete))[0]:
         # The first process looks what is there, for all: others might find more, which another command writes.
         there = set.intersection(*(store.chunks() for store in incomplete.values())) if processes.is_first else set()
         chunks, missing = processes.gather(divide(len(source), there, processes.world_size))[0]

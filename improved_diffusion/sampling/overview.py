@@ -37,12 +37,11 @@ class Overview:
         classes = sorted({key.class_index for key in keys})
         self.n, self.classes = len(keys) // len(classes), len(classes)
         self.columns = max(1, min(self.n, COLUMNS, SIDE // width))
-        shown = classes[: max(1, SIDE // height)]
-        of_class: dict[int, list[SampleKey]] = {label: [] for label in shown}
+        rows: dict[int, list[SampleKey]] = {label: [] for label in classes[: max(1, SIDE // height)]}
         for key in keys:
-            if len(of_class.get(key.class_index, keys)) < self.columns:
-                of_class[key.class_index].append(key)
-        self.rows = list(of_class.values())
+            if key.class_index in rows and len(rows[key.class_index]) < self.columns:
+                rows[key.class_index].append(key)
+        self.rows = list(rows.values())
         self.real = None if beside is None else self._real_rows(open_image_set(beside))
 
     @property

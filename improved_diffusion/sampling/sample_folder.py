@@ -90,8 +90,9 @@ def claim(folder: Path, manifest: Manifest, overwrite: bool) -> None:
         for path in _samples(folder):
             path.unlink(missing_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
-    for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    for pattern in (ROWS, f".{ARRAY}.*.tmp", f".{MANIFEST}.*.tmp", "*/.seed*.png.*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
     with atomic_write(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from improved_diffusion.metrics.images.sources import ArraySource, Source
 from improved_diffusion.run_directory import is_run_directory
 
 ARRAY_KEYS = ("arr_0", "images")  # of an .npz: numpy's default name, and the obvious one
-WANTED_KEYS = (*ARRAY_KEYS, "labels", "class_names")
+CLASS_KEYS = ("labels", "class_names")
+READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+READ_BYTES = 1 << 20
+LOCAL_HEADER, NAME_LENGTHS = 30, 26  # bytes before a zip member's name, and before the lengths of its name and extra
 
 
 def open_source(path: Path | str) -> Source:
@@ -57,15 +61,15 @@ def image_set_source(images: ImageSet) -> ArraySource:
 
 
 def load_images(path: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
-    """The array in an .npy file (memory-mapped), or the one under `arr_0` or `images` in an .npz; of the latter also
-    `labels`, numbers or names, and `class_names`, if it has them.
+    """The array in an .npy file, or the one under `arr_0` or `images` in an .npz, memory-mapped unless it is
+    compressed; of an .npz also `labels`, numbers or names, and `class_names`, if it has them.
 
     Raises:
         UserError: a damaged file, an .npz without such a key, or labels that do not fit.
     """
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = None if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in WANTED_KEYS if key in loaded}
+        arrays = None if isinstance(loaded, np.ndarray) else _wanted(path, loaded)
         present = [] if arrays is None else loaded.files
     except Exception as error:  # numpy, zipfile and zlib raise almost anything on a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -77,6 +81,30 @@ def load_images(path: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, .
         found = ", ".join(present) or "nothing"
         raise UserError(f"{path} has no images: expected a key {' or '.join(ARRAY_KEYS)}, found {found}")
     return images, *_classes(path, images, arrays.get("labels"), arrays.get("class_names"))
+
+
+def _wanted(path: Path, npz: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
+    images = {key: _mapped(path, npz, key) for key in ARRAY_KEYS if key in npz}
+    return images | {key: npz[key] for key in CLASS_KEYS if key in npz}
+
+
+def _mapped(path: Path, npz: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+    """The array under `key`: memory-mapped, once its checksum was compared, where it lies in the file as it is."""
+    info = npz.zip.getinfo(key if key in npz.zip.namelist() else f"{key}.npy")
+    with npz.zip.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        if info.compress_type != zipfile.ZIP_STORED or version not in READ_HEADER:
+            return npz[key]
+        shape, fortran_order, dtype = READ_HEADER[version](stream)
+        header_bytes = stream.tell()
+        while stream.read(READ_BYTES):  # the end raises an error where the checksum differs
+            pass
+    if dtype.hasobject or 0 in shape:
+        return npz[key]
+    with path.open("rb") as file:
+        file.seek(info.header_offset + NAME_LENGTHS)
+        start = info.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", file.read(4)))
+    return np.memmap(path, dtype, "r", start + header_bytes, shape, "F" if fortran_order else "C")
 
 
 def _classes(

@@ -91,6 +91,24 @@ def test_a_packed_set(tmp_path, channels):
     assert open_image(source, 3).shape == (10, 12, 3)
 
 
+@pytest.mark.parametrize("images", [IMAGES, np.asfortranarray(IMAGES)], ids=["C", "Fortran"])
+def test_an_npz_that_is_not_compressed_is_not_read_into_memory(tmp_path, images):
+    np.savez(tmp_path / "a.npz", labels=np.arange(7), arr_0=images)
+    source = open_source(tmp_path / "a.npz")
+    assert isinstance(source.images, np.memmap)
+    np.testing.assert_array_equal(source.images, IMAGES)
+    assert source.labels.tolist() == list(range(7))
+
+
+def test_a_flipped_bit_in_an_npz_is_noticed(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES)
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[content.index(IMAGES.tobytes()) + 100] ^= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        open_source(tmp_path / "a.npz")
+
+
 def test_the_content_hash_is_of_pixels_and_their_order_and_not_of_names(tmp_path):
     folder = write_folder(tmp_path / "images")
     before = open_source(folder).content_hash
