@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from improved_diffusion.checkpoint_file import read_checkpoint
-from improved_diffusion.config import Config, TrainingConfig
+from improved_diffusion.config import Config, ModelConfig, TrainingConfig, run_type
 from improved_diffusion.data.image_set import ImageSet, is_image_set
 from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.errors import UserError
@@ -66,6 +66,15 @@ def with_data(config: Config, defaults: Defaults, processes: Processes) -> Confi
             _draw_embedded_set(data)
         processes.wait()
     return dataclasses.replace(config, data=str(data))
+
+
+def settings_of_another_network(settings: dict[str, Any], kind: type[Config]) -> list[str]:
+    """The names under `model`, of the settings in a file, that say how large a network of another kind is than `kind`
+    has; none where the file is of that kind."""
+    if run_type(settings) is kind:
+        return []
+    for_all = {field.name for field in dataclasses.fields(ModelConfig)} - {"num_heads"}
+    return [name for name in settings.get("model", {}) if name not in for_all]
 
 
 def with_precision(config: Config, processes: Processes) -> tuple[Config, str]:

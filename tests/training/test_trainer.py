@@ -11,6 +11,7 @@ from improved_diffusion.diffusion.objective import LossTerms
 from improved_diffusion.diffusion.schedule import cosine_schedule
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import read_jsonl
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.training.running_terms import RunningTerms
 
@@ -128,3 +129,17 @@ class TestRunningTerms:
         assert means["vlb_q3"] == pytest.approx(0.02)
         assert means["loss"] == pytest.approx(1.02)
         assert means["vlb_last_step"] == pytest.approx(721.0)
+
+
+def test_another_kind_of_network_than_the_file_of_settings_has(run_script, tiny_config_file, tmp_path):
+    """What the file says of the size of its own kind is left out, and named."""
+    size = ["--model.patch_size=4", "--model.width=16", "--model.depth=1", "--model.num_heads=2"]
+    out = tmp_path / "run"
+    outcome = run_script(
+        *("train.py", "--config", tiny_config_file, "--model.kind=transformer", *size),
+        *("--out", out, "--training.steps=1", "--evaluation.every=1", "--sampling.steps=1"),
+    )
+    assert outcome.code == 0, outcome.err
+    assert "without num_channels, channel_multipliers" in outcome.out
+    config = RunDirectory(out).read_config()
+    assert (config.model.kind, config.model.class_dropout, config.model.width) == ("transformer", 0.2, 16)
