@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
 import typing
@@ -49,6 +50,10 @@ def settings_parser(kind: type, **kwargs: Any) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
     parser.add_class_arguments(kind)
     return parser
+
+
+# To make one takes longer than to parse a file with it.
+_shared_parser = functools.cache(settings_parser)
 
 
 def parse_arguments(
@@ -135,7 +140,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
 
 def load_settings(kind: type[Settings], path: Path | str) -> Settings:
     """The settings of `kind` in a YAML file. Raises UserError as the functions above do."""
-    parser = settings_parser(kind)
+    parser = _shared_parser(kind)
     return to_settings(kind, parser, parse_arguments(parser, [], read_settings(path), str(path)))
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
-import subprocess
+import signal
+import socket
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tqdm import tqdm
 
 from improved_diffusion.config import Config, load_config
 from improved_diffusion.data import open_image_set
@@ -112,9 +119,9 @@ TINY: dict[str, Any] = {
 @pytest.fixture
 def tiny_config(tiny_set) -> Callable[..., Config]:
     """The tiny settings, changed by flags such as `--training.steps 4`."""
+    parser = settings_parser(Config)
 
     def make(*flags: str) -> Config:
-        parser = settings_parser(Config)
         return to_settings(Config, parser, parse_arguments(parser, [f"--data={tiny_set}", *flags], TINY, "TINY"))
 
     return make
@@ -138,41 +145,91 @@ def tiny_trainer(tiny_config, tiny_set) -> Callable[..., Trainer]:
     return make
 
 
-@pytest.fixture
-def start_script() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start a script of the project's root in a process of its own, or in several by torchrun."""
-    started = []
+@dataclass(frozen=True)
+class Started:
+    """A command at work in processes of its own."""
 
-    def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
-        command = [sys.executable]
-        if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
-        process = subprocess.Popen(
-            [*command, *map(str, arguments)],
-            cwd=PROJECT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+    processes: list[BaseProcess]
+    out: Path
+    err: Path
+
+    def finish(self) -> Outcome:
+        """Wait for the end of all its processes, or of one that fails."""
+        deadline = time.monotonic() + 240
+        while any(process.is_alive() for process in self.processes) and not self.code:
+            assert time.monotonic() < deadline, self.err.read_text()
+            time.sleep(0.01)
+        return Outcome(self.code, self.out.read_text(), self.err.read_text())
+
+    @property
+    def code(self) -> int:
+        """The exit status, which is that of a process that failed if one did; 0 before the end."""
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+    def wait_for(self, is_ready: Callable[[], bool]) -> None:
+        """Return when it is so, which must be before the end."""
+        deadline = time.monotonic() + 120
+        while not is_ready():
+            assert all(process.is_alive() for process in self.processes), self.err.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals) -> Outcome:
+        for process in self.processes:
+            os.kill(process.pid, number)
+        return self.finish()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def as_a_program(arguments: list[str], environment: dict[str, str], files: list[Path]) -> None:
+    """Run a script as `python SCRIPT ARGUMENTS` would, in a fork of this process; `files` are its output and errors."""
+    os.environ.update(environment)
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.argv = arguments
+    tqdm.set_lock(threading.RLock())  # its own is shared with the forks, and locked for good if one is killed
+    runpy.run_path(str(PROJECT / arguments[0]), run_name="__main__")
+
+
+@pytest.fixture
+def start_script(tmp_path) -> Iterator[Callable[..., Started]]:
+    """Start a script of the project's root in a process of its own, or in several as torchrun does. They are forks of
+    this one, so that none takes seconds to import torch."""
+    started: list[BaseProcess] = []
+
+    def start(*arguments: object, processes: int = 1, environment: dict[str, str] | None = None) -> Started:
+        place = Path(tempfile.mkdtemp(dir=tmp_path))
+        files = [place / "out", place / "err"]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        own = []
+        for rank in range(processes):
+            ranks = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            given = ([*map(str, arguments)], {**ranks, **(environment or {})}, files)
+            own.append(multiprocessing.get_context("fork").Process(target=as_a_program, args=given, daemon=True))
+            own[-1].start()
+        started.extend(own)
+        return Started(own, *files)
 
     yield start
     for process in started:
         process.kill()
-        process.wait()
+        process.join()
 
 
 @pytest.fixture
 def finish_script(start_script) -> Callable[..., str]:
     """Run a script as `start_script` does, to its end, which must be a success; returns what it printed."""
 
-    def finish(*arguments: object, processes: int = 1) -> str:
-        process = start_script(*arguments, processes=processes)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{err}"
-        return out
+    def finish(*arguments: object, **how: Any) -> str:
+        outcome = start_script(*arguments, **how).finish()
+        assert outcome.code == 0, f"exit status {outcome.code}\n{outcome.out}\n{outcome.err}"
+        return outcome.out
 
     return finish
 

@@ -22,7 +22,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from improved_diffusion import settings as settings_module
 from improved_diffusion.config import Config
 from improved_diffusion.data import open_image_set
 from improved_diffusion.data.sources import folder_source
@@ -58,16 +57,6 @@ TINY: dict[str, Any] = {
     "sampling": {"steps": 2},
     "evaluation": {"features": None},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_parser() -> Iterator[None]:
-    """To make one takes longer than most examples do. Those that a script adds flags of its own to are its own."""
-    make = settings_module.settings_parser
-    known = functools.cache(make)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings_module, "settings_parser", lambda kind, **own: make(kind, **own) if own else known(kind))
-        yield
 
 
 def fuzz(examples: int) -> Callable:
