@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import runpy
@@ -191,7 +192,7 @@ def as_a_program(arguments: list[str], environment: dict[str, str], files: list[
     os.environ.update(environment)
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), line_buffering=True) for number in (1, 2))
     sys.argv = arguments
     tqdm.set_lock(threading.RLock())  # its own is shared with the forks, and locked for good if one is killed
     runpy.run_path(str(PROJECT / arguments[0]), run_name="__main__")

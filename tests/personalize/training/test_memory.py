@@ -28,7 +28,6 @@ from improved_diffusion.personalize.config import (
     TrainingConfig,
     WatchConfig,
 )
-from improved_diffusion.personalize.models.base import load_base
 from improved_diffusion.personalize.models.trained import prepare
 from improved_diffusion.personalize.training import memory
 from improved_diffusion.personalize.training.emulation import GPUArithmetic, LiveBytes
@@ -302,10 +301,10 @@ UNCACHED = replace(LARGE, cache=False)
     ],
     ids=["lora", "full", "full-float32"],
 )
-def test_what_is_suggested_helps(gpu, tiny_bases, settings, precision):
+def test_what_is_suggested_helps(gpu, fresh_base, settings, precision):
     """Each setting lowers the very moment that does not fit."""
     gpu(fast=True)
-    base = load_base(str(tiny_bases["sd"]))
+    base = fresh_base("sd")
     config = PersonalizeConfig(**{"images": LARGE, **settings})
 
     @functools.cache
@@ -328,9 +327,9 @@ def test_what_is_suggested_helps(gpu, tiny_bases, settings, precision):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_latents_are_to_be_kept_where_encoding_takes_most(gpu, tiny_bases, accumulation):
+def test_latents_are_to_be_kept_where_encoding_takes_most(gpu, fresh_base, accumulation):
     gpu(fast=True)
-    base = load_base(str(tiny_bases["sd"]))
+    base = fresh_base("sd")
     training = TrainingConfig(gradient_checkpointing=True, accumulation=accumulation)
     config = PersonalizeConfig(images=UNCACHED, training=training)
     assert not estimate_memory(base, config, "bf16").encodes
