@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import multiprocessing
 import os
@@ -31,6 +32,8 @@ from improved_diffusion.models.build import build_network
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.settings import parse_arguments, settings_parser, to_settings
+from improved_diffusion.training.evaluation import Evaluator
+from improved_diffusion.training.loop import TrainingLoop
 from improved_diffusion.training.trainer import Trainer
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the arithmetic of the CPU, bit for bit
@@ -120,9 +123,10 @@ TINY: dict[str, Any] = {
 @pytest.fixture
 def tiny_config(tiny_set) -> Callable[..., Config]:
     """The tiny settings, changed by flags such as `--training.steps 4`."""
-    parser = settings_parser(Config)
+    parser_of = functools.cache(settings_parser)
 
     def make(*flags: str) -> Config:
+        parser = parser_of(Config)
         return to_settings(Config, parser, parse_arguments(parser, [f"--data={tiny_set}", *flags], TINY, "TINY"))
 
     return make
@@ -233,6 +237,30 @@ def finish_script(start_script) -> Callable[..., str]:
         return outcome.out
 
     return finish
+
+
+@pytest.fixture(scope="session")
+def short_settings(tiny_set) -> dict[str, Any]:
+    """Of a run of two steps, with a checkpoint of each, whose sampler of timesteps keeps a state."""
+    model = {name: value for name, value in TINY["model"].items() if "dropout" not in name}
+    training = {"steps": 2, "batch_size": 4, "save_every": 1, "precision": "float32"}
+    return {
+        **{"data": str(tiny_set), "loss": "vlb", "model": model, "diffusion": {"timesteps": 10}, "training": training},
+        **{"sampling": {"steps": 2}, "evaluation": {"every": 2, "features": None, "grid_columns": 1}},
+    }
+
+
+@pytest.fixture(scope="session")
+def finished_run(short_settings, tmp_path_factory) -> Path:
+    """A run that has come to its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "settings.yaml").write_text(yaml.safe_dump(short_settings))
+    config, processes = load_config(folder / "settings.yaml"), Processes(torch.device("cpu"))
+    run, image_set = RunDirectory(folder / "run"), open_image_set(config.data)
+    run.write_config(config, [{"processes": 1}])
+    trainer, evaluator = Trainer(config, image_set, processes), Evaluator(config, image_set, processes)
+    TrainingLoop(trainer, evaluator, run, image_set).train()
+    return run.path
 
 
 @pytest.fixture(scope="module")
