@@ -68,8 +68,8 @@ def test_overfits_one_batch(tiny_trainer):
     trainer = tiny_trainer("--loss=mse", "--model.dropout=0", "--training.lr=3e-3")
     images, classes = trainer.stream.batch(0)
     errors = []
-    for _ in range(8):
-        for _ in range(40):
+    for _ in range(7):
+        for _ in range(20):
             trainer.train_step(images, classes)
         errors.append(trainer.terms.flush(CPU)["mse"])
     assert errors[-1] < 0.35 * errors[0]

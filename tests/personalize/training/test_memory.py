@@ -53,23 +53,36 @@ def measure(benchmark):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+SETTINGS = {
+    "lora-batch": {"training": replace(FLOAT32, batch_size=2)},
+    "lora-text-checkpointing-accumulation": {
+        "training": replace(CHECKPOINTING, accumulation=2),
+        "train_text_encoder": True,
+    },
+    "full-ema-prior": {
+        "method": "full",
+        "training": replace(FLOAT32, ema_rate=0.99),
+        "prior": PriorConfig(1, prompt="a dog"),
+    },
+    "inversion-checkpointing-no-cache": {
+        "method": "textual_inversion",
+        "training": CHECKPOINTING,
+        "subject": WORD,
+        "images": replace(LARGE, cache=False),
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("base", "settings"),
     [
-        {"training": replace(FLOAT32, batch_size=2)},
-        {"training": replace(CHECKPOINTING, accumulation=2), "train_text_encoder": True},
-        {"method": "full", "training": replace(FLOAT32, ema_rate=0.99), "prior": PriorConfig(1, prompt="a dog")},
-        {
-            "method": "textual_inversion",
-            "training": CHECKPOINTING,
-            "subject": WORD,
-            "images": replace(LARGE, cache=False),
-        },
+        *(("sd", settings) for settings in SETTINGS),
+        *(("sdxl", settings) for settings in ("lora-text-checkpointing-accumulation", "full-ema-prior")),
     ],
-    ids=["lora-batch", "lora-text-checkpointing-accumulation", "full-ema-prior", "inversion-checkpointing-no-cache"],
+    indirect=["base"],
 )
 def test_estimate_is_what_a_step_and_a_look_take(base, measure, settings):
-    config = PersonalizeConfig(**{"images": LARGE, **settings})
+    config = PersonalizeConfig(**{"images": LARGE, **SETTINGS[settings]})
     estimate = estimate_memory(base, config, "float32")
     said = tuple(size - estimate.allowance for size in (estimate.step, estimate.look - estimate.swapped))
     assert said == pytest.approx(measure(base, config), rel=0.05)
@@ -150,6 +163,7 @@ def test_live_bytes():
     assert (live.now, live.peak) == (4000, 8000)
 
 
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)  # of which both text encoders count
 def test_every_type_has_its_bytes(base):
     """Adapters and whatever else is trained in float32, the rest as it is held."""
     encoders = base.text_encoders.values()
