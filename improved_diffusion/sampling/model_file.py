@@ -17,6 +17,8 @@ from torch import Tensor
 from improved_diffusion.config import Config, run_type
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
+from improved_diffusion.provenance import project_version
+from improved_diffusion.sampling.model import Model
 from improved_diffusion.settings import settings_of, to_plain
 
 SUFFIX = ".safetensors"
@@ -100,3 +102,32 @@ def content_sha256(description: str, weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def export(model: Model, path: Path, *, half: bool = False) -> None:
+    """Write `model` to a .safetensors file.
+
+    Args:
+        model: from `load`.
+        path: of the file, which must not be there yet.
+        half: weights in float16, in half the space: pictures are then not those of the model to the bit.
+
+    Raises:
+        UserError: there is a file already, another ending, or a disk that cannot be written.
+    """
+    if path.suffix != SUFFIX:
+        raise UserError(f"{path}: the name must end in {SUFFIX}")
+    if path.exists():
+        raise UserError(f"{path} exists already: choose another name")
+    weights = model.network.state_dict()
+    origin = {"checkpoint_sha256": model.checkpoint_sha256, "exported_by": project_version()}
+    ModelFile(
+        weights={name: (tensor.half() if half else tensor).cpu() for name, tensor in weights.items()},
+        config=model.config,
+        class_names=model.class_names,
+        step=model.step,
+        ema_rate=model.ema_rate,
+        ema_length=model.ema_length,
+        selected_on=model.selected_on,
+        provenance={**model.provenance, **origin},
+    ).write(path)

@@ -19,6 +19,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
 from improved_diffusion.sampling import export
 from improved_diffusion.sampling.model_file import ModelFile
+from improved_diffusion.sampling.model_file import export as export_model
 
 FEW = {"sampler": "ddim", "steps": 2, "show_progress": False}
 
@@ -66,7 +67,7 @@ def test_the_command_lines_take_it(tiny_run, exported, run_script, tmp_path):
 def test_the_model_that_ships_survives_in_half_the_space(tmp_path):
     """Its weights are kept in float16."""
     shipped = improved_diffusion.load("pretrained")
-    export.export(shipped, tmp_path / "half.safetensors", half=True)
+    export_model(shipped, tmp_path / "half.safetensors", half=True)
     again = improved_diffusion.load(tmp_path / "half.safetensors")
     few = {"classes": [0], "n": 2, "steps": 1, "show_progress": False}
     assert (again.sample(**few) == shipped.sample(**few)).all()
