@@ -1,8 +1,8 @@
 """Pixel-space diffusion, from the mathematics to a measured image: see README.md for the map of the code.
 
-    model = improved_diffusion.load("runs/hybrid")       # or a checkpoint, a .safetensors file, or "pretrained"
-    images = model.sample(["creme_brulee"], n=8, seed=0, steps=25, sampler="dpmpp_2m")      # uint8 (8, 64, 64, 3)
-    improved_diffusion.fid("data/food101-64/val", images)                                   # a Measurement
+model = improved_diffusion.load("runs/hybrid")       # or a checkpoint, a .safetensors file, or "pretrained"
+images = model.sample(["creme_brulee"], n=8, seed=0, steps=25, sampler="dpmpp_2m")      # uint8 (8, 64, 64, 3)
+improved_diffusion.fid("data/food101-64/val", images)                                   # a Measurement
 """
 
 from __future__ import annotations

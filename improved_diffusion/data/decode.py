@@ -43,14 +43,39 @@ def open_encoded(data: bytes) -> Image.Image:
         raise UnidentifiedImageError(problem) from None
 
 
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Any Pillow mode -> RGB, transparent images composited on `background`, a colour that Pillow knows.
+
+    Raises ValueError where the sample range is not defined.
+    """
+    image = _eight_bits(image)
+    if image.has_transparency_data:  # an alpha channel, or a transparent palette entry or colour
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_rgba(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGBA, opaque where there is no transparency. Raises ValueError as `to_rgb` does."""
+    return _eight_bits(image).convert("RGBA")
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> L, the luma of `to_rgb` (ITU-R 601-2). Raises ValueError as that does."""
+    return to_rgb(image).convert("L")
+
+
+CONVERSIONS = {1: to_grey, 3: to_rgb, 4: to_rgba}  # by the number of channels
+
+
 def decode_upright(
-    data: bytes, convert: Callable[[Image.Image], Image.Image] | None = None, at_least: int | None = None
+    data: bytes, convert: Callable[[Image.Image], Image.Image] = to_rgb, at_least: int | None = None
 ) -> Image.Image:
     """The image in the content of a file, turned upright as its EXIF orientation says; of an animation the first frame.
 
     Args:
         data: the content.
-        convert: to the wanted mode; by default `to_rgb`.
+        convert: to the wanted mode.
         at_least: a JPEG may be decoded smaller than it is, but with no side shorter than this.
 
     Raises whatever Pillow raises for a damaged, truncated or unsupported image, or one of more pixels than
@@ -61,7 +86,7 @@ def decode_upright(
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         ImageOps.exif_transpose(image, in_place=True)
-        return (convert or to_rgb)(image)
+        return convert(image)
 
 
 def decode_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -92,31 +117,6 @@ def decode_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     if channels == 4:
         pixels[pixels[..., 3] == 0] = 0
     return pixels
-
-
-def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Any Pillow mode -> RGB, transparent images composited on `background`, a colour that Pillow knows.
-
-    Raises ValueError where the sample range is not defined.
-    """
-    image = _eight_bits(image)
-    if image.has_transparency_data:  # an alpha channel, or a transparent palette entry or colour
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def to_rgba(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGBA, opaque where there is no transparency. Raises ValueError as `to_rgb` does."""
-    return _eight_bits(image).convert("RGBA")
-
-
-def to_grey(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> L, the luma of `to_rgb` (ITU-R 601-2). Raises ValueError as that does."""
-    return to_rgb(image).convert("L")
-
-
-CONVERSIONS = {1: to_grey, 3: to_rgb, 4: to_rgba}  # by the number of channels
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -57,12 +57,12 @@ def pack(
 ) -> list[PackedSplit]:
     """Decode every image of `files` and write the packed set `out`.
 
+    The first split is the set at `out`, every other is a set of its own in the folder `out`/SPLIT. Rows are in the
+    order of `files`, whatever the number of `workers` (default: one per usable core). Broken images are left out.
+
     Args:
         image_size: height and width in pixels: one number, or two.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA); see `decode_image`.
-
-    The first split is the set at `out`, every other is a set of its own in the folder `out`/SPLIT. Rows are in the
-    order of `files`, whatever the number of `workers` (default: one per usable core). Broken images are left out.
 
     Raises `UserError` when `out` is taken (see `check_free`), more than 2% of a split is broken (train and val count as
     one: of a few validation images one would be more), the disk is full, or a worker dies; `out` is then as it was.

@@ -80,6 +80,9 @@ def start_processes() -> Iterator[Processes]:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"torchrun started more processes than this machine's {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = (
+            True  # shapes stay what they are, so that the fastest algorithm is worth finding
+        )
     if world_size == 1:
         yield Processes(device)
         return
@@ -105,6 +108,11 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return torch.device(name)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """`x`, which lies on the CPU, on `device`, without waiting for the work that is under way there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def bf16_hardware(device: torch.device) -> str | None:

@@ -27,7 +27,7 @@ from improved_diffusion.models.build import (
 )
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.power_ema import PowerFunctionEMA
-from improved_diffusion.runtime.devices import Processes, arithmetic, with_autocast
+from improved_diffusion.runtime.devices import Processes, arithmetic, upload, with_autocast
 from improved_diffusion.training.optimization import learning_rate, make_optimizers
 from improved_diffusion.training.running_terms import RunningTerms
 
@@ -50,10 +50,11 @@ class Trainer:
         training, device = config.training, processes.device
         height, width, channels = image_set.images.shape[1:]
         if (channels, height, width) != config.model.image_shape:
+            size = height if height == width else f"'[{height}, {width}]'"
             raise UserError(
                 f"the images of {image_set.path} have {height}x{width} pixels and {channels} channels, and the "
-                f"settings model.image_size {config.model.image_size} and model.channels {config.model.channels}: pack "
-                "the images so, or change the settings"
+                f"settings model.image_size {config.model.image_size} and model.channels {config.model.channels}: take "
+                f"--model.image_size {size} --model.channels {channels}, or pack the images as the settings are"
             )
         if training.batch_size % (processes.world_size * training.accumulation):
             raise UserError(
@@ -92,10 +93,10 @@ class Trainer:
             rank=processes.rank,
             world_size=processes.world_size,
         )
-        self.parallel = DistributedDataParallel(self.network) if processes.world_size > 1 else self.network
-        runnable = torch.compile(self.parallel) if training.compile else self.parallel
+        runnable = torch.compile(self.network) if training.compile else self.network
+        self.parallel = DistributedDataParallel(runnable) if processes.world_size > 1 else runnable
         dtype = arithmetic(training.precision, device)
-        self.denoiser = build_denoiser(config, with_autocast(runnable, device, dtype))
+        self.denoiser = build_denoiser(config, with_autocast(self.parallel, device, dtype))
         self.terms = RunningTerms(device)
 
     def train_step(self, x_start: Tensor, y: Tensor) -> None:
@@ -144,8 +145,8 @@ class Trainer:
         noise = torch.randn(n, *config.model.image_shape, generator=noise_generator, device=device)[share]
         if config.model.class_dropout > 0:
             draws = torch.rand(n, generator=seeded_generator(config.seed, CLASS_DROPOUT, self.step))[share]
-            y = torch.where((draws < config.model.class_dropout).to(device), self.num_classes, y)
-        return t[share].to(device), weights[share].to(device), noise, y
+            y = torch.where(upload(draws < config.model.class_dropout, device), self.num_classes, y)
+        return upload(t[share], device), upload(weights[share], device), noise, y
 
     def _dropout_seed(self, part: int) -> int:
         """Seed of the network's dropout, which can only be drawn from the global generator, for a part of the batch."""

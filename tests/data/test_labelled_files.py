@@ -8,9 +8,13 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from improved_diffusion.data.labelled_files import labelled_folder, labelled_food101
+from improved_diffusion.data.containers import Folder
+from improved_diffusion.data.labelled_files import LabelledFiles, labelled_folder, labelled_food101, with_validation
 from improved_diffusion.errors import UserError
 
 ODD_NAMES = ["crème brûlée", "寿司", 'it\'s "it"', "a & b; $(c)", "ends with space ", "#1 100%", "ZEBRA", "new\nline"]
@@ -195,3 +199,55 @@ def test_food101_missing_or_damaged(tmp_path: Path):
     (root / "food-101" / "meta" / "test.json").write_text("{")
     with pytest.raises(UserError, match=r"meta/test\.json"):
         labelled_food101(root, download=False)
+
+
+def made_up_files(splits: dict[str, dict[str, int]]) -> LabelledFiles:
+    """{"train/": {class: number of images}}, where "all" is no folder; there are no files."""
+    class_names = tuple(sorted({name for classes in splits.values() for name in classes}))
+    items = {
+        split.rstrip("/"): [
+            (f"{'' if split == 'all' else split}{name}/{i}.png", class_names.index(name))
+            for name, count in classes.items()
+            for i in range(count)
+        ]
+        for split, classes in splits.items()
+    }
+    return LabelledFiles("made up", Folder(Path("nowhere")), class_names, items)
+
+
+class TestValidation:
+    """A validation split that is taken out of the training images."""
+
+    @given(
+        counts=st.lists(st.integers(1, 130), min_size=1, max_size=3),
+        per_class=st.integers(0, 30),
+        split=st.sampled_from(["train/", ""]),
+    )
+    def test_sizes(self, counts: list[int], per_class: int, split: str):
+        files = made_up_files({split or "all": {f"c{k}": count for k, count in enumerate(counts)}})
+        carved = with_validation(files, per_class)
+        (items,) = files.splits.values()
+        parts = [carved.splits.get(name, []) for name in ("train", "val")]
+        expected = [min(per_class, count // 5) for count in counts]
+        assert np.bincount([label for _, label in parts[1]], minlength=len(counts)).tolist() == expected
+        if any(expected):
+            assert sorted(parts[0] + parts[1]) == sorted(items)
+            assert list(carved.splits) == ["train", "val"]
+            assert parts[0] == sorted(parts[0], key=items.index)
+        else:
+            assert carved.splits == files.splits
+
+    def test_names_decide_and_new_images_change_little(self):
+        def taken(**classes: int) -> set[str]:
+            files = made_up_files({"train/": classes, "test/": {"a": 3}})
+            return {name for name, _ in with_validation(files, 20).splits["val"]}
+
+        few, more = taken(a=200), taken(a=205, b=100)
+        assert len(few) == 20
+        assert len(few & more) >= 17
+        assert {name.split("/")[-1] for name in few} != {f"{i}.png" for i in range(20)}
+
+    def test_a_split_of_ones_own_is_kept(self):
+        files = made_up_files({"train/": {"a": 100}, "val/": {"a": 3}})
+        assert with_validation(files, 20) == files
+        assert with_validation(made_up_files({"test/": {"a": 100}}), 20).splits.keys() == {"test"}

@@ -82,9 +82,12 @@ def test_arrays(tmp_path):
     assert len({source.content_hash for source in sources}) == 1
 
 
-def test_a_packed_set(tmp_path):
-    source = open_source(write_packed_set(tmp_path / "packed", IMAGES[:, :, :10]))
-    np.testing.assert_array_equal(all_images(source), IMAGES[:, :, :10])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_packed_set(tmp_path, channels):
+    images = np.concatenate([IMAGES, IMAGES], axis=-1)[..., :channels]
+    source = open_source(write_packed_set(tmp_path / "packed", images))
+    np.testing.assert_array_equal(all_images(source), images)
+    assert open_image(source, 3).shape == (10, 12, 3)
 
 
 def test_the_content_hash_is_of_pixels_and_their_order_and_not_of_names(tmp_path):

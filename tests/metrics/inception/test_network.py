@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from improved_diffusion.data.compositing import on_white
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import FeatureExtractor
 from improved_diffusion.metrics.inception import network as inception
@@ -161,6 +162,12 @@ def test_images_of_any_size(extractor64, photos):
         extractor64(photos[:2, :7, :1])
     with pytest.raises(UserError, match="64x64 pixels: preprocessing none takes 299x299"):
         FeatureExtractor((64,), preprocessing="none")(photos)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_are_seen_as_rgb(extractor64, channels):
+    images = torch.randint(0, 256, (2, 12, 20, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(extractor64(images)[64], extractor64(on_white(images))[64], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
