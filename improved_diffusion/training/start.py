@@ -32,7 +32,7 @@ TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "clas
 # What a resumed run may change, by group ("" for what is in none); all else decides what the run computes.
 CHANGEABLE = {
     "": ("data",),
-    "training": ("steps", "cooldown_steps", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
+    "training": ("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
 }
@@ -209,7 +209,7 @@ def require_same_learning_rates(old: TrainingConfig, new: TrainingConfig, step: 
         was, now = learning_rate(old, earlier), learning_rate(new, earlier)
         if was != now:
             raise UserError(
-                f"with these training.steps and training.cooldown_steps the learning rate of step {earlier} would have "
+                f"with these training.steps and training.cooldown the learning rate of step {earlier} would have "
                 f"been {now:.3g} and not {was:.3g}: turn back to a checkpoint of at most {earlier} steps, --resume "
                 "CHECKPOINT.pt, or leave them as they were"
             )
