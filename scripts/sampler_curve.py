@@ -2,8 +2,9 @@
 
 python scripts/sampler_curve.py runs/hybrid data/food101-64/val --evaluations 5 10 15 25 50 100 250 --out runs/curve
 
-All points share their latents. The report is written anew with every point, from few evaluations to many. Features are kept as fid.py keeps them, so an interrupted command goes on where it
-stopped, and one that is given again draws nothing anew.
+All points share their latents. The report is written anew with every point, from few evaluations to many. Features are
+kept as fid.py keeps them, so an interrupted command goes on where it stopped, and one that is given again draws nothing
+anew.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def report(points: list[dict], out: Path, title: str) -> None:
         lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
     with atomic_write(out / "curve.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
