@@ -54,7 +54,11 @@ def main(arguments: list[str]) -> int:
             config_file = Path(options.config) if options.config else defaults.config
             why = "as --config says" if options.config else f"because {defaults.reason}"
             say(f"settings: {config_file}, {why}", flush=True)
-        parsed = parse_arguments(parser, arguments, read_settings(config_file), str(config_file))
+        settings = read_settings(config_file)
+        if options.resume is None and (foreign := start.settings_of_another_network(settings, kind)):
+            settings["model"] = {name: value for name, value in settings["model"].items() if name not in foreign}
+            say(f"model: of {config_file}, which is of another kind, without {', '.join(foreign)}", flush=True)
+        parsed = parse_arguments(parser, arguments, settings, str(config_file))
         config, why = start.with_precision(to_settings(kind, parser, parsed), processes)
         say(f"arithmetic: {why}", flush=True)
         if options.resume is not None:

@@ -10,45 +10,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+from improved_diffusion.errors import ArgumentParser, user_errors_exit
 from improved_diffusion.sampling.flags import EMA_LENGTH_HELP
-
-if TYPE_CHECKING:
-    from improved_diffusion.sampling.model import Model
-
-
-def export(model: Model, path: Path, *, half: bool = False) -> None:
-    """Write `model` to a .safetensors file.
-
-    Args:
-        model: from `load`.
-        path: of the file, which must not be there yet.
-        half: weights in float16, in half the space: pictures are then not those of the model to the bit.
-
-    Raises:
-        UserError: there is a file already, another ending, or a disk that cannot be written.
-    """
-    from improved_diffusion.provenance import project_version
-    from improved_diffusion.sampling.model_file import SUFFIX, ModelFile
-
-    if path.suffix != SUFFIX:
-        raise UserError(f"{path}: the name must end in {SUFFIX}")
-    if path.exists():
-        raise UserError(f"{path} exists already: choose another name")
-    weights = model.network.state_dict()
-    origin = {"checkpoint_sha256": model.checkpoint_sha256, "exported_by": project_version()}
-    ModelFile(
-        weights={name: (tensor.half() if half else tensor).cpu() for name, tensor in weights.items()},
-        config=model.config,
-        class_names=model.class_names,
-        step=model.step,
-        ema_rate=model.ema_rate,
-        ema_length=model.ema_length,
-        selected_on=model.selected_on,
-        provenance={**model.provenance, **origin},
-    ).write(path)
 
 
 def main(arguments: list[str]) -> None:
@@ -63,8 +27,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--half", action="store_true", help="weights in float16: half the size, other last digits")
     options = parser.parse_args(arguments)
 
-    # Only now, for torch takes seconds to import: --help and typos are answered at once.
-    from improved_diffusion.sampling.loading import load
+    # Only now, for torch takes seconds to import.
+    from improved_diffusion import load
+    from improved_diffusion.sampling.model_file import export
 
     model = load(options.run, options.checkpoint, options.ema, "cpu", ema_length=options.ema_length)
     export(model, options.out, half=options.half)

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from improved_diffusion.checkpoint_file import read_checkpoint
-from improved_diffusion.config import Config, TrainingConfig
+from improved_diffusion.config import Config, ModelConfig, TrainingConfig, run_type
 from improved_diffusion.data.image_set import ImageSet, is_image_set
 from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.errors import UserError
@@ -32,7 +32,7 @@ TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "clas
 # What a resumed run may change, by group ("" for what is in none); all else decides what the run computes.
 CHANGEABLE = {
     "": ("data",),
-    "training": ("steps", "cooldown_steps", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
+    "training": ("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
 }
@@ -66,6 +66,15 @@ def with_data(config: Config, defaults: Defaults, processes: Processes) -> Confi
             _draw_embedded_set(data)
         processes.wait()
     return dataclasses.replace(config, data=str(data))
+
+
+def settings_of_another_network(settings: dict[str, Any], kind: type[Config]) -> list[str]:
+    """The names under `model`, of the settings in a file, that say how large a network of another kind is than `kind`
+    has; none where the file is of that kind."""
+    if run_type(settings) is kind:
+        return []
+    for_all = {field.name for field in dataclasses.fields(ModelConfig)} - {"num_heads"}
+    return [name for name in settings.get("model", {}) if name not in for_all]
 
 
 def with_precision(config: Config, processes: Processes) -> tuple[Config, str]:
@@ -200,7 +209,7 @@ def require_same_learning_rates(old: TrainingConfig, new: TrainingConfig, step: 
         was, now = learning_rate(old, earlier), learning_rate(new, earlier)
         if was != now:
             raise UserError(
-                f"with these training.steps and training.cooldown_steps the learning rate of step {earlier} would have "
+                f"with these training.steps and training.cooldown the learning rate of step {earlier} would have "
                 f"been {now:.3g} and not {was:.3g}: turn back to a checkpoint of at most {earlier} steps, --resume "
                 "CHECKPOINT.pt, or leave them as they were"
             )
