@@ -34,7 +34,7 @@ from improved_diffusion.settings import parse_arguments, read_settings, settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 POINTS = 5  # evaluations of a run with --hours
-PROBE_SECONDS, PROBE_WARM_UP = 20, 3  # of training, by which the steps of an hour are reckoned, after so many steps
+PROBES, PROBE_SECONDS, PROBE_WARM_UP = 3, 8, 3  # by which the steps of an hour are reckoned; each after so many steps
 NOT_OF_THE_MODEL = ("log_every", "save_every", "keep_checkpoints")  # settings of training that do not change it
 
 
@@ -84,13 +84,18 @@ def main(arguments: list[str]) -> None:
         settings = {name: settled(of_arm, options.config) for name, of_arm in flags.items()}
         require_different(settings)
         measures = Measures(settings, options, processes.device)
-        for name in arms:
-            file = options.out / f"{name}.yaml"
+        files = {name: options.out / f"{name}.yaml" for name in arms}
+        for name, file in files.items():
             require_same_settings(settings[name], file)
-            if options.hours is not None:
-                flags[name] += flags_of_hours(options.hours, kept_pace(file) or measured_pace(file, settings[name]))
+        if options.hours is not None:
+            unknown = {name: settings[name] for name, file in files.items() if kept_pace(file) is None}
+            for name, seconds in measured_paces(unknown).items():
+                keep(settings[name], files[name], seconds)
+            for name, file in files.items():
+                seconds = kept_pace(file)
+                flags[name] += flags_of_hours(options.hours, seconds)
                 settings[name] = settled(flags[name], options.config)
-                keep(settings[name], file, kept_pace(file))
+                keep(settings[name], file, seconds)
         rows = []
         for seed in range(options.seeds):
             for name, of_arm in settings.items():
@@ -221,8 +226,9 @@ def require_same_settings(settings: Config, file: Path) -> None:
     keep(settings, file, kept_pace(file))
 
 
-def keep(settings: Config, file: Path, pace: float | None) -> None:
-    measured = {} if pace is None else {"provenance": {"seconds_per_step": pace}}
+def keep(settings: Config, file: Path, seconds_per_step: float | None) -> None:
+    """Write the settings of an arm, and its pace as far as it is known."""
+    measured = {} if seconds_per_step is None else {"provenance": {"seconds_per_step": seconds_per_step}}
     with atomic_write(file) as temporary:
         temporary.write_text(yaml.safe_dump({**to_plain(settings), **measured}, sort_keys=False))
 
@@ -237,13 +243,24 @@ def kept_pace(file: Path) -> float | None:
     return plain.get("provenance", {}).get("seconds_per_step")
 
 
-def measured_pace(file: Path, settings: Config) -> float:
-    """Train for a moment, and keep in `file` how many seconds a step takes, evaluations and checkpoints left out."""
+def measured_paces(settings: Mapping[str, Config]) -> dict[str, float]:
+    """The seconds that a step of each arm takes, without evaluations and checkpoints: the least of several turns, for
+    what else the machine does only adds to them, and not to all arms alike."""
+    paces: dict[str, float] = {}
+    for _ in range(PROBES):
+        for name, of_arm in settings.items():
+            paces[name] = min(pace(of_arm), paces.get(name, math.inf))
+    for name, seconds in paces.items():
+        print(f"{name}: {seconds:.3g} seconds a step", flush=True)
+    return paces
+
+
+def pace(settings: Config) -> float:
+    """Train for a moment: the seconds that a step takes."""
     from improved_diffusion.data import open_image_set
     from improved_diffusion.runtime.devices import Processes, usable_device
     from improved_diffusion.training.trainer import Trainer
 
-    print(f"measuring the pace of {file.stem}", flush=True)
     processes = Processes(usable_device())
     trainer = Trainer(settings, open_image_set(settings.data), processes)
     batches = trainer.stream.batches(0)
@@ -255,10 +272,7 @@ def measured_pace(file: Path, settings: Config) -> float:
         trainer.train_step(*next(batches))
         trainer.terms.flush(processes)
         elapsed = time.monotonic() - started
-    pace = elapsed / (trainer.step - PROBE_WARM_UP)
-    keep(settings, file, pace)
-    print(f"{pace:.3g} seconds a step", flush=True)
-    return pace
+    return elapsed / (trainer.step - PROBE_WARM_UP)
 
 
 def flags_of_hours(hours: float, seconds_per_step: float) -> list[str]:
