@@ -53,7 +53,12 @@ def main(arguments: list[str]) -> int:
             config_file = Path(options.config) if options.config else defaults.config
             why = "as --config says" if options.config else f"because {defaults.reason}"
             say(f"settings: {config_file}, {why}", flush=True)
-        parsed = parse_arguments(parser, arguments, read_settings(config_file), str(config_file))
+        settings = read_settings(config_file)
+        if options.resume is None:
+            settings, left_out = start.without_another_network(settings, kind)
+            if left_out:
+                say(f"model: of {config_file}, which is of another kind, without {', '.join(left_out)}", flush=True)
+        parsed = parse_arguments(parser, arguments, settings, str(config_file))
         config, why = start.with_precision(to_settings(kind, parser, parsed), processes)
         say(f"arithmetic: {why}", flush=True)
         if options.resume is not None:

@@ -176,8 +176,8 @@ class TrainingConfig:
     """Steps over which the learning rate rises linearly from 0."""
     lr_schedule: Literal["constant", "cosine", "wsd"] = "constant"
     """After that: constant, half a cosine down to 0, or constant with a linear cool-down to 0 at the end."""
-    cooldown_steps: int | None = None
-    """Length of wsd's cool-down; by default a fifth of the steps."""
+    cooldown: float = 0.2
+    """Share of the steps that wsd's cool-down takes."""
     grad_clip: float | None = 1.0
     """Largest allowed norm of the gradient; null for no clipping."""
     ema_rates: tuple[float, ...] = (0.9999,)
@@ -218,17 +218,7 @@ class TrainingConfig:
         require(len(set(self.ema_lengths)) == len(self.ema_lengths), "training.ema_lengths must differ from each other")
         for length in self.ema_lengths:
             require(0 < length < 0.28, f"training.ema_lengths must be between 0 and 0.28, not {length}")
-        require(
-            self.lr_schedule == "wsd" or self.cooldown_steps is None,
-            f"training.cooldown_steps is for training.lr_schedule wsd, not {self.lr_schedule}",
-        )
-        if self.lr_schedule == "wsd":
-            cooldown = max(1, self.steps // 5) if self.cooldown_steps is None else self.cooldown_steps
-            require(
-                1 <= cooldown <= self.steps,
-                f"training.cooldown_steps must be from 1 to training.steps ({self.steps}), not {cooldown}",
-            )
-            object.__setattr__(self, "cooldown_steps", cooldown)
+        require(0 < self.cooldown <= 1, f"training.cooldown must be above 0 and at most 1, not {self.cooldown}")
         require(
             self.batch_size % self.accumulation == 0,
             f"training.batch_size ({self.batch_size}) must be divisible by training.accumulation ({self.accumulation})",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
 import typing
@@ -52,6 +53,10 @@ def settings_parser(kind: type, **kwargs: Any) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
     parser.add_class_arguments(kind)
     return parser
+
+
+# To make one takes longer than to parse a file with it.
+_shared_parser = functools.cache(settings_parser)
 
 
 def parse_arguments(
@@ -143,7 +148,7 @@ def load_settings(kind: type[Settings], path: Path | str) -> Settings:
 
 def settings_of(kind: type[Settings], plain: dict[str, Any], source: str) -> Settings:
     """The settings of `kind` whose plain form (see `to_plain`) came from `source`. Raises UserError likewise."""
-    parser = settings_parser(kind)
+    parser = _shared_parser(kind)
     return to_settings(kind, parser, parse_arguments(parser, [], plain, source))
 
 

@@ -174,7 +174,8 @@ def settled(flags: list[str], config_file: Path | None) -> Config:
     parser = settings_parser(kind)
     defaults = start.choose_defaults(parse_arguments(parser, flags).loss, PROJECT)
     file = config_file or defaults.config
-    settings = to_settings(kind, parser, parse_arguments(parser, flags, read_settings(file), str(file)))
+    in_file, _ = start.without_another_network(read_settings(file), kind)
+    settings = to_settings(kind, parser, parse_arguments(parser, flags, in_file, str(file)))
     settings = start.with_data(settings, defaults, Processes(usable_device()))
 
     def absolute(path: str | None) -> str | None:

@@ -2,14 +2,16 @@
 
 python scripts/sampler_curve.py runs/hybrid data/food101-64/val --evaluations 5 10 15 25 50 100 250 --out runs/curve
 
-All points share their latents. Features are kept as fid.py keeps them, so an interrupted command goes on where it
-stopped, and one that is given again draws nothing anew.
+All points share their latents. The report is written anew with every point, from few evaluations to many. Features are
+kept as fid.py keeps them, so an interrupted command goes on where it stopped, and one that is given again draws nothing
+anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -58,40 +60,35 @@ def main(arguments: list[str]) -> None:
     extractor = FeatureExtractor((options.features,), device)
     model, reference = load(options.run, options.checkpoint, device=device), open_source(options.real)
     real = extract_features(reference, extractor)[options.features]
-    points = []
-    for sampler in options.samplers:
-        for evaluations in options.evaluations:
-            sampling = change_sampling(
-                dataclasses.replace(model.config.sampling, spacing=None, options={}),
-                sampler=sampler,
-                steps=steps_for(sampler, evaluations),
-                guidance_scale=options.guidance_scale,
-            )
-            timesteps = model.config.diffusion.timesteps
-            if sampling.chosen_spacing == "uniform" and timesteps is not None and evaluations > timesteps:
-                continue
-            source = run_source(model, reference, sampling, options.seed, options.per_class)
-            estimate = frechet_inception_distance(real, extract_features(source, extractor)[options.features])
-            low, high = bootstrap_interval(estimate)
-            points.append(
-                {
-                    "sampler": sampler,
-                    "evaluations": 2 * sampling.steps - 1 if sampler == "heun" else evaluations,
-                    "steps": sampling.steps,
-                    "value": estimate.value,
-                    "low": low,
-                    "high": high,
-                }
-            )
-            print(
-                f"{sampler:>10} {points[-1]['evaluations']:>4} {estimate.value:.4f} ({low:.4f} to {high:.4f})",
-                flush=True,
-            )
-    report(
-        points,
-        options.out,
-        f"{metric_name(options.features)}, n = {len(source)} against {real.n:,}, seed {options.seed}",
-    )
+    points: list[dict] = []
+    for evaluations, sampler in itertools.product(options.evaluations, options.samplers):
+        sampling = change_sampling(
+            dataclasses.replace(model.config.sampling, spacing=None, options={}),
+            sampler=sampler,
+            steps=steps_for(sampler, evaluations),
+            guidance_scale=options.guidance_scale,
+        )
+        timesteps = model.config.diffusion.timesteps
+        if sampling.chosen_spacing == "uniform" and timesteps is not None and evaluations > timesteps:
+            continue
+        source = run_source(model, reference, sampling, options.seed, options.per_class)
+        estimate = frechet_inception_distance(real, extract_features(source, extractor)[options.features])
+        low, high = bootstrap_interval(estimate)
+        taken = 2 * sampling.steps - 1 if sampler == "heun" else evaluations
+        points.append(
+            {
+                "sampler": sampler,
+                "evaluations": taken,
+                "steps": sampling.steps,
+                "value": estimate.value,
+                "low": low,
+                "high": high,
+            }
+        )
+        print(f"{sampler:>10} {taken:>4} {estimate.value:.4f} ({low:.4f} to {high:.4f})", flush=True)
+        title = f"{metric_name(options.features)}, n = {len(source)} against {real.n:,}, seed {options.seed}"
+        report(points, options.out, title)
+    print(f"\n{(options.out / 'curve.md').read_text()}", end="")
 
 
 def report(points: list[dict], out: Path, title: str) -> None:
@@ -108,7 +105,6 @@ def report(points: list[dict], out: Path, title: str) -> None:
         lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
     with atomic_write(out / "curve.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
-    print("\n".join(["", *lines]))
 
     from matplotlib.figure import Figure
 

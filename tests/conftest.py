@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import multiprocessing
 import os
 import runpy
-import subprocess
+import signal
+import socket
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +24,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tqdm import tqdm
 
 from improved_diffusion.config import Config, load_config
 from improved_diffusion.data import open_image_set
@@ -23,6 +32,8 @@ from improved_diffusion.models.build import build_network
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.settings import parse_arguments, settings_parser, to_settings
+from improved_diffusion.training.evaluation import Evaluator
+from improved_diffusion.training.loop import TrainingLoop
 from improved_diffusion.training.trainer import Trainer
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the arithmetic of the CPU, bit for bit
@@ -112,9 +123,10 @@ TINY: dict[str, Any] = {
 @pytest.fixture
 def tiny_config(tiny_set) -> Callable[..., Config]:
     """The tiny settings, changed by flags such as `--training.steps 4`."""
+    parser_of = functools.cache(settings_parser)
 
     def make(*flags: str) -> Config:
-        parser = settings_parser(Config)
+        parser = parser_of(Config)
         return to_settings(Config, parser, parse_arguments(parser, [f"--data={tiny_set}", *flags], TINY, "TINY"))
 
     return make
@@ -138,43 +150,117 @@ def tiny_trainer(tiny_config, tiny_set) -> Callable[..., Trainer]:
     return make
 
 
-@pytest.fixture
-def start_script() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start a script of the project's root in a process of its own, or in several by torchrun."""
-    started = []
+@dataclass(frozen=True)
+class Started:
+    """A command at work in processes of its own."""
 
-    def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
-        command = [sys.executable]
-        if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
-        process = subprocess.Popen(
-            [*command, *map(str, arguments)],
-            cwd=PROJECT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+    processes: list[BaseProcess]
+    out: Path
+    err: Path
+
+    def finish(self) -> Outcome:
+        """Wait for the end of all its processes, or of one that fails."""
+        deadline = time.monotonic() + 240
+        while any(process.is_alive() for process in self.processes) and not self.code:
+            assert time.monotonic() < deadline, self.err.read_text()
+            time.sleep(0.01)
+        return Outcome(self.code, self.out.read_text(), self.err.read_text())
+
+    @property
+    def code(self) -> int:
+        """The exit status, which is that of a process that failed if one did; 0 before the end."""
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+    def wait_for(self, is_ready: Callable[[], bool]) -> None:
+        """Return when it is so, which must be before the end."""
+        deadline = time.monotonic() + 120
+        while not is_ready():
+            assert all(process.is_alive() for process in self.processes), self.err.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals) -> Outcome:
+        for process in self.processes:
+            os.kill(process.pid, number)
+        return self.finish()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def as_a_program(arguments: list[str], environment: dict[str, str], files: list[Path]) -> None:
+    """Run a script as `python SCRIPT ARGUMENTS` would, in a fork of this process; `files` are its output and errors."""
+    os.environ.update(environment)
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), line_buffering=True) for number in (1, 2))
+    sys.argv = arguments
+    tqdm.set_lock(threading.RLock())  # its own is shared with the forks, and locked for good if one is killed
+    runpy.run_path(str(PROJECT / arguments[0]), run_name="__main__")
+
+
+@pytest.fixture
+def start_script(tmp_path) -> Iterator[Callable[..., Started]]:
+    """Start a script of the project's root in a process of its own, or in several as torchrun does. They are forks of
+    this one, so that none takes seconds to import torch."""
+    started: list[BaseProcess] = []
+
+    def start(*arguments: object, processes: int = 1, environment: dict[str, str] | None = None) -> Started:
+        place = Path(tempfile.mkdtemp(dir=tmp_path))
+        files = [place / "out", place / "err"]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        own = []
+        for rank in range(processes):
+            ranks = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            given = ([*map(str, arguments)], {**ranks, **(environment or {})}, files)
+            own.append(multiprocessing.get_context("fork").Process(target=as_a_program, args=given, daemon=True))
+            own[-1].start()
+        started.extend(own)
+        return Started(own, *files)
 
     yield start
     for process in started:
         process.kill()
-        process.wait()
+        process.join()
 
 
 @pytest.fixture
 def finish_script(start_script) -> Callable[..., str]:
     """Run a script as `start_script` does, to its end, which must be a success; returns what it printed."""
 
-    def finish(*arguments: object, processes: int = 1) -> str:
-        process = start_script(*arguments, processes=processes)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{err}"
-        return out
+    def finish(*arguments: object, **how: Any) -> str:
+        outcome = start_script(*arguments, **how).finish()
+        assert outcome.code == 0, f"exit status {outcome.code}\n{outcome.out}\n{outcome.err}"
+        return outcome.out
 
     return finish
+
+
+@pytest.fixture(scope="session")
+def short_settings(tiny_set) -> dict[str, Any]:
+    """Of a run of two steps, with a checkpoint of each, whose sampler of timesteps keeps a state."""
+    model = {name: value for name, value in TINY["model"].items() if "dropout" not in name}
+    training = {"steps": 2, "batch_size": 4, "save_every": 1, "precision": "float32"}
+    return {
+        **{"data": str(tiny_set), "loss": "vlb", "model": model, "diffusion": {"timesteps": 10}, "training": training},
+        **{"sampling": {"steps": 2}, "evaluation": {"every": 2, "features": None, "grid_columns": 1}},
+    }
+
+
+@pytest.fixture(scope="session")
+def finished_run(short_settings, tmp_path_factory) -> Path:
+    """A run that has come to its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "settings.yaml").write_text(yaml.safe_dump(short_settings))
+    config, processes = load_config(folder / "settings.yaml"), Processes(torch.device("cpu"))
+    run, image_set = RunDirectory(folder / "run"), open_image_set(config.data)
+    run.write_config(config, [{"processes": 1}])
+    trainer, evaluator = Trainer(config, image_set, processes), Evaluator(config, image_set, processes)
+    TrainingLoop(trainer, evaluator, run, image_set).train()
+    return run.path
 
 
 @pytest.fixture(scope="module")

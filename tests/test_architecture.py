@@ -17,7 +17,17 @@ def test_imports_go_down_only():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("script", ["sample.py", "fid.py", "personalize.py", "-m improved_diffusion.data"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "train.py",
+        "sample.py",
+        "fid.py",
+        "personalize.py",
+        "-m improved_diffusion.data",
+        "-m improved_diffusion.sampling.export",
+    ],
+)
 def test_help_does_not_wait_for_torch(script):
     code = (
         "import runpy, sys; sys.argv = ['x', '--help']\n"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,45 +15,16 @@ from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exi
 PROJECT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def settings(tiny_set) -> dict:
-    return {
-        "data": str(tiny_set),
-        "model": {
-            "image_size": 16,
-            "num_channels": 8,
-            "channel_multipliers": [1, 2],
-            "num_res_blocks": 1,
-            "attention_resolutions": [8],
-            "num_heads": 2,
-        },
-        "diffusion": {"timesteps": 10},
-        "training": {"steps": 2, "batch_size": 4, "save_every": 1},
-        "evaluation": {"every": 2, "features": None, "grid_columns": 1},
-    }
-
-
 @pytest.fixture
-def config(settings, tmp_path) -> Path:
+def config(short_settings, tmp_path) -> Path:
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(settings))
+    file.write_text(yaml.safe_dump(short_settings))
     return file
-
-
-@pytest.fixture(scope="module")
-def finished_run(settings, tmp_path_factory) -> Path:
-    """A run of two steps."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "train.py", "--config", folder / "config.yaml", "--out", folder / "run"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
 
 
 @pytest.fixture
 def trained(finished_run, tmp_path) -> Path:
-    """A copy of it, to be spoilt."""
+    """A copy of a run, to be spoilt."""
     shutil.copytree(finished_run, tmp_path / "run")
     return tmp_path / "run"
 
@@ -99,9 +68,9 @@ def test_a_config_that_is_no_yaml_mapping(run_script, tmp_path, text):
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_cannot_be(run_script, settings, tmp_path, change, words):
+def test_settings_that_cannot_be(run_script, short_settings, tmp_path, change, words):
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({**settings, **change}))
+    file.write_text(yaml.safe_dump({**short_settings, **change}))
     outcome = run_script("train.py", "--config", file, "--out", tmp_path / "run")
     assert_refused(outcome, *words)
     assert not (tmp_path / "run").exists()

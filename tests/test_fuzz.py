@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import io
 import shutil
 import typing
@@ -22,7 +21,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from improved_diffusion import settings as settings_module
 from improved_diffusion.config import Config
 from improved_diffusion.data import open_image_set
 from improved_diffusion.data.labelled_files import labelled_folder
@@ -43,31 +41,6 @@ from improved_diffusion.training.start import require_same_data, run_to_resume, 
 from improved_diffusion.training.trainer import Trainer
 
 CPU = Processes(torch.device("cpu"))
-TINY: dict[str, Any] = {
-    "loss": "vlb",  # whose sampler of timesteps keeps a state
-    "model": {
-        "image_size": 16,
-        "num_channels": 8,
-        "channel_multipliers": [1, 2],
-        "num_res_blocks": 1,
-        "attention_resolutions": [8],
-        "num_heads": 2,
-    },
-    "diffusion": {"timesteps": 10},
-    "training": {"steps": 2, "batch_size": 4, "precision": "float32"},
-    "sampling": {"steps": 2},
-    "evaluation": {"features": None},
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_parser() -> Iterator[None]:
-    """To make one takes longer than most examples do. Those that a script adds flags of its own to are its own."""
-    make = settings_module.settings_parser
-    known = functools.cache(make)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings_module, "settings_parser", lambda kind, **own: make(kind, **own) if own else known(kind))
-        yield
 
 
 def fuzz(examples: int) -> Callable:
@@ -135,9 +108,9 @@ def changed(plain: dict[str, Any], changes: dict[tuple[str, ...], Any]) -> dict[
 @example(changes={("diffusion", "prediction"): None})
 @example(changes={("model", "num_channels"): 2**40})
 @example(changes={("training", "batch_size"): 2**40})
-def test_settings_of_a_run(changes, tiny_set, tmp_path):
+def test_settings_of_a_run(changes, short_settings, tiny_set, tmp_path):
     file = tmp_path / "settings.yaml"
-    file.write_text(yaml.safe_dump(changed({**TINY, "data": str(tiny_set)}, changes)))
+    file.write_text(yaml.safe_dump(changed(short_settings, changes)))
     with works_or_says_why_not():
         config = load_settings(Config, file)
         image_set = open_image_set(config.data or tiny_set)
@@ -172,26 +145,13 @@ def test_settings_of_fine_tuning(changes, tmp_path):
 # Checkpoints and what lies beside them
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_set) -> RunDirectory:
-    """A run of two steps."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "settings.yaml").write_text(yaml.safe_dump({**TINY, "data": str(tiny_set)}))
-    config = load_settings(Config, folder / "settings.yaml")
-    image_set = open_image_set(tiny_set)
-    run = RunDirectory(folder / "run")
-    run.write_config(config, [{"processes": 1}])
-    TrainingLoop(Trainer(config, image_set, CPU), Evaluator(config, image_set, CPU), run, image_set).train()
-    return run
-
-
 @pytest.fixture
-def spoilt(finished, tmp_path) -> Callable[[], RunDirectory]:
-    """A fresh copy of the run, to be spoilt."""
+def spoilt(finished_run, tmp_path) -> Callable[[], RunDirectory]:
+    """A fresh copy of a run, to be spoilt."""
 
     def make() -> RunDirectory:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(finished.path, tmp_path / "run")
+        shutil.copytree(finished_run, tmp_path / "run")
         return RunDirectory(tmp_path / "run")
 
     return make

@@ -15,8 +15,8 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import build_network, set_weights
 from improved_diffusion.run_directory import RunDirectory, is_run_directory
 from improved_diffusion.runtime.devices import sampling_precision, usable_device
-from improved_diffusion.sampling.model import Model
-from improved_diffusion.sampling.model_file import SUFFIX, ModelFile
+from improved_diffusion.sampling.model import Model, ModelCard
+from improved_diffusion.sampling.model_file import SUFFIX, read_model_file
 from improved_diffusion.sampling.posthoc import averaged_weights
 from improved_diffusion.sampling.series import selection
 from improved_diffusion.settings import read_settings
@@ -124,8 +124,7 @@ def _load_run(
     else:
         weights, rate = averaged_weights(run, state["step"], ema_length), None
     entries = [entry for entry in run.read_provenance() if isinstance(entry, dict)]
-    content = ModelFile(
-        weights=weights,
+    card = ModelCard(
         config=config,
         class_names=tuple(state["class_names"]),
         step=state["step"],
@@ -134,7 +133,7 @@ def _load_run(
         selected_on=selection(run, state["step"]),
         provenance={"run": run.path.resolve().name, "checkpoint": file.name, **(entries[-1] if entries else {})},
     )
-    return _model_of(content, file, run.path, device)
+    return _model_of(card, weights, file, run.path, device)
 
 
 def _kept_average(state: dict[str, Any], rate: float | None, file: Path) -> tuple[dict[str, Tensor], float | None]:
@@ -148,27 +147,21 @@ def _kept_average(state: dict[str, Any], rate: float | None, file: Path) -> tupl
 
 
 def _load_file(file: Path, ema: float | None, device: torch.device) -> Model:
-    content = ModelFile.read(file)
-    if ema not in (None, content.ema_rate):
-        raise UserError(f"{file} has no moving average of rate {ema}: it has that of {content.ema_rate}")
-    return _model_of(content, file, file, device)
+    card, weights = read_model_file(file)
+    if ema not in (None, card.ema_rate):
+        raise UserError(f"{file} has no moving average of rate {ema}: it has that of {card.ema_rate}")
+    return _model_of(card, weights, file, file, device)
 
 
-def _model_of(content: ModelFile, file: Path, source: Path, device: torch.device) -> Model:
-    network = build_network(content.config, len(content.class_names))
-    set_weights(network, dict(content.weights))
+def _model_of(card: ModelCard, weights: dict[str, Tensor], file: Path, source: Path, device: torch.device) -> Model:
+    network = build_network(card.config, len(card.class_names))
+    set_weights(network, weights)
     network.to(device).to(memory_format=torch.channels_last).eval()
     return Model(
-        config=content.config,
-        class_names=content.class_names,
+        **vars(card),
         network=network,
         device=device,
-        precision=sampling_precision(content.config.training.precision, device),
-        step=content.step,
+        precision=sampling_precision(card.config.training.precision, device),
         checkpoint=file,
         source=source,
-        ema_rate=content.ema_rate,
-        ema_length=content.ema_length,
-        selected_on=content.selected_on,
-        provenance=content.provenance,
     )

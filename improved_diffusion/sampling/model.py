@@ -29,26 +29,16 @@ from improved_diffusion.settings import settings_of, to_plain
 ROW_OF_ALL = "images"  # what stands for the class of a model that has none
 
 
-@dataclass(frozen=True)
-class Model:
-    """A trained network in evaluation mode, with what is needed to draw images from it. `improved_diffusion.load`
-    makes it."""
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What is known of a trained model beside its weights."""
 
     config: Config = field(repr=False)
     """All settings that it was trained with; `config.sampling` is how it draws where nothing else is said."""
     class_names: tuple[str, ...] = field(repr=False)
     """In the order of the class indices."""
-    network: Backbone = field(repr=False)
-    """In float32, on `device`."""
-    device: torch.device
-    precision: str
-    """What it is drawn in here: see `sampling_precision`."""
     step: int
     """Optimizer steps of its training."""
-    checkpoint: Path
-    """The file that it was loaded from."""
-    source: Path
-    """What it is of: a run directory, or that file."""
     ema_rate: float | None = None
     """Of the moving average that the weights are; None: of none, or of one that was made after training."""
     ema_length: float | None = None
@@ -57,6 +47,22 @@ class Model:
     """How it was chosen among the checkpoints of its run, where it was (see `series.selection`)."""
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
     """Where it comes from: the run, the checkpoint, and what the run records of its training (commit, data, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(ModelCard):
+    """A trained network in evaluation mode, with what is needed to draw images from it. `improved_diffusion.load`
+    makes it."""
+
+    network: Backbone = field(repr=False)
+    """In float32, on `device`."""
+    device: torch.device
+    precision: str
+    """What it is drawn in here: see `sampling_precision`."""
+    checkpoint: Path
+    """The file that it was loaded from."""
+    source: Path
+    """What it is of: a run directory, or that file."""
     guide: Model | None = field(default=None, repr=False)
     """A worse model of the same images, for autoguidance."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,83 +14,57 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from improved_diffusion.config import Config, run_type
+from improved_diffusion.config import run_type
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
+from improved_diffusion.provenance import project_version
+from improved_diffusion.sampling.model import Model, ModelCard
 from improved_diffusion.settings import settings_of, to_plain
 
 SUFFIX = ".safetensors"
 DESCRIPTION, SUM = "improved_diffusion", "improved_diffusion_sha256"  # in the metadata; `format` is for other programs
 
 
-@dataclass(frozen=True)
-class ModelFile:
-    """What such a file holds; see `Model` for the meaning of each."""
-
-    weights: Mapping[str, Tensor]
-    config: Config
-    class_names: tuple[str, ...]
-    step: int
-    ema_rate: float | None
-    ema_length: float | None
-    selected_on: dict[str, Any] | None
-    provenance: dict[str, Any]
-
-    def write(self, path: Path) -> None:
-        """Write it, whole or not at all. Raises UserError where it cannot be written."""
-        weights = {name: tensor.contiguous() for name, tensor in self.weights.items()}
-        description = {
-            "class_names": list(self.class_names),
-            "step": self.step,
-            "ema_rate": self.ema_rate,
-            "ema_length": self.ema_length,
-            "selected_on": self.selected_on,
-            "provenance": self.provenance,
-            "settings": to_plain(self.config),
-        }
-        text = json.dumps(description)
-        with atomic_write(path) as temporary:
-            try:
-                save_file(weights, temporary, {"format": "pt", DESCRIPTION: text, SUM: content_sha256(text, weights)})
-            except SafetensorError as error:  # a full disk, which safetensors covers with an error of its own
-                raise UserError(f"could not write {path}: {error}") from error
-
-    @classmethod
-    def read(cls, path: Path) -> ModelFile:
-        """The model in the file at `path`, on the CPU.
-
-        Raises:
-            UserError: no such file, a damaged one, or one that is no model of this project.
-        """
-        if not path.is_file():
-            raise UserError(f"no model at {path}")
+def write_model_file(path: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
+    """Write a model, whole or not at all. Raises UserError where it cannot be written."""
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    description = {**_fields(card), "config": to_plain(card.config)}
+    text = json.dumps(description)
+    with atomic_write(path) as temporary:
         try:
-            with safe_open(path, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged, or no {SUFFIX} file: {error}") from error
-        if DESCRIPTION not in metadata:
-            raise UserError(
-                f"{path} holds no model of this project: one is made with python -m improved_diffusion.sampling.export"
-            )
-        if metadata.get(SUM) != content_sha256(metadata[DESCRIPTION], weights):
-            raise UserError(f"{path} is damaged: what it holds is not what was written")
-        try:
-            description = json.loads(metadata[DESCRIPTION])
-            settings = description["settings"]
-            return cls(
-                weights=weights,
-                config=settings_of(run_type(settings), settings, str(path)),
-                class_names=tuple(description["class_names"]),
-                step=description["step"],
-                ema_rate=description["ema_rate"],
-                ema_length=description["ema_length"],
-                selected_on=description["selected_on"],
-                provenance=description["provenance"],
-            )
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} was written by another version of this project: it has no {error}") from error
+            save_file(weights, temporary, {"format": "pt", DESCRIPTION: text, SUM: content_sha256(text, weights)})
+        except SafetensorError as error:  # a full disk, which safetensors covers with an error of its own
+            raise UserError(f"could not write {path}: {error}") from error
+
+
+def read_model_file(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
+    """The model in the file at `path`, and its weights on the CPU.
+
+    Raises:
+        UserError: no such file, a damaged one, or one that is no model of this project.
+    """
+    if not path.is_file():
+        raise UserError(f"no model at {path}")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged, or no {SUFFIX} file: {error}") from error
+    if DESCRIPTION not in metadata:
+        raise UserError(
+            f"{path} holds no model of this project: one is made with python -m improved_diffusion.sampling.export"
+        )
+    if metadata.get(SUM) != content_sha256(metadata[DESCRIPTION], weights):
+        raise UserError(f"{path} is damaged: what it holds is not what was written")
+    try:
+        description = json.loads(metadata[DESCRIPTION])
+        settings = description.pop("config")
+        config = settings_of(run_type(settings), settings, str(path))
+        names = tuple(description.pop("class_names"))
+        return ModelCard(config=config, class_names=names, **description), weights
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} was written by another version of this project ({error})") from error
 
 
 def content_sha256(description: str, weights: Mapping[str, Tensor]) -> str:
@@ -100,3 +74,30 @@ def content_sha256(description: str, weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def export(model: Model, path: Path, *, half: bool = False) -> None:
+    """Write `model` to a .safetensors file.
+
+    Args:
+        model: from `load`.
+        path: of the file, which must not be there yet.
+        half: weights in float16, in half the space: pictures are then not those of the model to the bit.
+
+    Raises:
+        UserError: there is a file already, another ending, or a disk that cannot be written.
+    """
+    if path.suffix != SUFFIX:
+        raise UserError(f"{path}: the name must end in {SUFFIX}")
+    if path.exists():
+        raise UserError(f"{path} exists already: choose another name")
+    weights = {name: tensor.cpu() for name, tensor in model.network.state_dict().items()}
+    if half:
+        weights = {name: tensor.half() for name, tensor in weights.items()}
+    origin = {"checkpoint_sha256": model.checkpoint_sha256, "exported_by": project_version()}
+    card = ModelCard(**{**_fields(model), "provenance": {**model.provenance, **origin}})
+    write_model_file(path, card, weights)
+
+
+def _fields(card: ModelCard) -> dict[str, Any]:
+    return {one.name: getattr(card, one.name) for one in dataclasses.fields(ModelCard)}

@@ -17,7 +17,8 @@ def draw_curves(run: RunDirectory) -> None:
     from matplotlib.figure import Figure
 
     metrics, evaluations = read_jsonl(run.metrics_file), read_jsonl(run.evaluations_file)
-    figure = Figure(figsize=(15, 4), layout="constrained")
+    figure = Figure(figsize=(15, 4))
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.13, top=0.92, wspace=0.17)  # a layout engine draws twice
     loss_axes, bound_axes, fid_axes = figure.subplots(1, 3)
     for name in ("loss", "mse"):
         _plot(loss_axes, metrics, name)

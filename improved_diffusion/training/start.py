@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from improved_diffusion.checkpoint_file import read_checkpoint
-from improved_diffusion.config import Config, TrainingConfig
+from improved_diffusion.config import Config, ModelConfig, TrainingConfig, run_type
 from improved_diffusion.data.image_set import ImageSet, is_image_set
 from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.errors import UserError
@@ -32,7 +32,7 @@ TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "clas
 # What a resumed run may change, by group ("" for what is in none); all else decides what the run computes.
 CHANGEABLE = {
     "": ("data",),
-    "training": ("steps", "cooldown_steps", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
+    "training": ("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
 }
@@ -66,6 +66,16 @@ def with_data(config: Config, defaults: Defaults, processes: Processes) -> Confi
             _draw_embedded_set(data)
         processes.wait()
     return dataclasses.replace(config, data=str(data))
+
+
+def without_another_network(settings: dict[str, Any], kind: type[Config]) -> tuple[dict[str, Any], list[str]]:
+    """The settings in a file, for a network of another kind perhaps than the file's: without what it says under `model`
+    of how large its own is. And the names of what was left out."""
+    if run_type(settings) is kind or "model" not in settings:
+        return settings, []
+    for_all = {field.name for field in dataclasses.fields(ModelConfig)} - {"num_heads"}
+    kept = {name: value for name, value in settings["model"].items() if name in for_all}
+    return {**settings, "model": kept}, [name for name in settings["model"] if name not in kept]
 
 
 def with_precision(config: Config, processes: Processes) -> tuple[Config, str]:
@@ -200,7 +210,7 @@ def require_same_learning_rates(old: TrainingConfig, new: TrainingConfig, step: 
         was, now = learning_rate(old, earlier), learning_rate(new, earlier)
         if was != now:
             raise UserError(
-                f"with these training.steps and training.cooldown_steps the learning rate of step {earlier} would have "
+                f"with these training.steps and training.cooldown the learning rate of step {earlier} would have "
                 f"been {now:.3g} and not {was:.3g}: turn back to a checkpoint of at most {earlier} steps, --resume "
                 "CHECKPOINT.pt, or leave them as they were"
             )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +51,20 @@ def make_zip(folder: Path) -> Path:
     return path
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "improved_diffusion.data", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """`python -m improved_diffusion.data ARGUMENTS` in this process: its exit status, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["data", *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_module("improved_diffusion.data", run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capfd.readouterr()
+
+    return run
 
 
 def test_round_trip_and_equal_hash_of_folder_and_zip(tmp_path: Path):
@@ -207,25 +220,25 @@ def test_two_writers_of_one_set(tmp_path: Path):
 # Command line
 
 
-def test_command_line_reports_what_it_did(tmp_path: Path):
+def test_command_line_reports_what_it_did(run, tmp_path: Path):
     names = [f"train/a/{i}.png" for i in range(60)] + ["test/b/0.png", "test/b/notes.txt"]
     make_folder(tmp_path / "set", names, ("train/a/7.png",))
     arguments = ("--image-size", 8, "--validation-per-class", 0)
-    result = run("folder", tmp_path / "set", "--out", tmp_path / "out", *arguments)
-    assert result.returncode == 0, result.stderr
-    assert "packed 60 images" in result.stdout
-    assert "train: 59 images, 1 classes (no image of 1 others: 'b')" in result.stdout
-    assert "'train/a/7.png': " in result.stdout
-    assert "skipped 1 files that are no images: 1 .txt" in result.stdout
+    code, out, err = run("folder", tmp_path / "set", "--out", tmp_path / "out", *arguments)
+    assert code == 0, err
+    assert "packed 60 images" in out
+    assert "train: 59 images, 1 classes (no image of 1 others: 'b')" in out
+    assert "'train/a/7.png': " in out
+    assert "skipped 1 files that are no images: 1 .txt" in out
     assert open_image_set(tmp_path / "out").images.shape[1:] == (8, 8, 3)
 
 
-def test_command_line_takes_a_validation_split_out_of_train(tmp_path: Path):
+def test_command_line_takes_a_validation_split_out_of_train(run, tmp_path: Path):
     names = [f"train/{name}/{i}.png" for name in "ab" for i in range(60)] + ["test/a/0.png"]
     broken = ("train/a/7.png", "train/b/31.png")  # 2 of 120, wherever they end
     make_folder(tmp_path / "set", names, broken)
-    result = run("folder", tmp_path / "set", "--out", tmp_path / "out", "--image-size", 16)
-    assert result.returncode == 0, result.stderr
+    code, out, err = run("folder", tmp_path / "set", "--out", tmp_path / "out", "--image-size", 16)
+    assert code == 0, err
     train, val, test = (open_image_set(tmp_path / "out" / split) for split in ("", "val", "test"))
     assert (train.split, val.split, test.split) == ("train", "val", "test")
     assert len(train.images) + len(val.images) == 118
@@ -233,19 +246,19 @@ def test_command_line_takes_a_validation_split_out_of_train(tmp_path: Path):
     packed = {image.tobytes() for image in (*train.images, *val.images)}
     assert packed == {noise(i).tobytes() for i, name in enumerate(names[:120]) if name not in broken}
     # A fifth of 60 is less than 20.
-    (line,) = (line for line in result.stdout.splitlines() if "taken out of train" in line)
+    (line,) = (line for line in out.splitlines() if "taken out of train" in line)
     assert "24 images" in line
     assert "a fifth" in line
 
 
-def test_food101_with_its_official_splits(tmp_path: Path):
+def test_food101_with_its_official_splits(run, tmp_path: Path):
     images, meta = tmp_path / "food-101" / "images", tmp_path / "food-101" / "meta"
     make_folder(images, ["waffles/1.jpg", "waffles/2.jpg", "apple_pie/3.jpg"])  # PNG inside: the content decides
     meta.mkdir()
     (meta / "train.json").write_text(json.dumps({"waffles": ["waffles/2"], "apple_pie": ["apple_pie/3"]}))
     (meta / "test.json").write_text(json.dumps({"waffles": ["waffles/1"], "apple_pie": []}))
-    result = run("food101", "--source", tmp_path, "--out", tmp_path / "out", "--image-size", 16)
-    assert result.returncode == 0, result.stderr
+    code, out, err = run("food101", "--source", tmp_path, "--out", tmp_path / "out", "--image-size", 16)
+    assert code == 0, err
     train, test = open_image_set(tmp_path / "out"), open_image_set(tmp_path / "out" / "test")
     assert train.class_names == test.class_names == ("apple_pie", "waffles")
     np.testing.assert_array_equal(train.images, np.stack([noise(2), noise(1)]))
@@ -266,14 +279,14 @@ def test_food101_with_its_official_splits(tmp_path: Path):
         (["sorcery"], "invalid choice: 'sorcery'"),
     ],
 )
-def test_command_line_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str):
+def test_command_line_errors_are_one_line(run, tmp_path: Path, arguments: list[str], message: str):
     make_folder(tmp_path / "set", ["a/1.png"])
-    result = run(*(argument.format(tmp=tmp_path) for argument in arguments))
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: ")
+    code, out, err = run(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
 
 
 def test_synthetic_set(tmp_path: Path):

@@ -239,9 +239,7 @@ def test_wrong_command_lines_are_one_line_and_exit_2(run_fid, tmp_path, photos, 
     for arguments, message in cases:
         done = run_fid(*arguments)
         assert done.code == 2, (arguments, done.err)
-        lines = [
-            line for line in done.err.splitlines() if line and not line.startswith(("features of", "warning: "))
-        ]
+        lines = [line for line in done.err.splitlines() if line and not line.startswith(("features of", "warning: "))]
         assert len(lines) == 1, done.err
         assert lines[0].startswith("error: ")
         assert message in lines[0]

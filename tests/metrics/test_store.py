@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -221,39 +217,20 @@ def test_batches_from_anywhere_are_kept_in_memory(photos, extractor64, expected,
         features_of_batches("none", [photos[:1]], extractor64)
 
 
-def test_killed_and_run_again_as_a_command(tmp_path, photos, weights, cache):
+def test_killed_and_run_again_as_a_command(tmp_path, photos, weights, cache, start_script, finish_script):
     """kill -9 in the middle, then the same command by two processes; against one that nothing disturbed."""
-    images = np.concatenate([np.roll(photos, shift, axis=1) for shift in range(50)])
+    images = np.concatenate([np.roll(photos, shift, axis=1) for shift in range(10)])
     np.save(tmp_path / "real.npy", images)
     np.save(tmp_path / "fake.npy", images[::-1, ::-1][:60])
-    sets = [str(tmp_path / "real.npy"), str(tmp_path / "fake.npy")]
-    options = ["--features", "64", "--weights", str(weights), "--metrics", "fid", "kid", "--json"]
-
-    def environment(directory: Path) -> dict[str, str]:
-        return {**os.environ, "IMPROVED_DIFFUSION_CACHE": str(directory), "OMP_NUM_THREADS": "1"}
-
-    killed = subprocess.Popen(
-        [sys.executable, "fid.py", *sets, *options, str(tmp_path / "x.json")],
-        cwd=ROOT,
-        env=environment(cache),
-        stderr=subprocess.DEVNULL,
-    )
-    while not list(cache.rglob("chunk_*.npz")) and killed.poll() is None:
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--"]
+    sets = (tmp_path / "real.npy", tmp_path / "fake.npy")
+    command = ("fid.py", *sets, "--features", 64, "--weights", weights, "--metrics", "fid", "kid", "--json")
+    started = start_script(*command, tmp_path / "x.json")
+    started.wait_for(lambda: list(cache.rglob("chunk_*.npz")))
+    assert started.send(signal.SIGKILL).code == -signal.SIGKILL
     results = []
-    for name, prefix, directory in [("two", torchrun, cache), ("one", [sys.executable], tmp_path / "other")]:
+    for name, directory, processes in [("two", cache, 2), ("one", tmp_path / "other", 1)]:
         output = tmp_path / f"{name}.json"
-        done = subprocess.run(
-            [*prefix, "fid.py", *sets, *options, str(output)],
-            cwd=ROOT,
-            env=environment(directory),
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
+        where = {"IMPROVED_DIFFUSION_CACHE": str(directory)}
+        finish_script(*command, output, processes=processes, environment=where)
         results.append([part["value"] for part in json.loads(output.read_text())["measurements"]])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-6)

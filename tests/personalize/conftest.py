@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,12 +58,32 @@ def lose_vocabulary() -> Callable[[Path], None]:
     return lose
 
 
-@pytest.fixture(params=["sd", "sdxl"])
-def base(request, tiny_bases):
-    """A fresh one of each kind."""
-    from improved_diffusion.personalize.models.base import load_base
+@pytest.fixture(scope="session")
+def fresh_base(tiny_bases):
+    """A base of a kind, of which nothing is anyone else's but the tokenizers: to read them takes longer than the rest.
+    Once they have learned a word they are read again."""
+    from improved_diffusion.personalize.models.base import Base, load_base
 
-    return load_base(str(tiny_bases[request.param]))
+    def words(loaded: Base) -> list[int]:
+        return [len(tokenizer) for tokenizer in loaded.tokenizers]
+
+    known: dict[str, tuple[Base, list[int]]] = {}
+
+    def make(kind: str) -> Base:
+        if kind not in known or words(known[kind][0]) != known[kind][1]:
+            loaded = load_base(str(tiny_bases[kind]))
+            known[kind] = loaded, words(loaded)
+        loaded, _ = known[kind]
+        shared = {id(tokenizer): tokenizer for tokenizer in loaded.tokenizers}
+        return Base(loaded.name, copy.deepcopy(loaded.pipeline, shared))
+
+    return make
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def base(request, fresh_base):
+    """A fresh one of each kind."""
+    return fresh_base(request.param)
 
 
 @pytest.fixture(scope="session")

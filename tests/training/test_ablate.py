@@ -127,6 +127,11 @@ class TestSettings:
         file.write_text(yaml.safe_dump({"data": str(tiny_set), "training": {"batch_size": 4}}))
         return file
 
+    def test_kinds_of_networks_may_be_the_arms(self, tiny_config_file):
+        arms = ablate.arms_of(["model.kind=unet,transformer"])
+        kinds = {name: ablate.settled(flags, tiny_config_file).model.kind for name, flags in arms.items()}
+        assert kinds == {"model.kind=unet": "unet", "model.kind=transformer": "transformer"}
+
     def keep(self, config_file: Path, *flags: str) -> None:
         settings = ablate.settled(["--loss=mse", *flags], config_file)
         ablate.require_same_settings(settings, config_file.parent / "out" / "mse.yaml")
@@ -170,7 +175,7 @@ class TestEqualTime:
         assert {f"--training.steps={steps}", f"--evaluation.every={every}"} <= set(flags)
         assert again == asked[0]
         assert longer[1] == pytest.approx(2 * steps, rel=0.01)
-        assert load_config(tmp_path / "mse.yaml").training.cooldown_steps == longer[1] // 5
+        assert load_config(tmp_path / "mse.yaml").training.steps == longer[1]
 
     def test_what_else_the_machine_does_does_not_count(self, monkeypatch):
         drawn = iter([3.0, 9.0, 2.0, 4.0, 5.0, 6.0])  # in turns

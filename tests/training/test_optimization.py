@@ -34,7 +34,7 @@ class TestLearningRate:
         assert [learning_rate(training, step) for step in range(50)] == pytest.approx(expected)
 
     def test_the_cool_down_is_linear_as_that_of_pytorch(self):
-        training = TrainingConfig(steps=50, lr=0.3, lr_schedule="wsd", cooldown_steps=10, warmup_steps=5)
+        training = TrainingConfig(steps=50, lr=0.3, lr_schedule="wsd", cooldown=0.2, warmup_steps=5)
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
         warm = lr_scheduler.LinearLR(optimizer, 1 / 5, 1.0, total_iters=4)
         stable = lr_scheduler.ConstantLR(optimizer, 1.0, total_iters=0)
@@ -55,18 +55,17 @@ class TestLearningRate:
         assert rates[: peak + 1] == sorted(rates[: peak + 1])
         assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
-    def test_a_cool_down_outside_of_wsd_is_refused(self):
-        with pytest.raises(UserError, match="for training.lr_schedule wsd, not constant"):
-            TrainingConfig(cooldown_steps=5)
-        with pytest.raises(UserError, match="from 1 to training.steps"):
-            TrainingConfig(steps=4, cooldown_steps=5, lr_schedule="wsd")
+    @pytest.mark.parametrize("share", [0.0, -0.1, 1.1])
+    def test_a_cool_down_is_a_share_of_the_steps(self, share):
+        with pytest.raises(UserError, match="training.cooldown must be above 0 and at most 1"):
+            TrainingConfig(cooldown=share)
 
 
 class TestMoreStepsLater:
     """What makes a warm-up, stable, decay schedule worth having: before the cool-down a run can be prolonged."""
 
-    OLD = TrainingConfig(steps=100, lr_schedule="wsd", cooldown_steps=20)
-    NEW = TrainingConfig(steps=200, lr_schedule="wsd", cooldown_steps=40)
+    OLD = TrainingConfig(steps=100, lr_schedule="wsd")
+    NEW = TrainingConfig(steps=200, lr_schedule="wsd")
 
     def test_before_the_cool_down(self):
         require_same_learning_rates(self.OLD, self.NEW, step=81)
@@ -83,7 +82,7 @@ class TestMoreStepsLater:
 
     def test_on_the_command_line(self, run_script, tiny_config_file, tmp_path):
         out = tmp_path / "run"
-        flags = ["--training.lr_schedule=wsd", "--training.steps=6", "--training.cooldown_steps=4"]
+        flags = ["--training.lr_schedule=wsd", "--training.steps=6", "--training.cooldown=0.6"]
         first = run_script("train.py", "--config", tiny_config_file, "--out", out, *flags, "--training.save_every=3")
         assert first.code == 0, first.err
         refused = run_script("train.py", "--resume", out, "--training.steps=9")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,15 +73,13 @@ def test_half_the_steps_and_a_resume_equal_all_the_steps(tiny_trainer, tmp_path,
         assert unbroken.timestep_sampler.probabilities().std() > 0.01  # no longer uniform
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    finish_script, start_script, run_script, tiny_config_file, tmp_path
-):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(start_script, run_script, tiny_config_file, tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    finish_script("train.py", "--config", tiny_config_file, "--out", unbroken, "--training.steps=24")
-    process = start_script("train.py", "--config", tiny_config_file, "--out", killed, "--training.steps=24")
-    wait_for(killed / "checkpoints" / "latest", process)
-    process.kill()
-    process.wait()
+    flags = ("--config", tiny_config_file, "--training.steps=24")
+    assert run_script("train.py", *flags, "--out", unbroken).code == 0
+    started = start_script("train.py", *flags, "--out", killed)
+    started.wait_for((killed / "checkpoints" / "latest").is_file)
+    assert started.send(signal.SIGKILL).code == -signal.SIGKILL
     outcome = run_script("train.py", "--resume", killed)
     assert outcome.code == 0, outcome.err
     assert_same_run(unbroken, killed)
@@ -90,22 +87,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_cleanly(start_script, run_script, tiny_config_file, tmp_path, number):
-    out = tmp_path / "run"
-    process = start_script(
-        "train.py", "--config", tiny_config_file, "--out", out, "--training.steps=100000", "--training.save_every=50000"
+    run = RunDirectory(tmp_path / "run")
+    started = start_script(
+        *("train.py", "--config", tiny_config_file, "--out", run.path),
+        *("--training.steps=100000", "--training.save_every=50000"),
     )
-    wait_for(out / "metrics.jsonl", process, lambda file: file.stat().st_size > 0)
-    process.send_signal(number)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert f"--resume {out}" in printed
-    step = read_checkpoint(RunDirectory(out).latest_checkpoint())["step"]
+    started.wait_for(lambda: run.metrics_file.is_file() and run.metrics_file.stat().st_size > 0)
+    outcome = started.send(number)
+    assert outcome.code == 130
+    assert "Traceback" not in outcome.err
+    assert f"--resume {run.path}" in outcome.out
+    step = read_checkpoint(run.latest_checkpoint())["step"]
     assert 0 < step < 100000
-    assert all(record["step"] % 3 == 0 for record in read_jsonl(RunDirectory(out).metrics_file))  # the stop adds none
-    outcome = run_script("train.py", "--resume", out, f"--training.steps={step + 2}")
+    assert all(record["step"] % 3 == 0 for record in read_jsonl(run.metrics_file))  # the stop adds none
+    outcome = run_script("train.py", "--resume", run.path, f"--training.steps={step + 2}")
     assert outcome.code == 0, outcome.err
-    assert read_checkpoint(RunDirectory(out).latest_checkpoint())["step"] == step + 2
+    assert read_checkpoint(run.latest_checkpoint())["step"] == step + 2
 
 
 def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(
@@ -189,12 +186,3 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing_before_it(tmp_path):
     assert_same(read_checkpoint(run.latest_checkpoint()), {"step": 1, "weights": torch.arange(1000.0)})
     run.save_checkpoint({"step": 2, "weights": torch.zeros(1000)}, keep=1)
     assert read_checkpoint(run.latest_checkpoint())["step"] == 2
-
-
-def wait_for(file: Path, process: subprocess.Popen, is_ready=lambda file: True) -> None:
-    """Wait until `file` is there and ready, which must be before the process ends."""
-    end = time.monotonic() + 120
-    while not (file.is_file() and is_ready(file)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{file} was not written"
-        time.sleep(0.01)

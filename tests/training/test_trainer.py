@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +16,12 @@ from improved_diffusion.diffusion.objective import LossTerms
 from improved_diffusion.diffusion.schedule import cosine_schedule
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import read_jsonl
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.training.running_terms import RunningTerms
 
 CPU = Processes(torch.device("cpu"))
+PROJECT = Path(__file__).parents[2]
 
 
 def gradients_of_first_step(trainer) -> dict[str, torch.Tensor]:
@@ -37,9 +44,9 @@ def test_accumulation_equals_the_full_batch(tiny_trainer, loss):
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6 * largest, msg=name)
 
 
-def test_two_processes_give_the_loss_curve_of_one(finish_script, run_script, tiny_config_file, tmp_path):
+def test_two_processes_give_the_loss_curve_of_one(run_script, tiny_config_file, tmp_path):
     """As many parts of a batch, in two processes or one after the other: all that is drawn is the same, and the number
-    of processes may change on the way."""
+    of processes may change on the way. Here torchrun itself starts them, and each in an interpreter of its own."""
     curves, grids = [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
@@ -49,8 +56,14 @@ def test_two_processes_give_the_loss_curve_of_one(finish_script, run_script, tin
             "--sampling.batch_size=1",
         ]  # 5 batches for one process, 4 for the other
         flags += ["--training.save_every=5", f"--training.steps={12 if processes == 1 else 6}"]
-        finish_script("train.py", "--config", tiny_config_file, "--out", out, *flags, processes=processes)
-        if processes == 2:  # between two lines of the record: what both have counted of the next is not lost
+        command = ["train.py", "--config", str(tiny_config_file), "--out", str(out), *flags]
+        if processes == 1:
+            assert run_script(*command).code == 0
+        else:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+            done = subprocess.run([*torchrun, *command], cwd=PROJECT, capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stderr
+            # Between two lines of the record: what both have counted of the next is not lost.
             checkpoint = out / "checkpoints" / "step_0000005.pt"
             outcome = run_script("train.py", "--resume", checkpoint, "--training.accumulation=4", "--training.steps=12")
             assert outcome.code == 0, outcome.err
@@ -68,8 +81,8 @@ def test_overfits_one_batch(tiny_trainer):
     trainer = tiny_trainer("--loss=mse", "--model.dropout=0", "--training.lr=3e-3")
     images, classes = trainer.stream.batch(0)
     errors = []
-    for _ in range(8):
-        for _ in range(40):
+    for _ in range(7):
+        for _ in range(20):
             trainer.train_step(images, classes)
         errors.append(trainer.terms.flush(CPU)["mse"])
     assert errors[-1] < 0.35 * errors[0]
@@ -128,3 +141,17 @@ class TestRunningTerms:
         assert means["vlb_q3"] == pytest.approx(0.02)
         assert means["loss"] == pytest.approx(1.02)
         assert means["vlb_last_step"] == pytest.approx(721.0)
+
+
+def test_another_kind_of_network_than_the_file_of_settings_has(run_script, tiny_config_file, tmp_path):
+    """What the file says of the size of its own kind is left out, and named."""
+    size = ["--model.patch_size=4", "--model.width=16", "--model.depth=1", "--model.num_heads=2"]
+    out = tmp_path / "run"
+    outcome = run_script(
+        *("train.py", "--config", tiny_config_file, "--model.kind=transformer", *size),
+        *("--out", out, "--training.steps=1", "--evaluation.every=1", "--sampling.steps=1"),
+    )
+    assert outcome.code == 0, outcome.err
+    assert re.search("another kind, without .*num_channels", outcome.out)
+    config = RunDirectory(out).read_config()
+    assert (config.model.kind, config.model.class_dropout, config.model.width) == ("transformer", 0.2, 16)

@@ -112,7 +112,7 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
     Raises:
         UserError: a token that does not fit, see `prepare`.
     """
-    model = _without_weights(base)
+    model = _without_weights(base, adds_words=config.method == "textual_inversion")
     training = config.training
     model.to("meta", precision, training.vae_precision)
     trained = prepare(model, config)
@@ -189,8 +189,8 @@ def _remedies(
     return [remedy for remedy, helps in remedies.items() if helps]
 
 
-def _without_weights(base: Base) -> Base:
-    """The same architecture on the meta device."""
+def _without_weights(base: Base, adds_words: bool) -> Base:
+    """The same architecture on the meta device, with tokenizers of its own if `adds_words`: they take long to copy."""
     pipeline = copy.copy(base.pipeline)
     with torch.device("meta"):
         for name in ("unet", "vae"):
@@ -198,8 +198,9 @@ def _without_weights(base: Base) -> Base:
             setattr(pipeline, name, type(part).from_config(part.config))
         for name, encoder in base.text_encoders.items():
             setattr(pipeline, name, type(encoder)(encoder.config))
-            tokenizer = name.replace("text_encoder", "tokenizer")  # textual inversion teaches it a word
-            setattr(pipeline, tokenizer, copy.deepcopy(getattr(pipeline, tokenizer)))
+            if adds_words:
+                tokenizer = name.replace("text_encoder", "tokenizer")
+                setattr(pipeline, tokenizer, copy.deepcopy(getattr(pipeline, tokenizer)))
     return Base(base.name, pipeline)
 
 

@@ -25,7 +25,7 @@ from improved_diffusion.personalize.models.adapters import (  # noqa: E402
     attach_adapters,
     trainable,
 )
-from improved_diffusion.personalize.models.base import Base, load_base  # noqa: E402
+from improved_diffusion.personalize.models.base import Base  # noqa: E402
 from improved_diffusion.personalize.models.export import export_kohya, kohya_state  # noqa: E402
 
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "personalize_memory.py"
@@ -123,9 +123,9 @@ def test_published_architectures_have_the_names_that_others_look_for(published_b
 
 
 @pytest.fixture(params=["sd", "sdxl"])
-def narrow_base(request, published_base, tiny_bases) -> Base:
+def narrow_base(request, published_base, fresh_base) -> Base:
     """A base whose UNet has all the layers of the published one, of few channels."""
-    base = load_base(str(tiny_bases[request.param]))
+    base = fresh_base(request.param)
     published = published_base(request.param).unet.config
     layout = ("down_block_types", "up_block_types", "layers_per_block", "transformer_layers_per_block")
     width = {"block_out_channels": [16] * len(published.block_out_channels), "attention_head_dim": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from improved_diffusion.errors import UserError
 pytest.importorskip("diffusers")
 from improved_diffusion.personalize.config import AdapterConfig, PersonalizeConfig  # noqa: E402
 from improved_diffusion.personalize.generate import Sampling, draw  # noqa: E402
-from improved_diffusion.personalize.models.base import Base, load_base  # noqa: E402
+from improved_diffusion.personalize.models.base import Base  # noqa: E402
 from improved_diffusion.personalize.models.trained import prepare  # noqa: E402
 
 LORA = PersonalizeConfig(train_text_encoder=True, adapter=AdapterConfig(rank=3, alpha=5.0))
@@ -32,15 +33,15 @@ def disturbed(base: Base, config: PersonalizeConfig) -> dict[str, torch.Tensor]:
     return trained.state_dict()
 
 
-def test_states_come_back_and_those_of_others_are_refused(base, tiny_bases):
+def test_states_come_back_and_those_of_others_are_refused(base, fresh_base):
     state = disturbed(base, LORA)
-    other = load_base(base.name)
+    other = fresh_base(Path(base.name).name)
     prepare(other, LORA).load_state_dict(state)
     assert picture(other) == picture(base)
     with pytest.raises(UserError, match="another base or rank"):
-        prepare(load_base(base.name), replace(LORA, adapter=AdapterConfig(rank=4))).load_state_dict(state)
+        prepare(fresh_base(Path(base.name).name), replace(LORA, adapter=AdapterConfig(rank=4))).load_state_dict(state)
     with pytest.raises(UserError, match="another base or method"):
-        prepare(load_base(base.name), replace(LORA, method="full")).load_state_dict(state)
-    another_kind = load_base(str(tiny_bases["sd" if base.is_sdxl else "sdxl"]))
+        prepare(fresh_base(Path(base.name).name), replace(LORA, method="full")).load_state_dict(state)
+    another_kind = fresh_base("sd" if base.is_sdxl else "sdxl")
     with pytest.raises(UserError, match="another base or"):
         prepare(another_kind, LORA).load_state_dict(state)

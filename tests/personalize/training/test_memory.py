@@ -28,7 +28,6 @@ from improved_diffusion.personalize.config import (
     TrainingConfig,
     WatchConfig,
 )
-from improved_diffusion.personalize.models.base import load_base
 from improved_diffusion.personalize.models.trained import prepare
 from improved_diffusion.personalize.training import memory
 from improved_diffusion.personalize.training.emulation import GPUArithmetic, LiveBytes
@@ -54,23 +53,36 @@ def measure(benchmark):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+SETTINGS = {
+    "lora-batch": {"training": replace(FLOAT32, batch_size=2)},
+    "lora-text-checkpointing-accumulation": {
+        "training": replace(CHECKPOINTING, accumulation=2),
+        "train_text_encoder": True,
+    },
+    "full-ema-prior": {
+        "method": "full",
+        "training": replace(FLOAT32, ema_rate=0.99),
+        "prior": PriorConfig(1, prompt="a dog"),
+    },
+    "inversion-checkpointing-no-cache": {
+        "method": "textual_inversion",
+        "training": CHECKPOINTING,
+        "subject": WORD,
+        "images": replace(LARGE, cache=False),
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("base", "settings"),
     [
-        {"training": replace(FLOAT32, batch_size=2)},
-        {"training": replace(CHECKPOINTING, accumulation=2), "train_text_encoder": True},
-        {"method": "full", "training": replace(FLOAT32, ema_rate=0.99), "prior": PriorConfig(1, prompt="a dog")},
-        {
-            "method": "textual_inversion",
-            "training": CHECKPOINTING,
-            "subject": WORD,
-            "images": replace(LARGE, cache=False),
-        },
+        *(("sd", settings) for settings in SETTINGS),
+        *(("sdxl", settings) for settings in ("lora-text-checkpointing-accumulation", "full-ema-prior")),
     ],
-    ids=["lora-batch", "lora-text-checkpointing-accumulation", "full-ema-prior", "inversion-checkpointing-no-cache"],
+    indirect=["base"],
 )
 def test_estimate_is_what_a_step_and_a_look_take(base, measure, settings):
-    config = PersonalizeConfig(**{"images": LARGE, **settings})
+    config = PersonalizeConfig(**{"images": LARGE, **SETTINGS[settings]})
     estimate = estimate_memory(base, config, "float32")
     said = tuple(size - estimate.allowance for size in (estimate.step, estimate.look - estimate.swapped))
     assert said == pytest.approx(measure(base, config), rel=0.05)
@@ -151,6 +163,7 @@ def test_live_bytes():
     assert (live.now, live.peak) == (4000, 8000)
 
 
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)  # of which both text encoders count
 def test_every_type_has_its_bytes(base):
     """Adapters and whatever else is trained in float32, the rest as it is held."""
     encoders = base.text_encoders.values()
@@ -302,10 +315,10 @@ UNCACHED = replace(LARGE, cache=False)
     ],
     ids=["lora", "full", "full-float32"],
 )
-def test_what_is_suggested_helps(gpu, tiny_bases, settings, precision):
+def test_what_is_suggested_helps(gpu, fresh_base, settings, precision):
     """Each setting lowers the very moment that does not fit."""
     gpu(fast=True)
-    base = load_base(str(tiny_bases["sd"]))
+    base = fresh_base("sd")
     config = PersonalizeConfig(**{"images": LARGE, **settings})
 
     @functools.cache
@@ -328,9 +341,9 @@ def test_what_is_suggested_helps(gpu, tiny_bases, settings, precision):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_latents_are_to_be_kept_where_encoding_takes_most(gpu, tiny_bases, accumulation):
+def test_latents_are_to_be_kept_where_encoding_takes_most(gpu, fresh_base, accumulation):
     gpu(fast=True)
-    base = load_base(str(tiny_bases["sd"]))
+    base = fresh_base("sd")
     training = TrainingConfig(gradient_checkpointing=True, accumulation=accumulation)
     config = PersonalizeConfig(images=UNCACHED, training=training)
     assert not estimate_memory(base, config, "bf16").encodes
