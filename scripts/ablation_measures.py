@@ -122,7 +122,7 @@ class Measures:
             self.protocols[arm, seed] = series[0]
             require_one_protocol(self.protocols, self.settings)
             for record in series:
-                name, steps = f"training {record['metric']}", record["sampling_steps"]
+                name, steps = f"training {record['metric']}", record.get("sampling_steps")
                 yield record["step"], name, steps, None, record["value"], record.get("low"), record.get("high")
 
     def _distances(self, model: Model) -> Iterator[tuple[Any, ...]]:
