@@ -8,18 +8,17 @@ torchrun --nproc-per-node 8 train.py ...           the same on several GPUs
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
 
-from improved_diffusion.config import Config, run_type
+from improved_diffusion.config import run_type_of_flags
 from improved_diffusion.errors import UserError, user_errors_exit
 from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_settings
 
 
 def main(arguments: list[str]) -> int:
-    kind = settings_kind(arguments)
+    kind = run_type_of_flags(arguments)
     parser = settings_parser(kind, prog="train.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="YAML file of settings (default: chosen by data and device, and printed)")
     parser.add_argument("--out", help="directory of the run (default: a new one under runs/)")
@@ -55,9 +54,10 @@ def main(arguments: list[str]) -> int:
             why = "as --config says" if options.config else f"because {defaults.reason}"
             say(f"settings: {config_file}, {why}", flush=True)
         settings = read_settings(config_file)
-        if options.resume is None and (foreign := start.settings_of_another_network(settings, kind)):
-            settings["model"] = {name: value for name, value in settings["model"].items() if name not in foreign}
-            say(f"model: of {config_file}, which is of another kind, without {', '.join(foreign)}", flush=True)
+        if options.resume is None:
+            settings, left_out = start.without_another_network(settings, kind)
+            if left_out:
+                say(f"model: of {config_file}, which is of another kind, without {', '.join(left_out)}", flush=True)
         parsed = parse_arguments(parser, arguments, settings, str(config_file))
         config, why = start.with_precision(to_settings(kind, parser, parsed), processes)
         say(f"arithmetic: {why}", flush=True)
@@ -83,20 +83,6 @@ def main(arguments: list[str]) -> int:
         finished = TrainingLoop(trainer, evaluator, run, image_set).train()
         say(f"finished: {run.path}" if finished else f"stopped; go on with: python train.py --resume {run.path}")
     return 0 if finished else 130
-
-
-def settings_kind(arguments: list[str]) -> type[Config]:
-    """The settings that the flags are about: those of the network that --model.kind or the file of settings names."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
-    finder.add_argument("--resume", type=Path)
-    finder.add_argument("--model.kind", dest="kind")
-    named, _ = finder.parse_known_args(arguments)
-    file = named.config
-    if named.resume is not None:
-        run = named.resume.parent.parent if named.resume.suffix == ".pt" else named.resume
-        file = run / "config.yaml"
-    return run_type(read_settings(file) if file is not None and file.is_file() else {}, named.kind)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,22 @@ def provenance_entry(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "data": data,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "device": device_name(device),
         "processes": processes,
         "versions": {"improved_diffusion": __version__, **{name: version(name) for name in packages}},
         "python": platform.python_version(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU, or of the CPU with the number of threads that PyTorch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    return f"{models[0] if models else platform.machine() + ' CPU'}, {threads} thread{'s' * (threads > 1)}"
 
 
 def project_version() -> dict[str, str | None]:

@@ -26,38 +26,18 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     import numpy as np
-    import torch
 
-    from improved_diffusion.config import SamplingConfig
     from improved_diffusion.data import open_image_set
-    from improved_diffusion.diffusion.bound import variational_bound
-    from improved_diffusion.diffusion.noise import PerSampleNoise
-    from improved_diffusion.models.build import build_schedule
-    from improved_diffusion.progress import progress
+    from improved_diffusion.sampling.bound import bound_on_images, bound_rows
     from improved_diffusion.sampling.loading import load
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {options.batch_size}")
     image_set = open_image_set(options.data)
-    model = load(options.run, device=device)
-    if not 1 <= options.n <= len(image_set.images):
-        raise UserError(f"--n must be between 1 and the {len(image_set.images)} images of {options.data}")
-    if model.config.model.class_conditional and image_set.class_names != model.class_names:
-        raise UserError(f"the classes of {options.data} are not those of the run {options.run}")
-    sampling = SamplingConfig(steps=options.steps)
-    denoiser = model.denoiser(sampling)
-    schedule = build_schedule(model.config.diffusion, sampling)
-    rows = np.linspace(0, len(image_set.images) - 1, options.n).round().astype(int)
-    bounds = []
-    with torch.inference_mode():
-        for part in progress(iterable=np.array_split(rows, -(-len(rows) // options.batch_size)), desc="batches"):
-            x = torch.from_numpy(image_set.images[part]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            y = torch.from_numpy(image_set.labels[part]).to(device) if model.config.model.class_conditional else None
-            noise = PerSampleNoise([(0, 0, int(row)) for row in part], tuple(x.shape[1:]), device)
-            bounds.append(variational_bound(denoiser, schedule, x, y, noise))
-    vlb, xstart_mse, mse = (torch.cat([getattr(b, name) for b in bounds]) for name in ("vlb", "xstart_mse", "mse"))
-    total, prior = (torch.cat([getattr(b, name) for b in bounds]) for name in ("total", "prior"))
+    rows = bound_rows(image_set, options.n)
+    model = load(options.run)
+    bound = bound_on_images(model, image_set, rows, options.steps, options.batch_size)
+    vlb, xstart_mse, mse, total, prior = bound.vlb, bound.xstart_mse, bound.mse, bound.total, bound.prior
     error = float(total.std()) / len(total) ** 0.5 if len(total) > 1 else float("nan")
     print(f"{model.checkpoint}, {options.n} images of {options.data}, {vlb.shape[1]} timesteps")
     print(f"bound {float(total.mean()):.4f} ± {error:.4f} bits/dim (prior {float(prior.mean()):.2e})")

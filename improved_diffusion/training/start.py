@@ -68,13 +68,14 @@ def with_data(config: Config, defaults: Defaults, processes: Processes) -> Confi
     return dataclasses.replace(config, data=str(data))
 
 
-def settings_of_another_network(settings: dict[str, Any], kind: type[Config]) -> list[str]:
-    """The names under `model`, of the settings in a file, that say how large a network of another kind is than `kind`
-    has; none where the file is of that kind."""
-    if run_type(settings) is kind:
-        return []
+def without_another_network(settings: dict[str, Any], kind: type[Config]) -> tuple[dict[str, Any], list[str]]:
+    """The settings in a file, for a network of another kind perhaps than the file's: without what it says under `model`
+    of how large its own is. And the names of what was left out."""
+    if run_type(settings) is kind or "model" not in settings:
+        return settings, []
     for_all = {field.name for field in dataclasses.fields(ModelConfig)} - {"num_heads"}
-    return [name for name in settings.get("model", {}) if name not in for_all]
+    kept = {name: value for name, value in settings["model"].items() if name in for_all}
+    return {**settings, "model": kept}, [name for name in settings["model"] if name not in kept]
 
 
 def with_precision(config: Config, processes: Processes) -> tuple[Config, str]:
