@@ -18,7 +18,7 @@ from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.data import open_image_set
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write, read_jsonl
-from improved_diffusion.metrics import FeatureExtractor, ImageSets, extract_features, measure
+from improved_diffusion.metrics import FeatureExtractor, FeatureSets, extract_features, measure
 from improved_diffusion.metrics.estimate import Estimate, Influence, bootstrap_interval
 from improved_diffusion.metrics.images.opening import image_set_source
 from improved_diffusion.models.build import number_of_steps
@@ -132,7 +132,7 @@ class Measures:
             source = run_source(model, self.reference, sampling, self.options.generation_seed, self.per_class)
             fake = extract_features(source, self.extractor)
             for size in self.options.features:
-                (measured,) = measure(ImageSets(self.real, fake), ["fid"], size, self.device)
+                (measured,) = measure(FeatureSets(self.real, fake), ["fid"], size, self.device)
                 yield measured.metric, steps, None, measured.value, measured.low, measured.high
 
     def _bound(self, model: Model, arm: str, seed: int) -> Iterator[tuple[Any, ...]]:

@@ -5,7 +5,7 @@ from improved_diffusion.metrics.fid import frechet_inception_distance, metric_na
 from improved_diffusion.metrics.frechet import frechet_distance
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
-from improved_diffusion.metrics.measure import METRICS, ImageSets, Measurement, measure
+from improved_diffusion.metrics.measure import METRICS, FeatureSets, Measurement, measure
 from improved_diffusion.metrics.moments import Moments
 from improved_diffusion.metrics.statistics import FeatureStatistics, reference_statistics
 from improved_diffusion.metrics.store import extract_features
@@ -15,7 +15,7 @@ __all__ = [
     "FeatureExtractor",
     "FeatureStatistics",
     "Features",
-    "ImageSets",
+    "FeatureSets",
     "Measurement",
     "Moments",
     "extract_features",

@@ -68,7 +68,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class ImageSets:
+class FeatureSets:
     """What is compared, each as {feature size: features}; saved statistics in place of features serve FID alone."""
 
     real: Mapping[int, Side]
@@ -83,7 +83,7 @@ def feature_sizes(metrics: Iterable[str], features: int) -> set[int]:
 
 
 def measure(
-    sets: ImageSets,
+    sets: FeatureSets,
     metrics: Sequence[str],
     features: int = 2048,
     device: torch.device | str = "cpu",
@@ -138,7 +138,7 @@ def measure(
 Named = tuple[str, Estimate, int | None, int | None]  # the metric's name, the estimate, n_real, n_fake
 
 
-def _sides(metric: str, sets: ImageSets, size: int) -> dict[str, Side]:
+def _sides(metric: str, sets: FeatureSets, size: int) -> dict[str, Side]:
     """What `metric` compares: `real`, `fake` and `train`, as far as it takes them; made with the same settings.
 
     Raises:

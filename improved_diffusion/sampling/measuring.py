@@ -15,7 +15,7 @@ from improved_diffusion.metrics.fid import Side
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import ArraySource, Source, balanced_rows
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
-from improved_diffusion.metrics.measure import OF_TRAINING_IMAGES, ImageSets, Measurement, feature_sizes, measure
+from improved_diffusion.metrics.measure import OF_TRAINING_IMAGES, FeatureSets, Measurement, feature_sizes, measure
 from improved_diffusion.metrics.statistics import FeatureStatistics, is_statistics_file
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.runtime.devices import Processes, usable_device
@@ -115,7 +115,7 @@ class Extraction:
 class MeasuredSets:
     """Features of what is compared, and where the images themselves are."""
 
-    sets: ImageSets
+    sets: FeatureSets
     features: int
     device: torch.device
     identities: dict[str, Identity]  # of `real`, `fake` and `train`, before they are thinned to n; first process alone
@@ -179,7 +179,7 @@ def open_sets(
         return extract_features(side, extractor, extraction.batch_size, processes)
 
     trained = extract_features(trained_on[0], extractor, extraction.batch_size, processes) if trained_on else None
-    sets = ImageSets(features_of(sides[0]), features_of(sides[1]), trained)
+    sets = FeatureSets(features_of(sides[0]), features_of(sides[1]), trained)
     return MeasuredSets(sets, features, device, identities, sides[1], trained_on[0] if trained_on else None)
 
 

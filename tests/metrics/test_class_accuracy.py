@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import norm
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics import ImageSets, measure
+from improved_diffusion.metrics import FeatureSets, measure
 from improved_diffusion.metrics.class_accuracy import class_accuracy
 from improved_diffusion.metrics.report import table
 
@@ -55,7 +55,7 @@ def test_what_is_taken_for_another_class_is_named(drawn):
 
 
 def test_as_a_metric(drawn):
-    sets = ImageSets(*({8: drawn(seed)} for seed in (1, 2, 0)))
+    sets = FeatureSets(*({8: drawn(seed)} for seed in (1, 2, 0)))
     measured = measure(sets, ["class-accuracy"], 8)
     assert [m.metric for m in measured] == [
         *("top-1 accuracy", "top-1 accuracy of real images", "top-5 accuracy", "top-5 accuracy of real images")

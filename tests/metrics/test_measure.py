@@ -18,7 +18,7 @@ from PIL import Image
 
 import fid as command
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics import METRICS, ImageSets, measure
+from improved_diffusion.metrics import METRICS, FeatureSets, measure
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.images.sources import balanced_rows
 from improved_diffusion.metrics.measure import feature_sizes
@@ -29,9 +29,9 @@ LABELLED = [name for name in METRICS if name not in ("sfid", "inception-score", 
 
 
 @pytest.fixture
-def sets(two_sets) -> ImageSets:
+def sets(two_sets) -> FeatureSets:
     real, fake = two_sets
-    return ImageSets({32: real}, {32: fake}, {32: real})
+    return FeatureSets({32: real}, {32: fake}, {32: real})
 
 
 def test_every_number_says_what_it_was_measured_with(sets):
@@ -50,7 +50,7 @@ def test_every_number_says_what_it_was_measured_with(sets):
 
 def test_the_order_of_the_images_does_not_matter(sets):
     rng = np.random.default_rng(0)
-    shuffled = ImageSets(
+    shuffled = FeatureSets(
         *({32: side[32].take(rng.permutation(side[32].n))} for side in (sets.real, sets.fake, sets.train))
     )
     # Not of those that draw a part of the images, by their place.
@@ -60,7 +60,7 @@ def test_the_order_of_the_images_does_not_matter(sets):
 
 
 def test_too_few_images_are_noted(sets):
-    few = ImageSets({32: sets.real[32].take(np.arange(20))}, sets.fake)
+    few = FeatureSets({32: sets.real[32].take(np.arange(20))}, sets.fake)
     (result,) = measure(few, ["fid"], 32)
     assert "20 images for 32 features" in result.notes[0]
     assert "biased upwards" in table([result])
@@ -69,13 +69,13 @@ def test_too_few_images_are_noted(sets):
 
 
 def test_saved_statistics_serve_fid_alone(sets):
-    saved = ImageSets({32: statistics_of(sets.real[32])}, sets.fake)
+    saved = FeatureSets({32: statistics_of(sets.real[32])}, sets.fake)
     (result,) = measure(saved, ["fid"], 32)
     assert "as fixed" in result.notes[0]
     for metric in ("kid", "precision-recall", "per-class", "fid-infinity"):
         with pytest.raises(UserError, match="needs the images themselves"):
             measure(
-                ImageSets({32: saved.real[32], 64: saved.real[32]}, {32: sets.fake[32], 64: sets.fake[32]}),
+                FeatureSets({32: saved.real[32], 64: saved.real[32]}, {32: sets.fake[32], 64: sets.fake[32]}),
                 [metric],
                 32,
             )
@@ -85,15 +85,15 @@ def test_what_is_missing_or_does_not_fit_is_said(sets, make_features):
     other = make_features(sets.fake[32].array, weights_hash="other")
     for metric in ("fid", "kid", "precision-recall", "density-coverage"):
         with pytest.raises(UserError, match="weights_hash: 'abc' and 'other'"):
-            measure(ImageSets(sets.real, {32: other}), [metric], 32)
+            measure(FeatureSets(sets.real, {32: other}), [metric], 32)
     with pytest.raises(UserError, match="weights_hash"):
-        measure(ImageSets(sets.real, sets.fake, {32: other}), ["memorisation"], 32)
+        measure(FeatureSets(sets.real, sets.fake, {32: other}), ["memorisation"], 32)
     with pytest.raises(UserError, match="features of size 64 of the real images"):
         measure(sets, ["fid"], 64)
     with pytest.raises(UserError, match="no metric 'fdi'"):
         measure(sets, ["fdi"], 32)
     with pytest.raises(UserError, match="--train"):
-        measure(ImageSets(sets.real, sets.fake), ["memorisation"], 32)
+        measure(FeatureSets(sets.real, sets.fake), ["memorisation"], 32)
 
 
 def test_sizes_of_features():

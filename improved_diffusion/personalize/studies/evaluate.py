@@ -16,7 +16,7 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.sources import Batch, check_count
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
-from improved_diffusion.metrics.measure import ImageSets, Measurement, feature_sizes, measure
+from improved_diffusion.metrics.measure import FeatureSets, Measurement, feature_sizes, measure
 from improved_diffusion.metrics.pairs import load_lpips, lpips
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.personalize.data.captioned import CaptionedSet
@@ -198,7 +198,7 @@ def measure_inception(
             raise UserError(f"{metrics[0]} compares with real pictures: give --references")
         references = generated  # which the Inception Score does not look at
     extractor = FeatureExtractor(feature_sizes(metrics, 2048), device, weights)
-    sets = ImageSets(extract_features(CaptionedSource(references), extractor), extract_features(fake, extractor))
+    sets = FeatureSets(extract_features(CaptionedSource(references), extractor), extract_features(fake, extractor))
     return measure(sets, metrics, 2048, device)
 
 
