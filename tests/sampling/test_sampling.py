@@ -33,7 +33,6 @@ KEYS = [SampleKey(0, label, number) for label in range(3) for number in range(3)
 @pytest.mark.parametrize(
     "settings",
     [
-        {"sampler": "ancestral"},
         {"sampler": "ancestral", "steps": 7, "guidance_scale": 2.0},
         {"sampler": "ddim", "steps": 5},
         {"sampler": "ancestral", "steps": 1},

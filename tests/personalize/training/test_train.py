@@ -41,6 +41,7 @@ INVERSION = "textual inversion, bf16"
         *(("sd2", method) for method in ("lora", INVERSION)),
     ],
 )
+@pytest.mark.usefixtures("no_estimate")
 def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
     train, run_script, tiny_bases, tmp_path, kind, method
 ):
