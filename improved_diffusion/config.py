@@ -242,7 +242,7 @@ class SamplingConfig:
     steps: int | None = None
     """Sampling steps; by default the T of the forward process, or 50 in continuous time."""
     spacing: Literal["uniform", "karras", "log_snr"] | None = None
-    """How the steps are spread over the noise levels; by default karras for heun and uniform, in t, for the others."""
+    """How the steps are spread over the noise levels; by default karras for heun and dpmpp_2m, uniform in t for the others."""
     options: dict[str, float] = field(default_factory=dict)
     """The sampler's own: eta of ddim and dpmpp_2m; churn, churn_min, churn_max, churn_noise of heun."""
     guidance_scale: float = 1.0
@@ -270,7 +270,7 @@ class SamplingConfig:
     @property
     def chosen_spacing(self) -> str:
         """The spacing, with its default filled in."""
-        return self.spacing or ("karras" if self.sampler == "heun" else "uniform")
+        return self.spacing or ("karras" if self.sampler in ("heun", "dpmpp_2m") else "uniform")
 
 
 @dataclass(frozen=True)

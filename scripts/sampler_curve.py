@@ -116,7 +116,9 @@ def report(points: list[dict], out: Path, title: str) -> None:
         axes.plot(x, [point["value"] for point in of_one], "o-", label=sampler)
         axes.fill_between(x, [point["low"] for point in of_one], [point["high"] for point in of_one], alpha=0.15)
     axes.set(title=title, xlabel="network evaluations per image", ylabel="FID", xscale="log", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set_xticks(columns, map(str, columns))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(out / "curve.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120)
