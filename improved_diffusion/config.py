@@ -242,7 +242,7 @@ class SamplingConfig:
     steps: int | None = None
     """Sampling steps; by default the T of the forward process, or 50 in continuous time."""
     spacing: Literal["uniform", "karras", "log_snr"] | None = None
-    """How the steps are spread over the noise levels; by default karras for heun and dpmpp_2m, uniform in t for the others."""
+    """How the steps are spread over the noise levels; by default karras for heun and dpmpp_2m, else uniform in t."""
     options: dict[str, float] = field(default_factory=dict)
     """The sampler's own: eta of ddim and dpmpp_2m; churn, churn_min, churn_max, churn_noise of heun."""
     guidance_scale: float = 1.0
