@@ -12,8 +12,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from improved_diffusion.config import run_type_of_flags
 from improved_diffusion.errors import UserError, user_errors_exit
+from improved_diffusion.run_flags import run_type_of_flags
 from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_settings
 
 

@@ -5,7 +5,6 @@ A YAML file fills these dataclasses and command-line flags override it (`--train
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -384,25 +383,6 @@ def run_type(settings: dict[str, Any], kind: str | None = None) -> type[Config]:
     kind = kind or (model.get("kind", "unet") if isinstance(model, dict) else "unet")
     require(kind in RUNS, f"model.kind must be one of {', '.join(RUNS)}, not {kind}")
     return RUNS[kind]
-
-
-def run_type_of_flags(arguments: list[str]) -> type[Config]:
-    """The dataclass of the settings that flags of train.py are about: of the kind of network that --model.kind, or
-    else the file of settings, names.
-
-    Raises:
-        UserError: there is no such kind.
-    """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
-    finder.add_argument("--resume", type=Path)
-    finder.add_argument("--model.kind", dest="kind")
-    named, _ = finder.parse_known_args(arguments)
-    file = named.config
-    if named.resume is not None:
-        run = named.resume.parent.parent if named.resume.suffix == ".pt" else named.resume
-        file = run / "config.yaml"
-    return run_type(read_settings(file) if file is not None and file.is_file() else {}, named.kind)
 
 
 def load_config(path: Path | str) -> Config:

@@ -27,9 +27,10 @@ from typing import Any
 
 import yaml
 
-from improved_diffusion.config import RUNS, SAMPLER_OPTIONS, Config, load_config, run_type_of_flags
+from improved_diffusion.config import RUNS, SAMPLER_OPTIONS, Config, load_config
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
+from improved_diffusion.run_flags import run_type_of_flags
 from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_plain, to_settings
 
 PROJECT = Path(__file__).resolve().parent.parent
