@@ -32,7 +32,7 @@ from improved_diffusion.training.optimization import learning_rate, make_optimiz
 from improved_diffusion.training.running_terms import RunningTerms
 
 # Generators of a run are keyed (seed, purpose, step): resuming draws what an unbroken run would have drawn.
-TIMESTEPS, NOISE, CLASS_DROPOUT, DROPOUT = range(4)
+TIMESTEPS, NOISE, CLASS_DROPOUT, DROPOUT, AUGMENTATION = range(5)
 
 
 class Trainer:
