@@ -250,6 +250,9 @@ class SamplingConfig:
     """Noise levels, as sigma / signal, between which there is guidance; by default at all."""
     batch_size: int = 64
     """Images drawn at once: more is faster and needs more memory."""
+    noise: Literal["numpy", "philox"] = "numpy"
+    """What draws the noise: numpy on the CPU, or the Philox generator on the device, which is faster on a GPU, slower
+    on a CPU, and gives other images."""
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.steps >= 1, f"sampling.steps must be at least 1, not {self.steps}")

@@ -81,7 +81,8 @@ class NetworkDenoiser:
 
     def run_network(self, x_t: Tensor, level: NoiseLevel, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The network's own output in float32: the predicted quantity, and the variance's v where it is learned."""
-        timestep = (level.timestep * self.timestep_range).float().to(x_t.device).expand(len(x_t))
+        # Added, one level for the whole batch enters a kernel as an argument; a copy to a GPU would wait for the GPU.
+        timestep = x_t.new_zeros(len(x_t), dtype=torch.float32) + (level.timestep * self.timestep_range).float()
         if self.scale_input:
             deviation = torch.sqrt((level.signal * SIGMA_DATA).square() + level.sigma.square())
             x_t = x_t / like(deviation, x_t)
