@@ -110,9 +110,10 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
     return torch.device(name)
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """`x`, which lies on the CPU, on `device`, without waiting for the work that is under way there."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x`, which lies on the CPU or already on `device`, on `device`, without waiting for the work under way there."""
+    from_cpu_to_gpu = x.device.type == "cpu" and torch.device(device).type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if from_cpu_to_gpu else x.to(device)
 
 
 def bf16_hardware(device: torch.device) -> str | None:
