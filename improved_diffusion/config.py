@@ -189,7 +189,11 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Arithmetic of the network; auto is bf16 where the device has hardware for it. The run records which it was."""
     compile: bool = False
-    """Run the network through torch.compile: faster steps after a minute or two of compilation."""
+    """Compile forward process, network and loss with torch.compile: faster steps after a minute or two; with several
+    processes the network alone."""
+    cuda_graph: bool = False
+    """On one GPU, replay the forward and backward pass as a CUDA graph, so that no kernel waits for Python. Elsewhere
+    the run says that it does not."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
     save_every: int = 5000

@@ -80,9 +80,9 @@ def start_processes() -> Iterator[Processes]:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"torchrun started more processes than this machine's {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = (
-            True  # shapes stay what they are, so that the fastest algorithm is worth finding
-        )
+        torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest algorithm is worth finding
+        # What is to be float32 is: PyTorch would take TF32, with 10 bits of mantissa, for convolutions.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if world_size == 1:
         yield Processes(device)
         return
