@@ -192,7 +192,11 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Arithmetic of the network; auto is bf16 where the device has hardware for it. The run records which it was."""
     compile: bool = False
-    """Run the network through torch.compile: faster steps after a minute or two of compilation."""
+    """Compile forward process, network and loss with torch.compile: faster steps after a minute or two; with several
+    processes the network alone."""
+    cuda_graph: bool = False
+    """On one GPU, replay the forward and backward pass as a CUDA graph, so that no kernel waits for Python. Elsewhere
+    the run says that it does not."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
     save_every: int = 5000
@@ -254,6 +258,9 @@ class SamplingConfig:
     """Noise levels, as sigma / signal, between which there is guidance; by default at all."""
     batch_size: int = 64
     """Images drawn at once: more is faster and needs more memory."""
+    noise: Literal["numpy", "philox"] = "numpy"
+    """What draws the noise: numpy on the CPU, or the Philox generator on the device, which is faster on a GPU, slower
+    on a CPU, and gives other images."""
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.steps >= 1, f"sampling.steps must be at least 1, not {self.steps}")

@@ -1,7 +1,9 @@
 """Augmentation that does not leak into what is drawn: the network is told what was done to each image, and in drawing
 that nothing was (Karras et al. 2022, arXiv:2206.00364, appendix F.2). For small data sets.
 
-Six transformations, each applied to an image with the same probability, independently of the others.
+Six transformations, each applied to an image with the same probability, independently of the others. Their nine
+parameters are what `models/backbone.py` embeds: mirrored, upside down, size, turned (2), stretched (2), shifted (2); 0
+where nothing is done.
 """
 
 from __future__ import annotations
@@ -12,15 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from improved_diffusion.models.backbone import AUGMENTATION_PARAMETERS
-
 SIZE = 0.2  # standard deviation of log2 of the size, and of the stretch
 SHIFT = 0.125  # standard deviation of the shift, as a share of the image
 
 
 def draw_parameters(count: int, probability: float, generator: torch.Generator) -> Tensor:
-    """What to do to `count` images: float32 (count, AUGMENTATION_PARAMETERS), on the generator's device, with 0 where
-    nothing is done."""
+    """What to do to `count` images: float32 (count, 9), on the generator's device."""
     device = generator.device
 
     def chosen() -> Tensor:
@@ -49,7 +48,7 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
 
     Args:
         images: (N, C, H, W), float on [-1, 1]; of RGBA the alpha is straight.
-        parameters: (N, AUGMENTATION_PARAMETERS), from `draw_parameters`.
+        parameters: (N, 9), from `draw_parameters`.
 
     Returns:
         (N, C, H, W) on [-1, 1].

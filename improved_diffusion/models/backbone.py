@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from improved_diffusion.models.autocast import without_autocast
 
-AUGMENTATION_PARAMETERS = 9  # mirrored, upside down, size, turned (2), stretched (2), shifted (2): data/augmentation.py
+AUGMENTATION_PARAMETERS = 9  # of data/augmentation.py
 
 
 class Backbone(nn.Module):

@@ -36,6 +36,7 @@ KEYS = [SampleKey(0, label, number) for label in range(3) for number in range(3)
         {"sampler": "ancestral", "steps": 7, "guidance_scale": 2.0},
         {"sampler": "ddim", "steps": 5},
         {"sampler": "ancestral", "steps": 1},
+        {"sampler": "ancestral", "steps": 2, "noise": "philox"},
     ],
 )
 def test_an_image_does_not_depend_on_the_batch(tiny_run, settings):
@@ -55,6 +56,22 @@ def test_images_differ_by_seed_class_and_number(tiny_run):
     for i in range(4):
         for j in range(i):
             assert np.abs(images[i] - images[j]).mean() > 5
+
+
+def test_which_noise_it_was_is_said_where_it_is_not_numpys(tiny_run):
+    """So that records and folders that are older than the choice are of the same protocol as new ones."""
+    model = load(tiny_run, device="cpu")
+    drawn, said = [], []
+    for noise in ("numpy", "philox"):
+        sampling = change_sampling(model.config.sampling, sampler="ddim", steps=2, noise=noise)
+        drawn.append(np.concatenate([images for _, images in model.draw(KEYS[:2], sampling)]).astype(int))
+        said.append(model.image_record(sampling))
+    assert np.abs(drawn[0] - drawn[1]).mean() > 5
+    assert "noise" not in said[0]
+    assert said[1] == {**said[0], "noise": "philox"}
+    sampling = change_sampling(model.config.sampling, noise="philox")
+    with pytest.raises(UserError, match="seed 18446744073709551616"):
+        next(model.draw([SampleKey(2**64, 0, 0)], sampling))
 
 
 def test_two_processes_write_the_images_of_one(tiny_run, finish_script, tmp_path):

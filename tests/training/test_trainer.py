@@ -37,6 +37,7 @@ def gradients_of_first_step(trainer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("loss", ["mse", "hybrid", "vlb"])
 def test_accumulation_equals_the_full_batch(tiny_trainer, loss):
     flags = [f"--loss={loss}", "--model.dropout=0", "--training.grad_clip=null", "--training.batch_size=8"]
+    flags += ["--training.augment=0.5"]
     whole = gradients_of_first_step(tiny_trainer(*flags))
     parts = gradients_of_first_step(tiny_trainer(*flags, "--training.accumulation=4"))
     largest = max(float(gradient.abs().max()) for gradient in whole.values())
@@ -51,6 +52,7 @@ def test_two_processes_give_the_loss_curve_of_one(run_script, tiny_config_file, 
     for processes in (1, 2):
         out = tmp_path / str(processes)
         flags = [f"--training.accumulation={4 // processes}", "--loss=vlb", "--diffusion.timesteps=4"]
+        flags += ["--training.augment=0.5"]
         flags += [
             "--evaluation.grid_columns=3",
             "--sampling.batch_size=1",
@@ -73,8 +75,29 @@ def test_two_processes_give_the_loss_curve_of_one(run_script, tiny_config_file, 
     assert np.abs(grids[0] - grids[1]).mean() < 2  # of 255: the weights differ by rounding, and the images by more
     for one, two in zip(*curves, strict=True):
         assert one.keys() == two.keys()
-        for name in one.keys() - {"images_per_second"}:
+        for name in one.keys() - {"images_per_second", "tflops"}:
             assert two[name] == pytest.approx(one[name], rel=1e-3), name
+
+
+def test_augmented_images_are_trained_on_and_the_network_is_told(tiny_trainer):
+    flags = ["--loss=mse", "--model.dropout=0"]
+    plain, augmented = tiny_trainer(*flags), tiny_trainer(*flags, "--training.augment=0.2")
+    seen = []
+    for trainer in (plain, augmented):
+        trainer.network.register_forward_pre_hook(
+            lambda _, given, named: seen.append((given[0], named.get("augmentation"))), with_kwargs=True
+        )
+    batch = plain.stream.batch(0)
+    gradients = [gradients_of_first_step(trainer) for trainer in (plain, augmented)]
+    (as_it_is, told_nothing), (moved, told) = seen
+    assert torch.equal(plain.stream.batch(0)[0], batch[0])  # the images themselves stay
+    assert told_nothing is None
+    untouched = (told == 0).all(1)
+    assert 0 < untouched.sum() < len(told)
+    assert torch.equal(as_it_is[untouched], moved[untouched])
+    assert not any(torch.equal(a, b) for a, b in zip(as_it_is[~untouched], moved[~untouched], strict=True))
+    assert gradients[1]["augmentation_embedding.weight"].abs().sum() > 0
+    assert "augmentation_embedding.weight" not in gradients[0]
 
 
 def test_overfits_one_batch(tiny_trainer):
