@@ -15,7 +15,6 @@ from improved_diffusion.personalize.models.tokens import (
     token_table,
 )
 
-
 SCRIPT = Path(__file__).parents[3] / "scripts" / "tiny_pipeline.py"
 
 
