@@ -15,7 +15,7 @@ Function = Callable[..., "Tensor | None"]
 
 
 class CapturedFunction:
-    """`function`, which returns a tensor or None: called as it is a few times, then recorded, and from then on replayed.
+    """`function`, which gives a tensor or None: called as it is a few times, then recorded, and replayed from then on.
 
     A replay runs the recorded kernels on the recorded memory. The arguments, whose shapes never change, are copied to
     where the recording found them. Whatever else the function reads or writes must stay where it is: parameters,

@@ -51,4 +51,5 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def peak_of(name: str, dtype: torch.dtype) -> float | None:
     """The same, of a GPU that calls itself `name`. A part of one (MIG) has no peak that is known."""
-    return next((peaks[dtype] for known, peaks in PEAKS.items() if re.fullmatch(known, name) and "MIG" not in name), None)
+    whole = (peaks for known, peaks in PEAKS.items() if re.fullmatch(known, name) and "MIG" not in name)
+    return next(whole, {}).get(dtype)

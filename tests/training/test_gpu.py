@@ -71,8 +71,8 @@ def test_a_step_waits_for_nothing(trainer_on, flags, captured):
 def test_captured_and_compiled_steps_are_the_step(trainer_on, flags, how):
     eager = weights_after(trainer_on("cuda", *flags), WARM + 3)
     other = weights_after(trainer_on("cuda", *flags, f"--training.{how}=true"), WARM + 3)
-    for name, weights in eager.items():
-        torch.testing.assert_close(other[name], weights, rtol=1e-2, atol=1e-3, msg=name)  # Adam divides by small moments
+    for name, weights in eager.items():  # loosely: Adam divides by small moments
+        torch.testing.assert_close(other[name], weights, rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_dropout_is_drawn_anew_by_each_replay(trainer_on):
