@@ -20,6 +20,7 @@ from improved_diffusion.sampling.series import current_series, difference
 from improved_diffusion.training.curves import draw_curves
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.flops import flops_per_image, peak_tflops
+from improved_diffusion.training.optimization import learning_rate
 from improved_diffusion.training.run_log import RunLog
 from improved_diffusion.training.trainer import Trainer
 
@@ -132,7 +133,7 @@ class TrainingLoop:
             "step": trainer.step,
             "images_seen": trainer.step * training.batch_size,
             **means,
-            "lr": trainer.lr,
+            "lr": learning_rate(training, trainer.step - 1),  # of the last step
             "images_per_second": rate,
             **self._utilisation(rate),
         }
