@@ -117,6 +117,8 @@ def test_what_is_compiled_is_one_graph(tiny_trainer, flags, monkeypatch):
     compiled = train(tiny_trainer(*flags, "--training.compile=true"), 2)
     for name, weights in expected.network.state_dict().items():
         torch.testing.assert_close(compiled.network.state_dict()[name], weights, rtol=1e-4, atol=1e-6, msg=name)
+    means, compiled_means = (made.terms.flush(made.processes) for made in (expected, compiled))
+    assert compiled_means == pytest.approx(means, rel=1e-4)
 
 
 def test_without_a_gpu_a_run_says_that_it_captures_nothing(run_script, tiny_config_file, tmp_path):

@@ -46,11 +46,11 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def weights_after(trainer: Trainer, steps: int) -> dict[str, torch.Tensor]:
+def weights_after(trainer: Trainer, steps: int) -> torch.Tensor:
     batches = trainer.stream.batches(0)
     for _ in range(steps):
         trainer.train_step(*next(batches))
-    return trainer.network.state_dict()
+    return torch.cat([weights.detach().flatten() for weights in trainer.network.parameters()])
 
 
 @every_kind
@@ -69,10 +69,11 @@ def test_a_step_waits_for_nothing(trainer_on, flags, captured):
 @every_kind
 @pytest.mark.parametrize("how", ["cuda_graph", "compile"])
 def test_captured_and_compiled_steps_are_the_step(trainer_on, flags, how):
+    start = weights_after(trainer_on("cuda", *flags), 0)
     eager = weights_after(trainer_on("cuda", *flags), WARM + 3)
     other = weights_after(trainer_on("cuda", *flags, f"--training.{how}=true"), WARM + 3)
-    for name, weights in eager.items():  # loosely: Adam divides by small moments
-        torch.testing.assert_close(other[name], weights, rtol=1e-2, atol=1e-3, msg=name)
+    # Not weight by weight: a bias before a normalisation has no gradient but rounding, and Adam follows it.
+    assert torch.linalg.vector_norm(other - eager) < 0.1 * torch.linalg.vector_norm(eager - start)
 
 
 def test_dropout_is_drawn_anew_by_each_replay(trainer_on):
