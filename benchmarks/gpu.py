@@ -91,7 +91,7 @@ def markdown(report: Report) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), help="folder of gpu.json and gpu.md")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing more is begun")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all of it")
     options = parser.parse_args()
     started = time.monotonic()
     deadline = started + 60 * options.minutes

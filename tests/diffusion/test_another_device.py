@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from improved_diffusion.diffusion.bound import variational_bound
 from improved_diffusion.diffusion.denoiser import ClippedDenoiser, NetworkDenoiser
 from improved_diffusion.diffusion.guidance import ClassifierFreeGuidance
 from improved_diffusion.diffusion.noise import PhiloxNoise
@@ -36,10 +37,7 @@ class Uploads(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("process", [cosine_schedule(20).process, CosineProcess()], ids=["steps", "continuous"])
-def test_samplers_mix_no_devices_and_copy_nothing(sampler, variance, process):
+def guided_denoiser(variance: str) -> ClippedDenoiser:
     channels = 6 if variance == "learned_range" else 3
 
     def network(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -48,11 +46,34 @@ def test_samplers_mix_no_devices_and_copy_nothing(sampler, variance, process):
         return x_t.new_empty(len(x_t), channels, *x_t.shape[2:]) * t[:, None, None, None]
 
     denoiser = NetworkDenoiser(network, "eps", variance)
-    guided = ClippedDenoiser(ClassifierFreeGuidance(denoiser, 2.0, 10, (0.1, 30.0)))
-    schedule = sampling_schedule(process, 4, "karras")
+    return ClippedDenoiser(ClassifierFreeGuidance(denoiser, 2.0, 10, (0.1, 30.0)))
+
+
+def noise_and_classes() -> tuple[PhiloxNoise, Tensor]:
     noise = PhiloxNoise([(0, 1, 2), (0, 1, 3)], (3, 8, 8), "meta")
-    y = torch.empty(2, dtype=torch.int64, device="meta")
+    return noise, torch.empty(2, dtype=torch.int64, device="meta")
+
+
+every_variance = pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+
+
+@every_variance
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("process", [cosine_schedule(20).process, CosineProcess()], ids=["steps", "continuous"])
+def test_samplers_mix_no_devices_and_copy_nothing(sampler, variance, process):
+    guided, schedule, (noise, y) = (
+        guided_denoiser(variance),
+        sampling_schedule(process, 4, "karras"),
+        noise_and_classes(),
+    )
     with Uploads() as uploads:
         x = SAMPLERS[sampler](guided, schedule, noise(), y, noise, **OPTIONS.get(sampler, {}))
     assert (x.device.type, x.shape, x.dtype) == ("meta", (2, 3, 8, 8), torch.float32)
     assert uploads.count == 0
+
+
+@every_variance
+def test_the_bound_mixes_no_devices(variance):
+    noise, y = noise_and_classes()
+    bound = variational_bound(guided_denoiser(variance), cosine_schedule(4), noise(), y, noise)
+    assert (bound.total.device.type, bound.vlb.shape) == ("meta", (2, 4))
