@@ -3,7 +3,9 @@ would freeze. Here a recording of PyTorch's operations stands in for the graph."
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from improved_diffusion.models import group_norm
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.training import trainer
-from improved_diffusion.training.cuda_graph import CapturedFunction, obstacle_to_capture
+from improved_diffusion.training.cuda_graph import obstacle_to_capture
 
 aten = torch.ops.aten
 # What on a GPU would copy to the host, or make a tensor whose size the host has to know.
@@ -64,19 +66,29 @@ class Recording(TorchDispatchMode):
                         old.copy_(new)
 
 
-class Emulated(CapturedFunction):
-    def _beside(self, *arguments: torch.Tensor) -> torch.Tensor | None:
-        return self.function(*arguments)
+class Stream:
+    def wait_stream(self, other: Stream) -> None: ...
 
-    def _capture(self, arguments: tuple[torch.Tensor, ...]) -> None:
-        self.arguments = [argument.clone() for argument in arguments]
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Lets a trainer of this CPU capture its steps. To be called with it before it trains."""
+    trainers = []
+
+    @contextlib.contextmanager
+    def graph(recording: Recording, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         # On a GPU nothing is computed, or drawn, while it is recorded.
-        training = self.function.__self__
-        touched = [*(p.grad for p in training.network.parameters()), training.terms.sums]
+        touched = [*(p.grad for p in trainers[-1].network.parameters()), trainers[-1].terms.sums]
         before = [x.clone() for x in touched]
-        with torch.random.fork_rng(devices=[]), Recording() as self.graph:
-            self.result = self.function(*self.arguments)
+        with torch.random.fork_rng(devices=[]), recording:
+            yield
         torch._foreach_copy_(touched, before)
+
+    monkeypatch.setattr(trainer, "obstacle_to_capture", lambda processes: None)
+    for name, fake in {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Recording, "graph": graph}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return trainers.append
 
 
 def train(made: trainer.Trainer, steps: int) -> trainer.Trainer:
@@ -96,12 +108,12 @@ def test_no_step_waits_for_the_device(tiny_trainer, flags):
 
 
 @every_kind
-def test_a_captured_step_is_the_step(tiny_trainer, flags, monkeypatch):
+def test_a_captured_step_is_the_step(tiny_trainer, flags, monkeypatch, pretended_gpu):
     monkeypatch.setattr(group_norm, "_library", lambda x: None, raising=False)  # what C computes cannot be recorded
     expected = train(tiny_trainer(*flags), 7)
-    monkeypatch.setattr(trainer, "obstacle_to_capture", lambda processes: None)
-    monkeypatch.setattr(trainer, "CapturedFunction", Emulated)
-    captured = train(tiny_trainer(*flags, "--training.cuda_graph=true"), 7)
+    captured = tiny_trainer(*flags, "--training.cuda_graph=true")
+    pretended_gpu(captured)
+    train(captured, 7)
     assert len(captured._run_backward.graph.operations) > 100
     for name, weights in expected.network.state_dict().items():
         torch.testing.assert_close(captured.network.state_dict()[name], weights, rtol=1e-4, atol=1e-6, msg=name)
