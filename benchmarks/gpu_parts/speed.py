@@ -154,9 +154,8 @@ def distance(device: torch.device, size: Size) -> Row:
 
 def small(config: Config) -> Size:
     """For a CPU: a network of a few channels, and no time."""
-    model = dataclasses.replace(
-        config.model, image_size=16, num_channels=16, channel_multipliers=(1, 2), attention_resolutions=(8,)
-    )
+    shape = {"num_channels": 16, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (8,)}
+    model = dataclasses.replace(config.model, image_size=16, **shape)
     diffusion = dataclasses.replace(config.diffusion, timesteps=20)
     reduced = dataclasses.replace(config, model=model, diffusion=diffusion)
     return Size(reduced, (2, 4), ("eager",), sampling_batch=4, feature_batch=2, features=64, seconds=0.0)
