@@ -113,7 +113,7 @@ class NetworkDenoiser:
         step = level.reverse_step
         if v is None:
             fixed = step.log_variance if self.variance == "fixed_small" else step.log_fixed_large
-            return like(fixed, x_t).expand_as(x_t)
+            return like(fixed, x_t) + torch.zeros_like(x_t)  # on its device
         fraction = (v + 1) / 2
         return fraction * like(step.log_forward_variance, v) + (1 - fraction) * like(step.log_variance, v)
 

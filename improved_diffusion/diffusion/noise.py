@@ -61,7 +61,7 @@ class PhiloxNoise:
     def __init__(self, keys: Sequence[tuple[int, int, int]], shape: tuple[int, ...], device: torch.device | str):
         for seed, label, number in keys:
             if not (0 <= seed < 2**64 and 0 <= label <= WORD and 0 <= number <= WORD):
-                raise ValueError(f"no Philox noise of seed {seed}, class {label} and number {number}: they are too large")
+                raise ValueError(f"seed {seed}, class {label} or number {number} is too large for Philox noise")
         words = [[seed & WORD, seed >> 32, label, number] for seed, label, number in keys]
         self.words = torch.tensor(words, dtype=torch.int64).to(device)  # (N, 4)
         self.shape = shape

@@ -14,7 +14,8 @@ EMA_LENGTH_HELP = "average of the weights of this relative length, made of those
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """--sampler, --sampling-steps, --spacing, --sampling.options, --guidance-scale, --guidance-interval, --guide, --noise."""
+    """--sampler, --sampling-steps, --spacing, --sampling.options, --guidance-scale, --guidance-interval, --guide and
+    --noise."""
     of = " and ".join(f"{', '.join(names)} of {sampler}" for sampler, names in SAMPLER_OPTIONS.items() if names)
     add = parser.add_argument_group("of the images of a run", "by default as the run's own settings say").add_argument
     add("--sampler", choices=tuple(SAMPLER_OPTIONS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ Function = Callable[..., "Tensor | None"]
 
 
 class CapturedFunction:
-    """`function`, which returns a tensor or None: called as it is a few times, then recorded, and from then on replayed.
+    """`function`, which gives a tensor or None: called as it is a few times, then recorded, and replayed from then on.
 
     A replay runs the recorded kernels on the recorded memory. The arguments, whose shapes never change, are copied to
     where the recording found them. Whatever else the function reads or writes must stay where it is: parameters,
@@ -38,20 +39,25 @@ class CapturedFunction:
         self.graph.replay()
         return None if self.result is None else self.result.clone()  # its place is the next replay's too
 
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Where it runs before it is recorded, and is recorded: libraries and autograd remember on which stream they
+        worked, and the default one cannot be recorded."""
+        return torch.cuda.Stream()
+
     def _beside(self, *arguments: Tensor) -> Tensor | None:
-        """On another stream than the default one, as recording does: libraries keep workspaces for each stream."""
-        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(here)
-        with torch.cuda.stream(beside):
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
             result = self.function(*arguments)
-        here.wait_stream(beside)
+        here.wait_stream(self.stream)
         return result
 
     def _capture(self, arguments: tuple[Tensor, ...]) -> None:
         self.arguments = [argument.clone() for argument in arguments]
         self.graph = torch.cuda.CUDAGraph()
         # Of this thread alone: those that prepare batches may go on with their copies.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.result = self.function(*self.arguments)
 
 

@@ -34,12 +34,11 @@ def flops_per_image(network: Backbone, model: ModelConfig) -> int:
 
     Counted by PyTorch on the meta device, where nothing is computed and nothing drawn.
     """
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    shapes = {name: torch.empty_like(tensor, device="meta", requires_grad=True) for name, tensor in tensors.items()}
+    weights = {name: torch.empty_like(p, device="meta", requires_grad=True) for name, p in network.named_parameters()}
     x_t, t = torch.empty(1, *model.image_shape, device="meta"), torch.empty(1, device="meta")
     y = torch.empty(1, dtype=torch.int64, device="meta") if model.class_conditional else None
     with FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(network, shapes, (x_t, t, y)).sum().backward()
+        torch.func.functional_call(network, weights, (x_t, t, y)).sum().backward()
     return counter.get_total_flops()
 
 
@@ -52,4 +51,5 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def peak_of(name: str, dtype: torch.dtype) -> float | None:
     """The same, of a GPU that calls itself `name`. A part of one (MIG) has no peak that is known."""
-    return next((peaks[dtype] for known, peaks in PEAKS.items() if re.fullmatch(known, name) and "MIG" not in name), None)
+    whole = (peaks for known, peaks in PEAKS.items() if re.fullmatch(known, name) and "MIG" not in name)
+    return next(whole, {}).get(dtype)

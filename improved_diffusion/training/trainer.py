@@ -100,9 +100,9 @@ class Trainer:
         self.dtype = arithmetic(training.precision, device)
         self.denoiser = build_denoiser(config, with_autocast(self.parallel, device, self.dtype))
         self.terms = RunningTerms(device)
-        self._run_loss = self._loss
+        self._run_loss = self.loss
         if training.compile and processes.world_size == 1:
-            self._run_loss = torch.compile(self._loss, dynamic=False)
+            self._run_loss = torch.compile(self.loss, dynamic=False)
         self.captured = training.cuda_graph and obstacle_to_capture(processes) is None
         self._run_backward = CapturedFunction(self._backward) if self.captured else self._backward
 
@@ -145,7 +145,7 @@ class Trainer:
         loss.backward()
         return vlb
 
-    def _loss(
+    def loss(
         self, x_start: Tensor, t: Tensor, y: Tensor, noise: Tensor, weights: Tensor, *augmentation: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The loss of a part of the batch, which is counted in the running terms; and the bound's terms."""
