@@ -66,23 +66,25 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
 
 def _resampled(images: Tensor, parameters: Tensor) -> Tensor:
     height, width = images.shape[2:]
-    # grid_sample asks where each pixel of the result comes from, on -1..1 along both axes: the inverse, in those units.
-    pixels = torch.diag(torch.tensor([width / 2, height / 2, 1.0], device=images.device))
-    source = torch.linalg.inv(pixels) @ torch.linalg.inv(_matrices(parameters, height, width)) @ pixels
-    grid = F.affine_grid(source[:, :2].to(images.dtype), list(images.shape), align_corners=False)
+    half = torch.tensor([width / 2, height / 2, 1.0]).to(images.device)  # grid_sample counts from -1 to 1
+    sources = _sources(parameters, height, width) * half / half[:, None]
+    grid = F.affine_grid(sources[:, :2].to(images.dtype), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
 
 
-def _matrices(parameters: Tensor, height: int, width: int) -> Tensor:
-    """(N, 3, 3): where a point of the image goes, in pixels from the centre, x to the right and y down."""
+def _sources(parameters: Tensor, height: int, width: int) -> Tensor:
+    """(N, 3, 3): where a point of the result comes from, in pixels from the centre, x to the right and y down.
+
+    An image is enlarged, turned, stretched and shifted, in this order: undone from the last to the first.
+    """
     size, turned_cos, turned_sin, stretch_cos, stretch_sin, shift_x, shift_y = parameters[:, 2:].unbind(1)
-    stretch = torch.hypot(stretch_cos, stretch_sin)
-    direction = torch.atan2(stretch_sin, stretch_cos) / 2  # halved: an axis is itself again after half a turn
-    stretched = _rotation(direction.cos(), direction.sin()) @ _scaling(2 ** (SIZE * stretch), 2 ** (-SIZE * stretch))
-    stretched = stretched @ _rotation(direction.cos(), -direction.sin())
-    matrices = stretched @ _rotation(turned_cos + 1, turned_sin) @ _scaling(2 ** (SIZE * size), 2 ** (SIZE * size))
-    matrices[:, 0, 2], matrices[:, 1, 2] = SHIFT * width * shift_x, SHIFT * height * shift_y
-    return matrices
+    stretch = SIZE * torch.hypot(stretch_cos, stretch_sin)
+    axis = torch.atan2(stretch_sin, stretch_cos) / 2  # halved: an axis is itself again after half a turn
+    cos, sin = axis.cos(), axis.sin()
+    unstretched = _rotation(cos, sin) @ _scaling(2**-stretch, 2**stretch) @ _rotation(cos, -sin)
+    unturned, smaller = _rotation(turned_cos + 1, -turned_sin), 2 ** (-SIZE * size)
+    linear = _scaling(smaller, smaller) @ unturned @ unstretched
+    return linear @ _shift(-SHIFT * width * shift_x, -SHIFT * height * shift_y)
 
 
 def _rotation(cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,6 +94,11 @@ def _rotation(cos: Tensor, sin: Tensor) -> Tensor:
 
 def _scaling(x: Tensor, y: Tensor) -> Tensor:
     return torch.diag_embed(torch.stack((x, y, torch.ones_like(x)), dim=1))
+
+
+def _shift(x: Tensor, y: Tensor) -> Tensor:
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    return torch.stack((one, zero, x, zero, one, y, zero, zero, one), dim=1).view(-1, 3, 3)
 
 
 def _premultiplied(images: Tensor) -> Tensor:
