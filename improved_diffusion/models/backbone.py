@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from improved_diffusion.models.autocast import without_autocast
 
@@ -57,6 +58,7 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.null_class = null_class
         self.time_channels = time_channels
+        self.gradient_checkpointing = False  # whether training computes blocks anew in the backward pass
 
         self.time_embedding = nn.Sequential(
             nn.Linear(time_channels, embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels)
@@ -83,6 +85,14 @@ class Backbone(nn.Module):
         Raises ValueError for shapes that do not fit, and for a `y` missing or out of place.
         """
         raise NotImplementedError
+
+    def run_block(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`block(*inputs)`. With `gradient_checkpointing` only its inputs are kept for the backward pass, and it is
+        computed a second time there, with the dropout of the first (Chen et al. 2016, arXiv:1604.06174).
+        """
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
         """Noise level and class as float32 (N, embedding_channels) under any autocast.

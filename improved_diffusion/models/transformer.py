@@ -184,10 +184,10 @@ class Transformer(Backbone):
 
         h = self.patch_embedding(patches.flatten(2).transpose(1, 2)).float()  # what blocks add to stays float32
         for block in self.blocks[: self.context_start]:
-            h = block(h, embedding, rotations[:, num_context:])
+            h = self.run_block(block, h, embedding, rotations[:, num_context:])
         h = torch.cat([self.context(y).expand(len(h), -1, -1), h], dim=1)
         for block in self.blocks[self.context_start :]:
-            h = block(h, embedding, rotations)
+            h = self.run_block(block, h, embedding, rotations)
 
         shift, scale = self.output_modulation(embedding)[:, None].chunk(2, dim=-1)
         h = self.output(adaptive_norm(h[:, num_context:], shift, scale))

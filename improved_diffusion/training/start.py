@@ -32,7 +32,10 @@ TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "clas
 # What a resumed run may change, by group ("" for what is in none); all else decides what the run computes.
 CHANGEABLE = {
     "": ("data",),
-    "training": ("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
+    "training": (
+        *("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints"),
+        *("compile", "gradient_checkpointing"),
+    ),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
 }

@@ -70,6 +70,7 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.network = build_network(config, self.num_classes)
         self.network.to(device, memory_format=torch.channels_last)
+        self.network.gradient_checkpointing = training.gradient_checkpointing
         parameters = dict(self.network.named_parameters())
         self.ema = EMA(parameters, training.ema_rates)
         self.power_ema = PowerFunctionEMA(parameters, training.ema_lengths)
