@@ -133,9 +133,14 @@ def new_run(out: str | None, name: str) -> Iterator[RunDirectory]:
         UserError: `out` already holds a run, or another process holds it.
     """
     with RunDirectory(Path(out) if out is not None else _new_directory(name)).held() as run:
-        if run.checkpoint_files():
+        if holds_run(run.path):
             raise UserError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
         yield run
+
+
+def holds_run(path: str | Path) -> bool:
+    """Whether there is a run to go on with at `path`: one that has saved a checkpoint."""
+    return bool(RunDirectory(Path(path)).checkpoint_files())
 
 
 def _new_directory(name: str) -> Path:
