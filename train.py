@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
         raise UserError("--resume takes the settings and the directory of its run: leave out --config and --out")
 
     # Only now, for torch takes seconds to import: --help and typos are answered at once.
-    from improved_diffusion.data import open_image_set
+    from improved_diffusion.data.shards import open_training_set
     from improved_diffusion.runtime.devices import start_processes
     from improved_diffusion.training import start
     from improved_diffusion.training.evaluation import Evaluator
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
             run = hold(start.new_run(options.out, name))
             config = start.with_data(config, defaults, processes)
 
-        image_set = open_image_set(config.data)
+        image_set = open_training_set(config.data)
         trainer = Trainer(config, image_set, processes)
         if state is not None:
             start.require_same_data(state, image_set)

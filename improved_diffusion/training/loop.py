@@ -11,6 +11,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.data.shards import ShardedSet
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import swapped_weights
 from improved_diffusion.progress import progress
@@ -55,7 +56,7 @@ class TrainingLoop:
         image_set: what it trains on; its hash and class names go into the checkpoints.
     """
 
-    def __init__(self, trainer: Trainer, evaluator: Evaluator, run: RunDirectory, image_set: ImageSet):
+    def __init__(self, trainer: Trainer, evaluator: Evaluator, run: RunDirectory, image_set: ImageSet | ShardedSet):
         self.trainer = trainer
         self.evaluator = evaluator
         self.run = run

@@ -13,6 +13,8 @@ from improved_diffusion.checkpoint_file import DAMAGE
 from improved_diffusion.config import Config
 from improved_diffusion.data.batches import BatchStream
 from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.data.shard_stream import ShardStream
+from improved_diffusion.data.shards import ShardedSet
 from improved_diffusion.diffusion.levels import make_level_sampler
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.diffusion.objective import named_objective
@@ -46,9 +48,9 @@ class Trainer:
         UserError: settings that fit neither each other, nor the images, nor the number of processes.
     """
 
-    def __init__(self, config: Config, image_set: ImageSet, processes: Processes):
+    def __init__(self, config: Config, image_set: ImageSet | ShardedSet, processes: Processes):
         training, device = config.training, processes.device
-        height, width, channels = image_set.images.shape[1:]
+        height, width, channels = image_set.image_shape
         if (channels, height, width) != config.model.image_shape:
             size = height if height == width else f"'[{height}, {width}]'"
             raise UserError(
@@ -85,15 +87,7 @@ class Trainer:
             loss_space=diffusion.loss_space,
             weighting=diffusion.weighting,
         )
-        self.stream = BatchStream(
-            image_set,
-            training.batch_size,
-            config.seed,
-            flip=training.flip,
-            device=device,
-            rank=processes.rank,
-            world_size=processes.world_size,
-        )
+        self.stream = make_stream(image_set, config, processes)
         runnable = torch.compile(self.network) if training.compile else self.network
         self.parallel = DistributedDataParallel(runnable) if processes.world_size > 1 else runnable
         dtype = arithmetic(training.precision, device)
@@ -204,3 +198,13 @@ class Trainer:
         except DAMAGE as error:
             raise UserError(f"the checkpoint does not fit the settings of the run: {error}") from error
         self.step = state["step"]
+
+
+def make_stream(image_set: ImageSet | ShardedSet, config: Config, processes: Processes) -> BatchStream | ShardStream:
+    """This process's share of the batches of a run."""
+    training = config.training
+    shared = {"flip": training.flip, "device": processes.device}
+    shared |= {"rank": processes.rank, "world_size": processes.world_size}
+    if isinstance(image_set, ShardedSet):
+        return ShardStream(image_set, training.batch_size, config.seed, lanes=training.lanes, **shared)
+    return BatchStream(image_set, training.batch_size, config.seed, **shared)
