@@ -196,6 +196,8 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Compute the network's blocks a second time in the backward pass instead of keeping what is inside them: a step
     needs much less memory and about a third more time, and gives the same gradients."""
+    shard_optimizer: bool = False
+    """Divide the optimizer's moments and the moving averages among the processes, where they do not fit each."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
     save_every: int = 5000

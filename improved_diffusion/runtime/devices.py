@@ -59,6 +59,20 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_in_first(self, value: object) -> list | None:
+        """`value` of every process, in the order of their ranks; None in all processes but the first."""
+        if self.world_size == 1:
+            return [value]
+        values: list | None = [None] * self.world_size if self.is_first else None
+        dist.gather_object(value, values)
+        return values
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """`x` of the process `source`, written into this one's."""
+        if self.world_size > 1:
+            dist.broadcast(x, source)
+        return x
+
     def wait(self) -> None:
         """Return once every process has come here."""
         if self.world_size > 1:

@@ -157,9 +157,11 @@ class TrainingLoop:
             "class_names": list(self.image_set.class_names),
             "data_hash": self.image_set.content_hash,
         }
+        keeps_averages = self.config.training.ema_lengths and self._is_due(self.config.training.save_every)
+        averages = trainer.averages_to_keep() if keeps_averages else None
         if self.processes.is_first:
-            if self.config.training.ema_lengths and self._is_due(self.config.training.save_every):
-                self.run.save_averages(trainer.averages_to_keep())
+            if averages is not None:
+                self.run.save_averages(averages)
             self.run.save_checkpoint(state, self.config.training.keep_checkpoints)
         self.saved_step = step
 
@@ -167,7 +169,8 @@ class TrainingLoop:
         """Evaluate the checkpoint of this step, and draw the curves. A stop request leaves it for the resumed run."""
         trainer, started = self.trainer, time.monotonic()
         rate = self.config.training.ema_rates[0]
-        with swapped_weights(dict(trainer.network.named_parameters()), trainer.ema.weights(rate)):
+        average = trainer.division.in_all(trainer.ema.weights(rate))
+        with swapped_weights(dict(trainer.network.named_parameters()), average):
             result = self.evaluator.evaluate(trainer.network, trainer.step, lambda: self.stop.requested)
         self.logged_time += time.monotonic() - started  # the rate of training leaves evaluations out
         if result is None:

@@ -35,7 +35,7 @@ CHANGEABLE = {
     "": ("data",),
     "training": (
         *("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints"),
-        *("compile", "gradient_checkpointing"),
+        *("compile", "gradient_checkpointing", "shard_optimizer"),
     ),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),

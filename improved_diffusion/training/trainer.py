@@ -30,6 +30,7 @@ from improved_diffusion.models.build import (
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.power_ema import PowerFunctionEMA
 from improved_diffusion.runtime.devices import Processes, arithmetic, upload, with_autocast
+from improved_diffusion.training.division import Division, whole_state
 from improved_diffusion.training.optimization import learning_rate, make_optimizers
 from improved_diffusion.training.running_terms import RunningTerms
 
@@ -74,9 +75,10 @@ class Trainer:
         self.network.to(device, memory_format=torch.channels_last)
         self.network.gradient_checkpointing = training.gradient_checkpointing
         parameters = dict(self.network.named_parameters())
-        self.ema = EMA(parameters, training.ema_rates)
-        self.power_ema = PowerFunctionEMA(parameters, training.ema_lengths)
-        self.optimizers = make_optimizers(training, self.network)
+        self.division = Division(parameters, processes, divided=training.shard_optimizer)
+        self.ema = EMA(self.division.own(parameters), training.ema_rates)
+        self.power_ema = PowerFunctionEMA(self.division.own(parameters), training.ema_lengths)
+        self.optimizers = make_optimizers(training, self.network, divided=self.division.divided)
         diffusion = config.diffusion
         self.levels = build_levels(diffusion, device)
         self.timestep_sampler = make_level_sampler(diffusion.timestep_sampler, build_process(diffusion))
@@ -160,21 +162,22 @@ class Trainer:
         return torch.nn.utils.clip_grad_norm_(self.network.parameters(), float("inf") if limit is None else limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: tensors and plain values; to be called in all processes."""
+        """All that a resumed run needs, in the first process: tensors and plain values; to be called in all."""
         return {
             "step": self.step,
             "images_seen": self.step * self.config.training.batch_size,
             "model": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
-            "power_ema": self.power_ema.state_dict(),
-            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "ema": self.division.in_first(self.ema.state_dict()),
+            "power_ema": self.division.in_first(self.power_ema.state_dict()),
+            **{name: whole_state(optimizer, self.processes) for name, optimizer in self.optimizers.items()},
             "timestep_sampler": self.timestep_sampler.state_dict(),
             "running_terms": self.terms.state_dict(self.processes),
         }
 
     def averages_to_keep(self) -> dict[str, Any]:
-        """The power-function averages, in half precision: what `models/power_ema.py` blends after training."""
-        averages = self.power_ema.state_dict()
+        """The power-function averages, in half precision: what `models/power_ema.py` blends after training; in the
+        first process, and to be called in all."""
+        averages = self.division.in_first(self.power_ema.state_dict())
         half = {
             length: {name: tensor.half() for name, tensor in average.items()} for length, average in averages.items()
         }
@@ -188,8 +191,9 @@ class Trainer:
         """
         set_weights(self.network, state["model"])
         try:
-            self.ema.load_state_dict(state["ema"])
-            self.power_ema.load_state_dict(state.get("power_ema", {}))  # older checkpoints have none
+            for average, name in ((self.ema, "ema"), (self.power_ema, "power_ema")):
+                saved = state.get(name, {})  # older checkpoints have no power_ema
+                average.load_state_dict({rate: self.division.own(tensors) for rate, tensors in saved.items()})
             for name, optimizer in self.optimizers.items():
                 set_moments(optimizer, state[name])
             self.timestep_sampler.load_state_dict(state["timestep_sampler"])
