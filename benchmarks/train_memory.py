@@ -10,38 +10,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 
-import numpy as np
-import torch
+from random_run import make_trainer, random_run
 
-from improved_diffusion.config import Config, load_config
-from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.personalize.training.emulation import LiveBytes
-from improved_diffusion.runtime.devices import Processes
-from improved_diffusion.settings import settings_of, to_plain
 from improved_diffusion.training.trainer import Trainer
-
-BASE = Path(__file__).parents[1] / "configs" / "food101_hybrid.yaml"
-CLASSES = 101
-
-
-def settings(num_channels: int, batch_size: int, checkpointing: bool) -> Config:
-    """Those of Food101, of another width."""
-    plain = to_plain(load_config(BASE))
-    plain["model"]["num_channels"] = num_channels
-    plain["training"] |= {"batch_size": batch_size, "precision": "float32", "gradient_checkpointing": checkpointing}
-    return settings_of(Config, plain, str(BASE))
-
-
-def make_trainer(config: Config) -> Trainer:
-    rng = np.random.default_rng(0)
-    height, width = config.model.sides
-    n = config.training.batch_size
-    images = rng.integers(0, 256, (n, height, width, config.model.channels), dtype=np.uint8)
-    names = tuple(map(str, range(CLASSES)))
-    image_set = ImageSet(images, rng.integers(0, CLASSES, n), names, Path("random"), "all", "")
-    return Trainer(config, image_set, Processes(torch.device("cpu")))
 
 
 def bytes_that_stay(trainer: Trainer) -> int:
@@ -53,7 +26,7 @@ def bytes_that_stay(trainer: Trainer) -> int:
 
 def measure(num_channels: int, batch_size: int, repeats: int) -> None:
     """Print the line of a width."""
-    trainers = [make_trainer(settings(num_channels, batch_size, checkpointing)) for checkpointing in (False, True)]
+    trainers = [make_trainer(random_run(num_channels, batch_size, gradient_checkpointing=how)) for how in (False, True)]
     batch = trainers[0].stream.batch(0)
     peaks: list[int] = []
     seconds: list[list[float]] = [[], []]
