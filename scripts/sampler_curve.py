@@ -15,10 +15,12 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from improved_diffusion.config import SAMPLER_OPTIONS
+from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write
+from improved_diffusion.sampling.flags import sampler_option
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -26,7 +28,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("real", type=Path, metavar="REAL", help="reference images")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 15, 25, 50, 100, 250])
-    parser.add_argument("--samplers", nargs="+", choices=tuple(SAMPLER_OPTIONS), default=list(SAMPLER_OPTIONS))
+    parser.add_argument(
+        "--samplers",
+        nargs="+",
+        default=list(SAMPLER_OPTIONS),
+        metavar="SAMPLER[:NAME=VALUE,...]",
+        help=f"each with options of its own, such as dpmpp_2m:eta=1 (default: {' '.join(SAMPLER_OPTIONS)})",
+    )
     parser.add_argument("--features", type=int, default=64, choices=(64, 192, 768, 2048), help="default: %(default)s")
     parser.add_argument("--per-class", type=int, help="images of each class (default: as many as REAL has)")
     parser.add_argument("--checkpoint", help="best, latest or step_0015000.pt (default: best, or else latest)")
@@ -34,6 +42,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the images (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for curve.md, curve.json and curve.png")
     return parser.parse_args(arguments)
+
+
+def sampler_settings(text: str) -> dict[str, Any]:
+    """SAMPLER[:NAME=VALUE,...] as settings.
+
+    Raises:
+        UserError: no such sampler, or an option that it lacks or that is out of range.
+    """
+    sampler, _, options = text.partition(":")
+    if sampler not in SAMPLER_OPTIONS:
+        raise UserError(f"--samplers: there is no sampler {sampler!r}, only {', '.join(SAMPLER_OPTIONS)}")
+    settings = {"sampler": sampler, "options": dict(map(sampler_option, options.split(","))) if options else {}}
+    SamplingConfig(**settings)
+    return settings
 
 
 def steps_for(sampler: str, evaluations: int) -> int:
@@ -45,6 +67,7 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     if min(options.evaluations) < 1:
         raise UserError(f"--evaluations must be at least 1, not {min(options.evaluations)}")
+    samplers = {text: sampler_settings(text) for text in options.samplers}
     options.out.mkdir(parents=True, exist_ok=True)
 
     import torch
@@ -61,23 +84,26 @@ def main(arguments: list[str]) -> None:
     model, reference = load(options.run, options.checkpoint, device=device), open_source(options.real)
     real = extract_features(reference, extractor)[options.features]
     points: list[dict] = []
-    for evaluations, sampler in itertools.product(options.evaluations, options.samplers):
+    for evaluations, (label, own) in itertools.product(options.evaluations, samplers.items()):
+        sampler = own["sampler"]
         sampling = change_sampling(
-            dataclasses.replace(model.config.sampling, spacing=None, options={}),
-            sampler=sampler,
+            dataclasses.replace(model.config.sampling, spacing=None),
+            **own,
             steps=steps_for(sampler, evaluations),
             guidance_scale=options.guidance_scale,
         )
         timesteps = model.config.diffusion.timesteps
         if sampling.chosen_spacing == "uniform" and timesteps is not None and evaluations > timesteps:
             continue
+        if any((point["sampler"], point["steps"]) == (label, sampling.steps) for point in points):
+            continue  # what is left over is too little for another step of heun
         source = run_source(model, reference, sampling, options.seed, options.per_class)
         estimate = frechet_inception_distance(real, extract_features(source, extractor)[options.features])
         low, high = bootstrap_interval(estimate)
         taken = 2 * sampling.steps - 1 if sampler == "heun" else evaluations
         points.append(
             {
-                "sampler": sampler,
+                "sampler": label,
                 "evaluations": taken,
                 "steps": sampling.steps,
                 "value": estimate.value,
@@ -85,7 +111,7 @@ def main(arguments: list[str]) -> None:
                 "high": high,
             }
         )
-        print(f"{sampler:>10} {taken:>4} {estimate.value:.4f} ({low:.4f} to {high:.4f})", flush=True)
+        print(f"{label:>14} {taken:>4} {estimate.value:.4f} ({low:.4f} to {high:.4f})", flush=True)
         title = f"{metric_name(options.features)}, n = {len(source)} against {real.n:,}, seed {options.seed}"
         report(points, options.out, title)
     print(f"\n{(options.out / 'curve.md').read_text()}", end="")

@@ -20,7 +20,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=tuple(SAMPLER_OPTIONS))
     add("--sampling-steps", type=int, metavar="N", help="heun takes two network evaluations in each, others one")
     add("--spacing", choices=_choices("spacing"), help="of the steps over the noise levels")
-    add("--sampling.options", dest="sampler_options", nargs="+", type=_option, metavar="NAME=VALUE", help=of)
+    add("--sampling.options", dest="sampler_options", nargs="+", type=sampler_option, metavar="NAME=VALUE", help=of)
     add("--guidance-scale", type=float, metavar="W", help="1 is none")
     add(
         "--guidance-interval",
@@ -59,10 +59,14 @@ def _choices(setting: str) -> tuple[str, ...]:
     return typing.get_args(literal)
 
 
-def _option(text: str) -> tuple[str, float]:
+def sampler_option(text: str) -> tuple[str, float]:
+    """NAME=VALUE as its two parts.
+
+    Raises:
+        UserError: it is none, or the value is no number.
+    """
     name, equals, value = text.partition("=")
     try:
         return name, float(value)
     except ValueError:
-        wrong = f"{text!r} is not NAME=VALUE with a number"
-        raise UserError(f"--sampling.options: {wrong}, such as eta=0.5") from None
+        raise UserError(f"an option of a sampler is NAME=VALUE with a number, such as eta=0.5, not {text!r}") from None

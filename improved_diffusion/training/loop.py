@@ -20,6 +20,7 @@ from improved_diffusion.sampling.grids import save_png
 from improved_diffusion.sampling.series import current_series, difference
 from improved_diffusion.training.curves import draw_curves
 from improved_diffusion.training.evaluation import Evaluator
+from improved_diffusion.training.optimization import learning_rate
 from improved_diffusion.training.run_log import RunLog
 from improved_diffusion.training.trainer import Trainer
 
@@ -129,7 +130,7 @@ class TrainingLoop:
             "step": trainer.step,
             "images_seen": trainer.step * training.batch_size,
             **means,
-            "lr": trainer.lr,
+            "lr": learning_rate(training, trainer.step - 1),  # of the last step
             "images_per_second": images / (now - self.logged_time),
         }
         if self.processes.is_first:

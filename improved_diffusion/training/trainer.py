@@ -67,7 +67,6 @@ class Trainer:
         self.config = config
         self.processes = processes
         self.step = 0
-        self.lr = 0.0  # of the last step
         self.num_classes = len(image_set.class_names)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -105,7 +104,7 @@ class Trainer:
         """
         training = self.config.training
         t, weights, noise, y = self._draw(y)
-        self.lr = learning_rate(training, self.step)
+        lr = learning_rate(training, self.step)
         self.network.zero_grad(set_to_none=True)
         self.network.train()
         bounds = []
@@ -123,7 +122,7 @@ class Trainer:
         self.terms.add_grad_norm(self._clip_gradients())
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = self.lr
+                group["lr"] = lr
             optimizer.step()
         self.ema.update(self.step)
         self.power_ema.update(self.step)
