@@ -140,6 +140,8 @@ def _what_it_is_instead(path: Path) -> str:
         return f"{path} is an empty folder, not a packed image set; fill it with `{pack} ... --out {path}`"
     if (path / "images.npy").is_file():
         return f"{path}/dataset.json is missing. {REPACK}"
+    if (path / "index.json").is_file():
+        return f"{path} is a folder of shards, from which train.py alone reads; give the packed set that it was made of"
     return (
         f"{path} is a folder without dataset.json, not a packed image set; "
         f"if it holds class folders of images, run `{pack} folder {path} --out DIR`"

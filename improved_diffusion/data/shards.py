@@ -12,6 +12,7 @@ import io
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -66,9 +67,10 @@ class ShardedSet:
         Raises:
             UserError: it cannot be read, or is not what the index says.
         """
-        shard = self.shards[number]
+        shard, webdataset = self.shards[number], require_webdataset()
         url = f"{self.path}/{shard.name}"
-        sample = _attempt(lambda: next(iter(_pipeline(url))), url)
+        pipeline = webdataset.DataPipeline(webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples())
+        sample = _attempt(lambda: next(iter(pipeline)), url)
         try:
             images, labels = (
                 np.load(io.BytesIO(sample[name]), allow_pickle=False) for name in ("images.npy", "labels.npy")
@@ -167,26 +169,18 @@ def require_webdataset() -> ModuleType:
     return webdataset
 
 
-def _pipeline(url: str) -> Any:
-    """The samples of one tar file, as bytes."""
-    webdataset = require_webdataset()
-    return webdataset.DataPipeline(webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples())
-
-
-def _attempt(read: Any, url: str) -> Any:
-    """What `read` gives, tried again after a failure.
+def _attempt(read: Callable[[], Any], url: str) -> Any:
+    """What `read` gives, which is tried `ATTEMPTS` times.
 
     Raises:
         UserError: it failed each time.
     """
     for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
         try:
             return read()
-        except UserError:
-            raise
         except Exception as error:  # WebDataset's are of any class, by the program that it reads through
-            if attempt == ATTEMPTS - 1:
-                reason = str(error).strip() or "nothing came"
-                raise UserError(f"cannot read {url}: {reason.splitlines()[0][:200]}") from error
-            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
-    raise AssertionError
+            failure = error
+    reason = str(failure).strip() or type(failure).__name__
+    raise UserError(f"cannot read {url}: {reason.splitlines()[0][:200]}") from failure

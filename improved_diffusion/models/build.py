@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from improved_diffusion.config import Config, DiffusionConfig, SamplingConfig
 from improved_diffusion.diffusion.denoiser import Denoiser, Network, NetworkDenoiser
@@ -140,10 +139,8 @@ def set_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
             {"momentum_buffer": shapes[index]},
         ):
             raise ValueError(f"the saved moments of parameter {index} are of another shape or kind")
-    groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]  # of a divided one too, whose own is far away
+    groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]  # one that is divided has another state_dict
     optimizer.load_state_dict({"state": dict(state["state"]), "param_groups": groups})
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.state.clear()  # a second copy: what it steps with is inside of it
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from improved_diffusion.models.build import set_moments
 from improved_diffusion.runtime.devices import Processes
 
 Value = TypeVar("Value")
@@ -53,10 +53,18 @@ class Division:
             for name, parameter in self.parameters.items()
         }
 
+    def whole_state(self, optimizer: Any) -> dict[str, Any]:
+        """The `state_dict` of an optimizer, which is divided too: in the first process; to be called in all."""
+        if self.divided:
+            optimizer.consolidate_state_dict()
+            return optimizer.state_dict() if self.processes.is_first else {}
+        return optimizer.state_dict()
 
-def whole_state(optimizer: torch.optim.Optimizer, processes: Processes) -> dict[str, Any]:
-    """The `state_dict` of an optimizer, which may be divided: in the first process; to be called in all."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict()
-        return optimizer.state_dict() if processes.is_first else {}
-    return optimizer.state_dict()
+    def load_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        """Give an optimizer, in every process its share of it, the moments of `state`, which is of the whole.
+
+        Raises ValueError where they are those of other parameters.
+        """
+        set_moments(optimizer, state)
+        if self.divided:
+            optimizer.state.clear()  # a second copy: what it steps with lies within it

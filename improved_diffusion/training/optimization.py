@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from improved_diffusion.config import TrainingConfig
 from improved_diffusion.models.backbone import Backbone
@@ -30,6 +29,8 @@ def make_optimizers(training: TrainingConfig, network: Backbone, *, divided: boo
 
     def make(kind: type[torch.optim.Optimizer], parameters: list[Tensor], **own: Any) -> torch.optim.Optimizer:
         if divided:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # which takes seconds
+
             return ZeroRedundancyOptimizer(parameters, kind, **shared, **own)
         return kind(parameters, **shared, **own)
 

@@ -24,13 +24,12 @@ from improved_diffusion.models.build import (
     build_levels,
     build_network,
     build_process,
-    set_moments,
     set_weights,
 )
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.power_ema import PowerFunctionEMA
 from improved_diffusion.runtime.devices import Processes, arithmetic, upload, with_autocast
-from improved_diffusion.training.division import Division, whole_state
+from improved_diffusion.training.division import Division
 from improved_diffusion.training.optimization import learning_rate, make_optimizers
 from improved_diffusion.training.running_terms import RunningTerms
 
@@ -168,7 +167,7 @@ class Trainer:
             "model": self.network.state_dict(),
             "ema": self.division.in_first(self.ema.state_dict()),
             "power_ema": self.division.in_first(self.power_ema.state_dict()),
-            **{name: whole_state(optimizer, self.processes) for name, optimizer in self.optimizers.items()},
+            **{name: self.division.whole_state(optimizer) for name, optimizer in self.optimizers.items()},
             "timestep_sampler": self.timestep_sampler.state_dict(),
             "running_terms": self.terms.state_dict(self.processes),
         }
@@ -194,7 +193,7 @@ class Trainer:
                 saved = state.get(name, {})  # older checkpoints have no power_ema
                 average.load_state_dict({rate: self.division.own(tensors) for rate, tensors in saved.items()})
             for name, optimizer in self.optimizers.items():
-                set_moments(optimizer, state[name])
+                self.division.load_state(optimizer, state[name])
             self.timestep_sampler.load_state_dict(state["timestep_sampler"])
             if "running_terms" in state:  # older checkpoints have none
                 self.terms.load_state_dict(state["running_terms"], self.processes)
