@@ -77,9 +77,10 @@ class Evaluator:
     def __init__(self, config: Config, image_set: ImageSet | ShardedSet, processes: Processes):
         self.config = config
         self.processes = processes
-        self.image_set = image_set
         self.class_names = image_set.class_names
         self.rows = len(self.class_names) if config.model.class_conditional else 1
+        if config.evaluation.features is not None:
+            self.reference = reference_set(config, image_set)
         if processes.is_first:  # fills the caches for the others
             self._prepare()
         processes.wait()
@@ -99,7 +100,6 @@ class Evaluator:
         if evaluation.samples_per_class * self.rows < 2:
             raise UserError("evaluation.samples_per_class must be at least 2: one image has no covariance")
         self.metric = metric_name(evaluation.features)
-        self.reference = reference_set(self.config, self.image_set)
         try:
             self.extractor = FeatureExtractor((evaluation.features,), self.processes.device, evaluation.weights)
         except UserError as error:
