@@ -5,6 +5,8 @@ BIN := .venv/bin
 
 .PHONY: install demo test test-older bench
 .DELETE_ON_ERROR:
+# Whatever is started, dozens of times in the tests, would compile the project anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 install: .venv/installed
 

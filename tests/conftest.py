@@ -224,7 +224,7 @@ def start_script(tmp_path) -> Iterator[Callable[..., Started]]:
         for rank in range(processes):
             ranks = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             given = ([*map(str, arguments)], {**ranks, **(environment or {})}, files)
-            own.append(multiprocessing.get_context("fork").Process(target=as_a_program, args=given, daemon=True))
+            own.append(multiprocessing.get_context("fork").Process(target=as_a_program, args=given))
             own[-1].start()
         started.extend(own)
         return Started(own, *files)

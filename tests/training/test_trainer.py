@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 
 from improved_diffusion.diffusion.objective import LossTerms
@@ -44,9 +43,9 @@ def test_accumulation_equals_the_full_batch(tiny_trainer, loss):
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6 * largest, msg=name)
 
 
-def test_two_processes_give_the_loss_curve_of_one(run_script, tiny_config_file, tmp_path):
+def test_two_processes_give_the_loss_curve_of_one(run_script, finish_script, tiny_config_file, tmp_path):
     """As many parts of a batch, in two processes or one after the other: all that is drawn is the same, and the number
-    of processes may change on the way. Here torchrun itself starts them, and each in an interpreter of its own."""
+    of processes may change on the way. Here torchrun itself starts them."""
     curves, grids = [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
@@ -60,9 +59,8 @@ def test_two_processes_give_the_loss_curve_of_one(run_script, tiny_config_file, 
         if processes == 1:
             assert run_script(*command).code == 0
         else:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-            done = subprocess.run([*torchrun, *command], cwd=PROJECT, capture_output=True, text=True, timeout=240)
-            assert done.returncode == 0, done.stderr
+            torchrun = [torch.distributed.run.__file__, "--standalone", "--nproc-per-node=2"]
+            finish_script(*torchrun, "--start-method=fork", "--run-path", PROJECT / command[0], *command[1:])
             # Between two lines of the record: what both have counted of the next is not lost.
             checkpoint = out / "checkpoints" / "step_0000005.pt"
             outcome = run_script("train.py", "--resume", checkpoint, "--training.accumulation=4", "--training.steps=12")
