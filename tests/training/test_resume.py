@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 
 from improved_diffusion.checkpoint_file import read_checkpoint, write_checkpoint
 from improved_diffusion.files import read_jsonl
@@ -94,22 +94,17 @@ def test_a_worker_that_is_lost_under_torchrun_changes_nothing(start_script, tiny
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     flags = ["--config", str(tiny_config_file), "--training.steps=24", "--evaluation.every=24", "--sampling.steps=2"]
     reference = start_script("train.py", *flags, "--out", unbroken, processes=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    command += ["--monitor-interval=0.1", "--", "train.py", *flags, "--resume-if-exists", "--out", str(broken)]
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with (tmp_path / "log").open("w") as log:
-        torchrun = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
-    try:
-        while not (broken / "checkpoints" / "latest").is_file():
-            assert torchrun.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.01)
-        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        assert torchrun.wait(timeout=240) == 0, (tmp_path / "log").read_text()
-    finally:
-        torchrun.terminate()
-        torchrun.wait()
-    assert f"going on with {broken} at step" in (tmp_path / "log").read_text()
+    torchrun = [torch.distributed.run.__file__, "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun += ["--monitor-interval=0.1", "--start-method=fork", "--run-path", PROJECT / "train.py"]
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    started = start_script(*torchrun, *flags, "--resume-if-exists", "--out", broken, environment=environment)
+    started.wait_for((broken / "checkpoints" / "latest").is_file)
+    agent = started.processes[0].pid
+    workers = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    outcome = started.finish()
+    assert outcome.code == 0, outcome.err
+    assert f"going on with {broken} at step" in outcome.out
     assert reference.finish().code == 0
     assert_same_run(unbroken, broken)
 
