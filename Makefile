@@ -44,6 +44,9 @@ test-older: .venv-older/installed
 bench: install
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/train_memory.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/fid.py
 	$(BIN)/python benchmarks/pack.py
 	$(BIN)/python benchmarks/sampling_bulk.py

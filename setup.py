@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 VERSION = re.search('__version__ = "(.+)"', Path("improved_diffusion/__init__.py").read_text())[1]
 
 SIMILARITY = ["transformers>=4.46,<5.6", "torchmetrics>=1.4,<2"]  # CLIP, DINO and PickScore; LPIPS and ERGAS
+STREAMING = ["webdataset>=1.0,<2"]  # training images in shards
 # Fine-tuning of SD and SDXL. transformers 5.6 renamed the modules of CLIP's text model: LoRA files saved under it have
 # keys that other programs drop.
 PERSONALIZE = [
@@ -47,6 +48,7 @@ setup(
     extras_require={
         "similarity": SIMILARITY,
         "personalize": PERSONALIZE,
+        "streaming": STREAMING,
         "wandb": ["wandb>=0.18"],  # personalize.py train --wandb PROJECT
         "few-bits": ["bitsandbytes>=0.45"],  # 8-bit Adam, and a base of 4 or 8 bits, on a GPU
         "dev": [
@@ -60,6 +62,7 @@ setup(
             "nbclient>=0.10",  # these two run the notebook
             "ipykernel>=6.29",
             "torch-fidelity>=0.4",  # an independent answer for KID, precision and recall, Inception Score
+            *STREAMING,
             *SIMILARITY,
             *PERSONALIZE,
         ],

@@ -3,7 +3,7 @@
 python train.py --loss hybrid                      the demo, or Food101 where it is prepared and there is a GPU
 python train.py --config FILE --data DIR --out DIR [--training.lr 1e-4 ...]
 python train.py --resume runs/NAME                 go on with an interrupted run
-torchrun --nproc-per-node 8 train.py ...           the same on several GPUs
+torchrun --nproc-per-node 8 train.py ...           the same on several GPUs; on several machines: docs/scaling.md
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", help="YAML file of settings (default: chosen by data and device, and printed)")
     parser.add_argument("--out", help="directory of the run (default: a new one under runs/)")
     parser.add_argument("--resume", help="directory of a run to go on with, or one of its checkpoints")
+    again = "go on with the run at --out, as it was begun, if there is one: so a start and all restarts are one command"
+    parser.add_argument("--resume-if-exists", action="store_true", help=again)
     options = parse_arguments(parser, arguments)
+    if options.resume_if_exists and (options.resume or not options.out):
+        raise UserError("--resume-if-exists goes on with the run at --out: give --out, and leave out --resume")
     if options.resume is not None and (options.config or options.out):
         raise UserError("--resume takes the settings and the directory of its run: leave out --config and --out")
 
     # Only now, for torch takes seconds to import: --help and typos are answered at once.
-    from improved_diffusion.data import open_image_set
+    from improved_diffusion.data.shards import open_training_set
     from improved_diffusion.runtime.devices import start_processes
     from improved_diffusion.training import start
     from improved_diffusion.training.evaluation import Evaluator
@@ -42,9 +46,12 @@ def main(arguments: list[str]) -> int:
             of_first = start.held_by_first(run, processes.is_first, lambda value: processes.gather(value)[0])
             return stack.enter_context(of_first)
 
-        if options.resume is not None:
-            run = hold(start.run_to_resume(options.resume).held())
-            state = start.state_to_resume(run, options.resume)
+        resume = options.resume
+        if options.resume_if_exists and processes.gather(start.holds_run(options.out))[0]:
+            resume = options.out
+        if resume is not None:
+            run = hold(start.run_to_resume(resume).held())
+            state = start.state_to_resume(run, resume)
             config_file = run.config_file
             say(f"going on with {run.path} at step {state['step']}", flush=True)
         else:
@@ -54,14 +61,14 @@ def main(arguments: list[str]) -> int:
             why = "as --config says" if options.config else f"because {defaults.reason}"
             say(f"settings: {config_file}, {why}", flush=True)
         settings = read_settings(config_file)
-        if options.resume is None:
+        if resume is None:
             settings, left_out = start.without_another_network(settings, kind)
             if left_out:
                 say(f"model: of {config_file}, which is of another kind, without {', '.join(left_out)}", flush=True)
         parsed = parse_arguments(parser, arguments, settings, str(config_file))
         config, why = start.with_precision(to_settings(kind, parser, parsed), processes)
         say(f"arithmetic: {why}", flush=True)
-        if options.resume is not None:
+        if resume is not None:
             old = run.read_config()
             start.require_same_run(old, config)
             start.require_same_learning_rates(old.training, config.training, state["step"])
@@ -70,7 +77,7 @@ def main(arguments: list[str]) -> int:
             run = hold(start.new_run(options.out, name))
             config = start.with_data(config, defaults, processes)
 
-        image_set = open_image_set(config.data)
+        image_set = open_training_set(config.data)
         trainer = Trainer(config, image_set, processes)
         if state is not None:
             start.require_same_data(state, image_set)

@@ -184,6 +184,9 @@ class TrainingConfig:
     ema_lengths: tuple[float, ...] = ()
     """Relative lengths (sigma_rel of EDM2) of averages, such as 0.05 and 0.1, that are kept beside each checkpoint, so
     that the average of any length can be made of them after training."""
+    lanes: int = 8
+    """Shards that a batch is drawn from at once, where the images are in shards. A process reads those of its share of
+    the batch alone: best a multiple of the number of processes. In memory there are two for each that it reads."""
     flip: bool = True
     """Mirror half of the images."""
     augment: float = 0.0
@@ -197,6 +200,11 @@ class TrainingConfig:
     cuda_graph: bool = False
     """On one GPU, replay the forward and backward pass as a CUDA graph, so that no kernel waits for Python. Elsewhere
     the run says that it does not."""
+    gradient_checkpointing: bool = False
+    """Compute the network's blocks a second time in the backward pass instead of keeping what is inside them: a step
+    needs much less memory and about a third more time, and gives the same gradients."""
+    shard_optimizer: bool = False
+    """Divide the optimizer's moments and the moving averages among the processes, where they do not fit each."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
     save_every: int = 5000
@@ -205,7 +213,7 @@ class TrainingConfig:
     """How many of the newest checkpoints to keep, beside the best one."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints", "lanes"):
             require(getattr(self, name) >= 1, f"training.{name} must be at least 1, not {getattr(self, name)}")
         require(self.batch_size <= 1_000_000, f"training.batch_size must be at most 1,000,000, not {self.batch_size}")
         require(self.lr > 0, f"training.lr must be positive, not {self.lr}")
@@ -318,7 +326,7 @@ class Config:
     loss: Literal["mse", "hybrid", "vlb"] = "hybrid"
     """The objective: mean-square error, mean-square error + vlb_weight * bound, or the bound alone."""
     data: str | None = None
-    """The packed image set to train on (see python -m improved_diffusion.data)."""
+    """The packed image set to train on, or a folder or URL of shards (see python -m improved_diffusion.data)."""
     seed: int = 0
     """Seed of the initial weights, the data order, the flips, the timesteps and the noise."""
     model: UNetConfig = field(default_factory=UNetConfig)

@@ -1,14 +1,18 @@
-"""Pack an image set, `python -m improved_diffusion.data {food101,folder,synthetic} --out DIR`, or `verify DIR`."""
+"""Pack an image set, `python -m improved_diffusion.data {food101,folder,synthetic} --out DIR`; `verify DIR` it; or
+`shard` it into files to stream from."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import tempfile
 import time
 from pathlib import Path
 
 from improved_diffusion.data.image_set import CHANNELS, is_image_set, open_image_set
 from improved_diffusion.data.labelled_files import labelled_folder, labelled_food101, with_validation
 from improved_diffusion.data.packing import VALIDATION_PER_CLASS, PackedSplit, check_free, pack, pack_synthetic
+from improved_diffusion.data.shards import require_webdataset, write_shards
 from improved_diffusion.errors import ArgumentParser, user_errors_exit
 
 LISTED_BROKEN = 10
@@ -43,14 +47,21 @@ def sides(text: str) -> tuple[int, int]:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     about = "Pack images into one memory-mapped array."
     parser = ArgumentParser(prog="python -m improved_diffusion.data", description=about)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{food101,folder,synthetic,verify}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{food101,folder,synthetic,shard,verify}")
 
     food101 = commands.add_parser("food101", help="Food101 from torchvision, with its official train and test splits")
     food101.add_argument("--source", type=Path, help="folder that holds food-101/ (default: download it beside --out)")
-    folder = commands.add_parser("folder", help="a folder of class folders, or a zip of one")
+    folder = commands.add_parser("folder", help="a folder of class folders or of images alone, or a zip of one")
     folder.add_argument("path", type=Path, help="CLASS/IMAGE, or train/CLASS/IMAGE with val/ and test/ as more splits")
     validation = {"type": natural, "default": VALIDATION_PER_CLASS}
-    for command in (food101, folder):
+    shard = commands.add_parser(
+        "shard", help="files to stream training images from, of a packed set, a folder or a zip"
+    )
+    shard.add_argument("path", type=Path, help="a packed set, or a folder or zip as above, which is packed first")
+    megabytes = "of images in a file; training holds two for each of training.lanes (default: %(default)s)"
+    shard.add_argument("--shard-megabytes", type=positive, default=32, metavar="MB", help=megabytes)
+    shard.add_argument("--seed", type=natural, default=0, help="of the images' order (default: %(default)s)")
+    for command in (food101, folder, shard):
         taken = "images taken out of train where there is no val split; 0 for none (default: %(default)s)"
         command.add_argument("--validation-per-class", **validation, help=taken)
         size = "pixels: a side, or HEIGHTxWIDTH such as 64x96, to whose proportions images are cut (default: 64)"
@@ -65,9 +76,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     synthetic.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
 
     for command in (food101, folder, synthetic):
-        command.add_argument("--out", type=Path, required=True, help="the packed set: a new directory")
-        command.add_argument("--workers", type=positive, help="processes (default: one per core)")
         command.add_argument("--overwrite", action="store_true", help="replace the packed set at --out")
+    for command in (food101, folder, synthetic, shard):
+        command.add_argument("--out", type=Path, required=True, help="a new directory")
+        command.add_argument("--workers", type=positive, help="processes (default: one per core)")
 
     verify = commands.add_parser("verify", help="read a packed set and its splits whole and compare their SHA-256")
     verify.add_argument("path", type=Path, help="the packed set")
@@ -99,10 +111,32 @@ def verify(path: Path) -> None:
         print(f"{directory}: {len(images.images):,} images, as packed (SHA-256 {images.content_hash[:16]}...)")
 
 
+def shard(arguments: argparse.Namespace) -> None:
+    """Divide a packed set into shards; what is no packed set yet is packed for that, beside the shards."""
+    require_webdataset()
+    check_free(arguments.out, overwrite=False)
+    with contextlib.ExitStack() as stack:
+        packed = arguments.path
+        if not is_image_set(packed):
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            beside = tempfile.TemporaryDirectory(dir=arguments.out.parent, prefix=f".{arguments.out.name}.")
+            packed = Path(stack.enter_context(beside)) / "packed"
+            files = with_validation(labelled_folder(arguments.path), arguments.validation_per_class)
+            start = time.perf_counter()
+            splits = pack(files, packed, arguments.image_size, arguments.channels, workers=arguments.workers)
+            print_report(splits, files.notes, time.perf_counter() - start)
+        size = arguments.shard_megabytes * 10**6
+        written = write_shards(open_image_set(packed), arguments.out, size, arguments.seed)
+    print(f"{len(written):,} images in {len(written.shards):,} shards: train with --data {arguments.out}, or its URL")
+
+
 def main() -> None:
     arguments = parse_arguments()
     if arguments.command == "verify":
         verify(arguments.path)
+        return
+    if arguments.command == "shard":
+        shard(arguments)
         return
     check_free(arguments.out, arguments.overwrite)  # before a long download, too
     start = time.perf_counter()

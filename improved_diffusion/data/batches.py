@@ -50,7 +50,7 @@ class BatchStream:
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
-        self.device = _with_index(torch.device(device))
+        self.device = with_index(torch.device(device))
         self.rank = rank
         self.world_size = world_size
         self._resident = _upload(image_set.images, self.device) if _fits(image_set.images, self.device) else None
@@ -75,26 +75,19 @@ class BatchStream:
                 pending.append(pool.submit(self._on_host, next(steps)))
                 yield self._on_device(*prepared)
 
-    def _on_host(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _on_host(self, step: int) -> tuple[Tensor, ...]:
         """What has to be copied to the device: images (n, H, W, C) uint8, or their rows (n,) int64 where the set is
         resident; labels (n,) int64; and whether to flip (n,) bool. Runs in threads, and starts no work on the device.
         """
         rows, flips = self._rows(step)
         images = rows if self._resident is not None else self.image_set.images[rows]
-        host = tuple(torch.from_numpy(array) for array in (images, self.image_set.labels[rows], flips))
-        if self.device.type != "cuda":
-            return host
-        with torch.cuda.device(self.device):  # pinned, so that the copy need not wait for the kernels before it
-            return tuple(tensor.pin_memory() for tensor in host)
+        return to_host((images, self.image_set.labels[rows], flips), self.device)
 
     def _on_device(self, images: Tensor, labels: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
         images, labels, flips = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels, flips))
         if self._resident is not None:
             images = self._resident[images]
-        images = images.permute(0, 3, 1, 2)
-        if self.flip:
-            images = torch.where(flips[:, None, None, None], images.flip(3), images)
-        return images.float().div_(127.5).sub_(1), labels
+        return to_network(images, flips if self.flip else None), labels
 
     def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the image set in this rank's share of a batch, int64, and whether each is flipped, bool."""
@@ -112,11 +105,33 @@ class BatchStream:
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The permutation of the `count` rows in an epoch, int64, and for each place in it whether it is flipped, bool."""
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    return drawn_order((seed, epoch), count)
+
+
+def drawn_order(keys: tuple[int, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A permutation of `count` rows, int64, and for each place in it whether it is flipped, bool; drawn from `keys`."""
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(keys)))
     return rng.permutation(count), rng.integers(0, 2, count, dtype=bool)
 
 
-def _with_index(device: torch.device) -> torch.device:
+def to_host(arrays: tuple[np.ndarray, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The arrays as tensors that are fast to copy to the device. Starts no work there, so that threads may call it."""
+    tensors = tuple(map(torch.from_numpy, arrays))
+    if device.type != "cuda":
+        return tensors
+    with torch.cuda.device(device):  # pinned, so that the copy need not wait for the kernels before it
+        return tuple(tensor.pin_memory() for tensor in tensors)
+
+
+def to_network(images: Tensor, flips: Tensor | None) -> Tensor:
+    """Images (n, H, W, C) uint8, those of `flips` (n,) mirrored, as float32 (n, C, H, W) in [-1, 1], channels-last."""
+    images = images.permute(0, 3, 1, 2)
+    if flips is not None:
+        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+    return images.float().div_(127.5).sub_(1)
+
+
+def with_index(device: torch.device) -> torch.device:
     """Name the CUDA device that "cuda" means now and here: in another thread it may mean another."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

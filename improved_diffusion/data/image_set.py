@@ -30,6 +30,14 @@ class ImageSet:
     content_hash: str  # SHA-256 hex of images, labels and class names: equal for equal sets, wherever they lie
     images_sha256: str | None = None  # SHA-256 hex of the images alone, where it is known
 
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        return self.images.shape[1:]
+
 
 def open_image_set(path: str | Path, *, verify: bool = False) -> ImageSet:
     """Open the packed set in the directory `path` and verify it against the SHA-256 sums in its `dataset.json`.
@@ -132,6 +140,8 @@ def _what_it_is_instead(path: Path) -> str:
         return f"{path} is an empty folder, not a packed image set; fill it with `{pack} ... --out {path}`"
     if (path / "images.npy").is_file():
         return f"{path}/dataset.json is missing. {REPACK}"
+    if (path / "index.json").is_file():
+        return f"{path} is a folder of shards, from which train.py alone reads; give the packed set that it was made of"
     return (
         f"{path} is a folder without dataset.json, not a packed image set; "
         f"if it holds class folders of images, run `{pack} folder {path} --out DIR`"

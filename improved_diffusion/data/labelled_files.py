@@ -18,7 +18,9 @@ from improved_diffusion.errors import UserError
 
 SPLITS = ("train", "val", "test")
 VALIDATION_SHARE = 5  # a validation split takes at most one in five images of a class
-LAYOUT = "expected CLASS/IMAGE, or train/CLASS/IMAGE (and val/, test/)"
+LAYOUT = "expected CLASS/IMAGE, or train/CLASS/IMAGE (and val/, test/), or images alone"
+NOT_LABELLED = "no class folders: all images are of one class (train with --model.class_conditional false)"
+UNLABELLED = "unlabelled"  # the one class of images that are in no class folder
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ def labelled_folder(path: str | Path) -> LabelledFiles:
     """The images in a folder of class folders or a zip of one.
 
     The first folders below `path` are the classes, or, when all of them are called train, val or test, splits that hold
-    the classes. Deeper folders belong to their class. A single folder that wraps everything is looked through. Hidden
-    files are skipped; files that are no images and folders without images are skipped and noted.
+    the classes. Deeper folders belong to their class. A single folder that wraps everything is looked through. Where no
+    image is in a class folder, all are of one class, which is noted. Hidden files are skipped; files that are no images
+    and folders without images are skipped and noted.
 
     Raises `UserError` when `path` is no such thing.
     """
@@ -62,6 +65,9 @@ def labelled_folder(path: str | Path) -> LabelledFiles:
     level = _wrapping_folders(images)
     has_splits = _has_splits(path, images, level)
     class_level = level + has_splits
+    is_unlabelled = all(len(parts) == class_level + 1 for parts in images)
+    if is_unlabelled:
+        images = [(*parts[:-1], UNLABELLED, parts[-1]) for parts in images]
     for parts in images:
         if len(parts) < class_level + 2:
             raise UserError(f"{path}: the image {'/'.join(parts)!r} is not in a class folder; {LAYOUT}")
@@ -70,13 +76,14 @@ def labelled_folder(path: str | Path) -> LabelledFiles:
     label_of = {name: label for label, name in enumerate(class_names)}
     splits: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS} if has_splits else {"all": []}
     for parts in sorted(images, key=lambda parts: parts[class_level]):
-        splits[parts[level] if has_splits else "all"].append(("/".join(parts), label_of[parts[class_level]]))
+        name = "/".join(parts[:-2] + parts[-1:] if is_unlabelled else parts)
+        splits[parts[level] if has_splits else "all"].append((name, label_of[parts[class_level]]))
     return LabelledFiles(
         description=str(path.resolve()),
         container=container,
         class_names=class_names,
         splits={split: items for split, items in splits.items() if items},
-        notes=_notes(strays, names, class_level, class_names),
+        notes=_notes(strays, names, class_level, class_names) + (NOT_LABELLED,) * is_unlabelled,
     )
 
 

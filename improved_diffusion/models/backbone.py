@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from improved_diffusion.models.autocast import without_autocast
 
@@ -61,6 +62,7 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.null_class = null_class
         self.time_channels = time_channels
+        self.gradient_checkpointing = False  # whether training computes blocks anew in the backward pass
 
         self.time_embedding = nn.Sequential(
             nn.Linear(time_channels, embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels)
@@ -79,9 +81,7 @@ class Backbone(nn.Module):
         """The modules between the first layer and the last."""
         raise NotImplementedError
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
         """Run the network: the one call that denoisers make.
 
         `x_t`: (N, in_channels, height, width), float in about [-1, 1]. `t`: (N,), what the network is told of the
@@ -93,6 +93,14 @@ class Backbone(nn.Module):
         Raises ValueError for shapes that do not fit, and for a `y` missing or out of place.
         """
         raise NotImplementedError
+
+    def run_block(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`block(*inputs)`. With `gradient_checkpointing` only its inputs are kept for the backward pass, and it is
+        computed a second time there, with the dropout of the first (Chen et al. 2016, arXiv:1604.06174).
+        """
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def embed(self, t: Tensor, y: Tensor | None, augmentation: Tensor | None = None) -> Tensor:
         """Noise level, class and augmentation as float32 (N, embedding_channels) under any autocast.

@@ -140,7 +140,8 @@ def set_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
             {"momentum_buffer": shapes[index]},
         ):
             raise ValueError(f"the saved moments of parameter {index} are of another shape or kind")
-    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]  # one that is divided has another state_dict
+    optimizer.load_state_dict({"state": dict(state["state"]), "param_groups": groups})
 
 
 @contextlib.contextmanager

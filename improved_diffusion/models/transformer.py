@@ -175,9 +175,7 @@ class Transformer(Backbone):
     def hidden_parts(self) -> list[nn.Module]:
         return [self.blocks]
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
         """Run the network: see `Backbone.forward`."""
         self.check_inputs(x_t, t, y)
         embedding = F.silu(self.embed(t, y, augmentation))  # once here rather than in every block
@@ -188,10 +186,10 @@ class Transformer(Backbone):
 
         h = self.patch_embedding(patches.flatten(2).transpose(1, 2)).float()  # what blocks add to stays float32
         for block in self.blocks[: self.context_start]:
-            h = block(h, embedding, rotations[:, num_context:])
+            h = self.run_block(block, h, embedding, rotations[:, num_context:])
         h = torch.cat([self.context(y).expand(len(h), -1, -1), h], dim=1)
         for block in self.blocks[self.context_start :]:
-            h = block(h, embedding, rotations)
+            h = self.run_block(block, h, embedding, rotations)
 
         shift, scale = self.output_modulation(embedding)[:, None].chunk(2, dim=-1)
         h = self.output(adaptive_norm(h[:, num_context:], shift, scale))

@@ -99,9 +99,11 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers applied in turn; those that are residual blocks take the embedding too."""
+    """Layers applied in turn, after a skip has joined the channels; residual blocks take the embedding too."""
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
         for layer in self:
             x = layer(x, embedding) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -198,9 +200,7 @@ class UNet(Backbone):
     def hidden_parts(self) -> list[nn.Module]:
         return [self.encoder, self.middle, self.decoder]
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
         """Run the network: see `Backbone.forward`."""
         self.check_inputs(x_t, t, y)
         embedding = F.silu(self.embed(t, y, augmentation))  # once here rather than in every block
@@ -208,11 +208,11 @@ class UNet(Backbone):
         h = F.pixel_unshuffle(x_t, self.patch_size)
         skips = []
         for stage in self.encoder:
-            h = stage(h, embedding)
+            h = self.run_block(stage, h, embedding)
             skips.append(h)
-        h = self.middle(h, embedding)
+        h = self.run_block(self.middle, h, embedding)
         for stage in self.decoder:
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = self.run_block(stage, h, embedding, skips.pop())
         h = self.output_conv(F.silu(self.output_norm(h)))
         return F.pixel_shuffle(h, self.patch_size).float()
 

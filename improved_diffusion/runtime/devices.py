@@ -59,6 +59,20 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_in_first(self, value: object) -> list | None:
+        """`value` of every process, in the order of their ranks; None in all processes but the first."""
+        if self.world_size == 1:
+            return [value]
+        values: list | None = [None] * self.world_size if self.is_first else None
+        dist.gather_object(value, values)
+        return values
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """`x` of the process `source`, written into this one's."""
+        if self.world_size > 1:
+            dist.broadcast(x, source)
+        return x
+
     def wait(self) -> None:
         """Return once every process has come here."""
         if self.world_size > 1:
@@ -72,8 +86,13 @@ def use_huge_pages() -> None:
 
 @contextlib.contextmanager
 def start_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be the only one."""
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be the only one.
+
+    Raises:
+        UserError: torchrun started more processes than there are GPUs, or could not start them again.
+    """
     use_huge_pages()
+    _require_restarts_to_work()
     rank, local_rank, world_size = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -91,6 +110,20 @@ def start_processes() -> Iterator[Processes]:
         yield Processes(device, rank, world_size)
     finally:
         dist.destroy_process_group()
+
+
+def _require_restarts_to_work() -> None:
+    """torchrun keeps the addresses of its processes over restarts, so that new ones would look for those that are gone.
+
+    Raises:
+        UserError: it may restart, and was not told to forget them.
+    """
+    restarts, keeps = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if restarts != "0" and keeps == "True":
+        raise UserError(
+            "with --max-restarts torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or processes "
+            "that are started again look for those that were lost: put it before torchrun"
+        )
 
 
 _TORCHRUN = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))

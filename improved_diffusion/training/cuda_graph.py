@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from improved_diffusion.config import TrainingConfig
 from improved_diffusion.runtime.devices import Processes
 
 CALLS_BEFORE_CAPTURE = 3  # in which algorithms are chosen, code is compiled and gradients get their memory
@@ -61,8 +62,10 @@ class CapturedFunction:
             self.result = self.function(*self.arguments)
 
 
-def obstacle_to_capture(processes: Processes) -> str | None:
+def obstacle_to_capture(processes: Processes, training: TrainingConfig) -> str | None:
     """Why a training step cannot be captured here, where it cannot."""
     if processes.device.type != "cuda":
         return "there is no GPU"
+    if training.gradient_checkpointing:
+        return "gradient checkpointing saves the state of the random generator, which no recording may read"
     return "several processes average their gradients within it" if processes.world_size > 1 else None

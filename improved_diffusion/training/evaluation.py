@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from improved_diffusion.config import Config
 from improved_diffusion.data.image_set import ImageSet, is_image_set, open_image_set
+from improved_diffusion.data.shards import ShardedSet
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import (
     FeatureExtractor,
@@ -32,21 +34,28 @@ from improved_diffusion.sampling.grids import make_grid
 SPLITS_BESIDE = ("val", "test")  # sets inside the folder of the training set, in order of preference
 
 
-def reference_set(config: Config, image_set: ImageSet) -> ImageSet:
+def reference_set(config: Config, image_set: ImageSet | ShardedSet) -> ImageSet:
     """What generated images are compared with: `evaluation.reference`, or else the val or test split in the training
-    set's folder, or else the training set itself.
+    set's folder, or else the training set itself, which cannot be in shards then.
 
     The best checkpoint is chosen by this comparison: hence val before test, which is left for the last word.
 
     Raises:
         UserError: it is no image set, or has other classes than the training set.
     """
-    named = config.evaluation.reference
+    named, folder = config.evaluation.reference, Path(image_set.path)
+    beside = [folder / split for split in SPLITS_BESIDE if is_image_set(folder / split)]
     if named is not None:
-        reference = open_image_set(image_set.path / named if named in SPLITS_BESIDE else named)
+        reference = open_image_set(folder / named if named in SPLITS_BESIDE else named)
+    elif beside:
+        reference = open_image_set(beside[0])
+    elif isinstance(image_set, ImageSet):
+        reference = image_set
     else:
-        beside = [image_set.path / split for split in SPLITS_BESIDE if is_image_set(image_set.path / split)]
-        reference = open_image_set(beside[0]) if beside else image_set
+        raise UserError(
+            f"there is no val or test set in {image_set.path}: name a packed set to compare with, "
+            "--evaluation.reference DIR, or train without FID, --evaluation.features null"
+        )
     if reference.class_names != image_set.class_names:
         raise UserError(f"the classes of {reference.path} are not those of the training set {image_set.path}")
     return reference
@@ -65,12 +74,13 @@ class Evaluator:
         UserError: no Inception weights, or the reference cannot be opened.
     """
 
-    def __init__(self, config: Config, image_set: ImageSet, processes: Processes):
+    def __init__(self, config: Config, image_set: ImageSet | ShardedSet, processes: Processes):
         self.config = config
         self.processes = processes
         self.class_names = image_set.class_names
         self.rows = len(self.class_names) if config.model.class_conditional else 1
-        self.reference = reference_set(config, image_set)
+        if config.evaluation.features is not None:
+            self.reference = reference_set(config, image_set)
         if processes.is_first:  # fills the caches for the others
             self._prepare()
         processes.wait()

@@ -32,13 +32,18 @@ def flops_per_image(network: Backbone, model: ModelConfig) -> int:
     """Floating-point operations of the network for one image of a training step, forward and backward: those of
     convolutions and matrix products, a multiplication and an addition counted as two.
 
-    Counted by PyTorch on the meta device, where nothing is computed and nothing drawn.
+    Counted by PyTorch on the meta device, where nothing is computed and nothing drawn. What gradient checkpointing
+    computes twice counts once.
     """
     weights = {name: torch.empty_like(p, device="meta", requires_grad=True) for name, p in network.named_parameters()}
     x_t, t = torch.empty(1, *model.image_shape, device="meta"), torch.empty(1, device="meta")
     y = torch.empty(1, dtype=torch.int64, device="meta") if model.class_conditional else None
-    with FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(network, weights, (x_t, t, y)).sum().backward()
+    twice, network.gradient_checkpointing = network.gradient_checkpointing, False
+    try:
+        with FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(network, weights, (x_t, t, y)).sum().backward()
+    finally:
+        network.gradient_checkpointing = twice
     return counter.get_total_flops()
 
 

@@ -12,6 +12,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.data.shards import ShardedSet
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import swapped_weights
 from improved_diffusion.progress import progress
@@ -58,7 +59,7 @@ class TrainingLoop:
         image_set: what it trains on; its hash and class names go into the checkpoints.
     """
 
-    def __init__(self, trainer: Trainer, evaluator: Evaluator, run: RunDirectory, image_set: ImageSet):
+    def __init__(self, trainer: Trainer, evaluator: Evaluator, run: RunDirectory, image_set: ImageSet | ShardedSet):
         self.trainer = trainer
         self.evaluator = evaluator
         self.run = run
@@ -174,9 +175,11 @@ class TrainingLoop:
             "class_names": list(self.image_set.class_names),
             "data_hash": self.image_set.content_hash,
         }
+        keeps_averages = self.config.training.ema_lengths and self._is_due(self.config.training.save_every)
+        averages = trainer.averages_to_keep() if keeps_averages else None
         if self.processes.is_first:
-            if self.config.training.ema_lengths and self._is_due(self.config.training.save_every):
-                self.run.save_averages(trainer.averages_to_keep())
+            if averages is not None:
+                self.run.save_averages(averages)
             self.run.save_checkpoint(state, self.config.training.keep_checkpoints)
         self.saved_step = step
 
@@ -184,7 +187,8 @@ class TrainingLoop:
         """Evaluate the checkpoint of this step, and draw the curves. A stop request leaves it for the resumed run."""
         trainer, started = self.trainer, time.monotonic()
         rate = self.config.training.ema_rates[0]
-        with swapped_weights(dict(trainer.network.named_parameters()), trainer.ema.weights(rate)):
+        average = trainer.division.in_all(trainer.ema.weights(rate))
+        with swapped_weights(dict(trainer.network.named_parameters()), average):
             result = self.evaluator.evaluate(trainer.network, trainer.step, lambda: self.stop.requested)
         self.logged_time += time.monotonic() - started  # the rate of training leaves evaluations out
         if result is None:

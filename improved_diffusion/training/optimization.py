@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from improved_diffusion.config import TrainingConfig
 from improved_diffusion.models.backbone import Backbone
@@ -12,22 +14,29 @@ from improved_diffusion.models.backbone import Backbone
 Optimizers = dict[str, torch.optim.Optimizer]
 
 
-def make_optimizers(training: TrainingConfig, network: Backbone) -> Optimizers:
+def make_optimizers(training: TrainingConfig, network: Backbone, *, divided: bool = False) -> Optimizers:
     """AdamW as "optimizer", the name that it has in checkpoints; with `training.optimizer` muon also Muon (Jordan et
     al. 2024) for the network's hidden matrices, which AdamW then leaves alone.
 
     Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate and
-    one weight decay serve both.
+    one weight decay serve both. Where they are `divided`, a process keeps the moments of its share of the parameters,
+    takes the steps of these, and sends them to the others.
     """
     shared = {"lr": training.lr, "weight_decay": training.weight_decay}
     matrices = network.hidden_matrices() if training.optimizer == "muon" else []
     taken = set(map(id, matrices))
     rest = [parameter for parameter in network.parameters() if id(parameter) not in taken]
-    optimizers: Optimizers = {
-        "optimizer": torch.optim.AdamW(rest, betas=training.betas, eps=training.eps, fused=True, **shared)
-    }
+
+    def make(kind: type[torch.optim.Optimizer], parameters: list[Tensor], **own: Any) -> torch.optim.Optimizer:
+        if divided:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # which takes seconds
+
+            return ZeroRedundancyOptimizer(parameters, kind, **shared, **own)
+        return kind(parameters, **shared, **own)
+
+    optimizers = {"optimizer": make(torch.optim.AdamW, rest, betas=training.betas, eps=training.eps, fused=True)}
     if matrices:
-        optimizers["muon"] = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared)
+        optimizers["muon"] = make(torch.optim.Muon, matrices, adjust_lr_fn="match_rms_adamw")
     return optimizers
 
 

@@ -16,6 +16,7 @@ from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.config import Config, ModelConfig, TrainingConfig, run_type
 from improved_diffusion.data.image_set import ImageSet, is_image_set
 from improved_diffusion.data.packing import pack_synthetic
+from improved_diffusion.data.shards import ShardedSet
 from improved_diffusion.errors import UserError
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
@@ -32,8 +33,10 @@ TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "clas
 # What a resumed run may change, by group ("" for what is in none); all else decides what the run computes.
 CHANGEABLE = {
     "": ("data",),
-    "training": ("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints")
-    + ("compile", "cuda_graph"),
+    "training": (
+        *("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints"),
+        *("compile", "cuda_graph", "gradient_checkpointing", "shard_optimizer"),
+    ),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
 }
@@ -61,12 +64,12 @@ def choose_defaults(loss: str | None, project: Path) -> Defaults:
 
 def with_data(config: Config, defaults: Defaults, processes: Processes) -> Config:
     """The settings with the default data where they name none. The embedded set is drawn if it is not there yet."""
-    data = Path(config.data) if config.data is not None else defaults.data
-    if data == SYNTHETIC:
+    data = config.data if config.data is not None else str(defaults.data)  # maybe a URL, which is no Path
+    if Path(data) == SYNTHETIC:
         if processes.is_first:
-            _draw_embedded_set(data)
+            _draw_embedded_set(SYNTHETIC)
         processes.wait()
-    return dataclasses.replace(config, data=str(data))
+    return dataclasses.replace(config, data=data)
 
 
 def without_another_network(settings: dict[str, Any], kind: type[Config]) -> tuple[dict[str, Any], list[str]]:
@@ -131,9 +134,14 @@ def new_run(out: str | None, name: str) -> Iterator[RunDirectory]:
         UserError: `out` already holds a run, or another process holds it.
     """
     with RunDirectory(Path(out) if out is not None else _new_directory(name)).held() as run:
-        if run.checkpoint_files():
+        if holds_run(run.path):
             raise UserError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
         yield run
+
+
+def holds_run(path: str | Path) -> bool:
+    """Whether there is a run to go on with at `path`: one that has saved a checkpoint."""
+    return bool(RunDirectory(Path(path)).checkpoint_files())
 
 
 def _new_directory(name: str) -> Path:
@@ -217,7 +225,7 @@ def require_same_learning_rates(old: TrainingConfig, new: TrainingConfig, step: 
             )
 
 
-def require_same_data(state: dict[str, Any], image_set: ImageSet) -> None:
+def require_same_data(state: dict[str, Any], image_set: ImageSet | ShardedSet) -> None:
     """A resumed run sees the images it has seen before.
 
     Raises:
@@ -230,19 +238,19 @@ def require_same_data(state: dict[str, Any], image_set: ImageSet) -> None:
         )
 
 
-def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: RunDirectory) -> str:
+def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet | ShardedSet, run: RunDirectory) -> str:
     """What is about to run, in a few lines."""
     config = trainer.config
     training, classes = config.training, len(image_set.class_names)
-    epochs = training.steps * training.batch_size / len(image_set.images)
+    epochs = training.steps * training.batch_size / len(image_set)
     parameters = sum(p.numel() for p in trainer.network.parameters())
     measured = "a sample grid"
     if evaluator.metric:
         measured = f"{evaluator.metric} of {config.evaluation.samples_per_class} images per class "
-        measured += f"against the {len(evaluator.reference.images):,} of {evaluator.reference.path}"
+        measured += f"against the {len(evaluator.reference):,} of {evaluator.reference.path}"
     return "\n".join(
         (
-            f"data: {image_set.path}, {len(image_set.images):,} images of {classes} classes",
+            f"data: {image_set.path}, {len(image_set):,} images of {classes} classes",
             f"model: {parameters / 1e6:.2f} M parameters, {config.loss} loss, T = {config.diffusion.timesteps}",
             f"training: steps {trainer.step:,} to {training.steps:,} of {training.batch_size} images "
             f"({epochs:.1f} epochs), on {trainer.processes.device}, {trainer.processes.world_size} process(es)",
@@ -253,7 +261,9 @@ def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: Ru
     )
 
 
-def record_provenance(run: RunDirectory, config: Config, image_set: ImageSet, processes: Processes) -> None:
+def record_provenance(
+    run: RunDirectory, config: Config, image_set: ImageSet | ShardedSet, processes: Processes
+) -> None:
     """Write config.yaml: the settings, and under `provenance` an entry for each time the run was started or resumed."""
     data = {"path": str(image_set.path), "split": image_set.split, "content_hash": image_set.content_hash}
     entry = provenance_entry(data, processes.device, processes.world_size, ("torch", "torchvision", "numpy"))

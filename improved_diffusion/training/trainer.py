@@ -14,6 +14,8 @@ from improved_diffusion.config import Config
 from improved_diffusion.data.augmentation import augment, draw_parameters
 from improved_diffusion.data.batches import BatchStream
 from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.data.shard_stream import ShardStream
+from improved_diffusion.data.shards import ShardedSet
 from improved_diffusion.diffusion.levels import make_level_sampler
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.diffusion.objective import named_objective
@@ -23,13 +25,13 @@ from improved_diffusion.models.build import (
     build_levels,
     build_network,
     build_process,
-    set_moments,
     set_weights,
 )
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.power_ema import PowerFunctionEMA
 from improved_diffusion.runtime.devices import Processes, arithmetic, upload, with_autocast
 from improved_diffusion.training.cuda_graph import CapturedFunction, obstacle_to_capture
+from improved_diffusion.training.division import Division
 from improved_diffusion.training.optimization import learning_rate, make_optimizers
 from improved_diffusion.training.running_terms import RunningTerms
 
@@ -48,9 +50,9 @@ class Trainer:
         UserError: settings that fit neither each other, nor the images, nor the number of processes.
     """
 
-    def __init__(self, config: Config, image_set: ImageSet, processes: Processes):
+    def __init__(self, config: Config, image_set: ImageSet | ShardedSet, processes: Processes):
         training, device = config.training, processes.device
-        height, width, channels = image_set.images.shape[1:]
+        height, width, channels = image_set.image_shape
         if (channels, height, width) != config.model.image_shape:
             size = height if height == width else f"'[{height}, {width}]'"
             raise UserError(
@@ -71,10 +73,12 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.network = build_network(config, self.num_classes)
         self.network.to(device, memory_format=torch.channels_last)
+        self.network.gradient_checkpointing = training.gradient_checkpointing
         parameters = dict(self.network.named_parameters())
-        self.ema = EMA(parameters, training.ema_rates)
-        self.power_ema = PowerFunctionEMA(parameters, training.ema_lengths)
-        self.optimizers = make_optimizers(training, self.network)
+        self.division = Division(parameters, processes, divided=training.shard_optimizer)
+        self.ema = EMA(self.division.own(parameters), training.ema_rates)
+        self.power_ema = PowerFunctionEMA(self.division.own(parameters), training.ema_lengths)
+        self.optimizers = make_optimizers(training, self.network, divided=self.division.divided)
         diffusion = config.diffusion
         self.levels = build_levels(diffusion, device)
         self.timestep_sampler = make_level_sampler(diffusion.timestep_sampler, build_process(diffusion), device)
@@ -85,15 +89,7 @@ class Trainer:
             loss_space=diffusion.loss_space,
             weighting=diffusion.weighting,
         )
-        self.stream = BatchStream(
-            image_set,
-            training.batch_size,
-            config.seed,
-            flip=training.flip,
-            device=device,
-            rank=processes.rank,
-            world_size=processes.world_size,
-        )
+        self.stream = make_stream(image_set, config, processes)
         self.parallel: nn.Module = self.network
         if processes.world_size > 1:
             self.parallel = DistributedDataParallel(torch.compile(self.network) if training.compile else self.network)
@@ -103,7 +99,7 @@ class Trainer:
         self._run_loss = self.loss
         if training.compile and processes.world_size == 1:
             self._run_loss = torch.compile(self.loss, dynamic=False)
-        self.captured = training.cuda_graph and obstacle_to_capture(processes) is None
+        self.captured = training.cuda_graph and obstacle_to_capture(processes, training) is None
         self._run_backward = CapturedFunction(self._backward) if self.captured else self._backward
 
     def train_step(self, x_start: Tensor, y: Tensor) -> None:
@@ -162,7 +158,7 @@ class Trainer:
         """How steps are run, in words."""
         training, alone = self.config.training, self.processes.world_size == 1
         compiled = "forward process, network and loss compiled" if alone else "network compiled"
-        obstacle = obstacle_to_capture(self.processes)
+        obstacle = obstacle_to_capture(self.processes, training)
         captured = f"not in a CUDA graph, for {obstacle}" if obstacle else "forward and backward pass in a CUDA graph"
         return "; ".join([compiled] * training.compile + [captured] * training.cuda_graph)
 
@@ -208,21 +204,22 @@ class Trainer:
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: tensors and plain values; to be called in all processes."""
+        """All that a resumed run needs, in the first process: tensors and plain values; to be called in all."""
         return {
             "step": self.step,
             "images_seen": self.step * self.config.training.batch_size,
             "model": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
-            "power_ema": self.power_ema.state_dict(),
-            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "ema": self.division.in_first(self.ema.state_dict()),
+            "power_ema": self.division.in_first(self.power_ema.state_dict()),
+            **{name: self.division.whole_state(optimizer) for name, optimizer in self.optimizers.items()},
             "timestep_sampler": self.timestep_sampler.state_dict(),
             "running_terms": self.terms.state_dict(self.processes),
         }
 
     def averages_to_keep(self) -> dict[str, Any]:
-        """The power-function averages, in half precision: what `models/power_ema.py` blends after training."""
-        averages = self.power_ema.state_dict()
+        """The power-function averages, in half precision: what `models/power_ema.py` blends after training; in the
+        first process, and to be called in all."""
+        averages = self.division.in_first(self.power_ema.state_dict())
         half = {
             length: {name: tensor.half() for name, tensor in average.items()} for length, average in averages.items()
         }
@@ -236,13 +233,24 @@ class Trainer:
         """
         set_weights(self.network, state["model"])
         try:
-            self.ema.load_state_dict(state["ema"])
-            self.power_ema.load_state_dict(state.get("power_ema", {}))  # older checkpoints have none
+            for average, name in ((self.ema, "ema"), (self.power_ema, "power_ema")):
+                saved = state.get(name, {})  # older checkpoints have no power_ema
+                average.load_state_dict({rate: self.division.own(tensors) for rate, tensors in saved.items()})
             for name, optimizer in self.optimizers.items():
-                set_moments(optimizer, state[name])
+                self.division.load_state(optimizer, state[name])
             self.timestep_sampler.load_state_dict(state["timestep_sampler"])
             if "running_terms" in state:  # older checkpoints have none
                 self.terms.load_state_dict(state["running_terms"], self.processes)
         except DAMAGE as error:
             raise UserError(f"the checkpoint does not fit the settings of the run: {error}") from error
         self.step = state["step"]
+
+
+def make_stream(image_set: ImageSet | ShardedSet, config: Config, processes: Processes) -> BatchStream | ShardStream:
+    """This process's share of the batches of a run."""
+    training = config.training
+    shared = {"flip": training.flip, "device": processes.device}
+    shared |= {"rank": processes.rank, "world_size": processes.world_size}
+    if isinstance(image_set, ShardedSet):
+        return ShardStream(image_set, training.batch_size, config.seed, lanes=training.lanes, **shared)
+    return BatchStream(image_set, training.batch_size, config.seed, **shared)

@@ -132,6 +132,19 @@ def test_single_split(make):
     assert (found.class_names, list(found.splits)) == (("a",), ["train"])
 
 
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["2.png", "1.png"], {"all": [("1.png", 0), ("2.png", 0)]}),
+        (["train/1.png", "val/2.png"], {"train": [("train/1.png", 0)], "val": [("val/2.png", 0)]}),
+    ],
+)
+def test_images_in_no_class_folder_are_of_one_class(make, names, splits):
+    found = labelled_folder(make(*names))
+    assert (found.class_names, found.splits) == (("unlabelled",), splits)
+    assert "--model.class_conditional false" in found.notes[-1]
+
+
 def test_class_called_train_beside_other_classes(make):
     assert labelled_folder(make("bus/1.png", "train/1.png")).class_names == ("bus", "train")
 
@@ -140,7 +153,7 @@ def test_class_called_train_beside_other_classes(make):
     ("names", "message"),
     [
         (["1.png", "a/2.png"], "'1.png' is not in a class folder; expected CLASS/IMAGE"),
-        (["train/1.png", "test/2.png"], "'test/2.png' is not in a class folder"),
+        (["train/1.png", "test/a/2.png"], "'train/1.png' is not in a class folder"),
         (["train/a/1.png", "extra/b/1.png"], r"split folders \(train\) beside others \('extra', ...\)"),
         (["a/1.txt"], "no images in"),
     ],

@@ -129,6 +129,30 @@ def test_every_parameter_gets_a_gradient(kind, patch_size, num_classes):
 
 
 @KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_gradient(kind, dtype):
+    """Nor what dropout drops, and it keeps less than half of the bytes for the backward pass."""
+    gradients_of, kept_by = [], []
+    for checkpointing in (False, True):
+        network = randomised(kind, dropout=0.3, **({"depth": 12} if kind == "transformer" else {})).train()
+        network.gradient_checkpointing = checkpointing
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(7)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            gradients_of.append(gradients(network, *inputs(), dtype))
+        kept_by.append(sum(kept.values()))
+    assert gradients_of[0].norm() > 0
+    assert torch.equal(*gradients_of)
+    assert kept_by[1] < kept_by[0] / 2
+
+
+@KINDS
 def test_time_and_class_change_the_output(kind):
     network = randomised(kind, num_classes=2, null_class=True)
     x_t, t = inputs(1)

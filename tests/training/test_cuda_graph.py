@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from improved_diffusion.config import TrainingConfig
 from improved_diffusion.models import group_norm
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.training import trainer
@@ -84,7 +85,7 @@ def pretended_gpu(monkeypatch):
             yield
         torch._foreach_copy_(touched, before)
 
-    monkeypatch.setattr(trainer, "obstacle_to_capture", lambda processes: None)
+    monkeypatch.setattr(trainer, "obstacle_to_capture", lambda processes, training: None)
     for name, fake in {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Recording, "graph": graph}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -144,5 +145,6 @@ def test_without_a_gpu_a_run_says_that_it_captures_nothing(run_script, tiny_conf
     assert resumed.code == 0, resumed.err
     assert "CUDA graph" not in resumed.out
     gpu = torch.device("cuda", 0)
-    assert obstacle_to_capture(Processes(gpu)) is None
-    assert "several processes" in obstacle_to_capture(Processes(gpu, 0, 2))
+    assert obstacle_to_capture(Processes(gpu), TrainingConfig()) is None
+    assert "several processes" in obstacle_to_capture(Processes(gpu, 0, 2), TrainingConfig())
+    assert "checkpointing" in obstacle_to_capture(Processes(gpu), TrainingConfig(gradient_checkpointing=True))

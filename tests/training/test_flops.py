@@ -17,6 +17,7 @@ class OneLayer(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
+        self.gradient_checkpointing = False
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.layer(x_t)
@@ -49,7 +50,11 @@ def test_counting_draws_and_changes_nothing(tiny_config):
     network = build_network(config, 3)
     before = [p.clone() for p in network.parameters()]
     state = torch.random.get_rng_state()
-    assert flops_per_image(network, config.model) > 1e6
+    flops = flops_per_image(network, config.model)
+    assert flops > 1e6
+    network.gradient_checkpointing = True
+    assert flops_per_image(network, config.model) == flops
+    assert network.gradient_checkpointing
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(p, was) and p.grad is None for p, was in zip(network.parameters(), before, strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 
 from improved_diffusion.checkpoint_file import read_checkpoint, write_checkpoint
 from improved_diffusion.files import read_jsonl
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.trainer import Trainer
+
+PROJECT = Path(__file__).parents[2]
 
 
 def assert_same(one: object, other: object, where: str = "state") -> None:
@@ -84,6 +88,45 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(start_script, run_scrip
     outcome = run_script("train.py", "--resume", killed)
     assert outcome.code == 0, outcome.err
     assert_same_run(unbroken, killed)
+
+
+def test_a_worker_that_is_lost_under_torchrun_changes_nothing(start_script, tiny_config_file, tmp_path):
+    """One command line starts the run and, by torchrun, all of its processes again."""
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    flags = ["--config", str(tiny_config_file), "--training.steps=24", "--evaluation.every=24", "--sampling.steps=2"]
+    reference = start_script("train.py", *flags, "--out", unbroken, processes=2)
+    torchrun = [torch.distributed.run.__file__, "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun += ["--monitor-interval=0.1", "--start-method=fork", "--run-path", PROJECT / "train.py"]
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    started = start_script(*torchrun, *flags, "--resume-if-exists", "--out", broken, environment=environment)
+    started.wait_for((broken / "checkpoints" / "latest").is_file)
+    agent = started.processes[0].pid
+    workers = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    outcome = started.finish()
+    assert outcome.code == 0, outcome.err
+    assert f"going on with {broken} at step" in outcome.out
+    assert reference.finish().code == 0
+    assert_same_run(unbroken, broken)
+
+
+def test_restarts_that_could_not_work_are_refused(start_script, tiny_config_file, tmp_path):
+    torchrun = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = start_script("train.py", "--config", tiny_config_file, "--out", tmp_path / "run", environment=torchrun)
+    outcome = started.finish()
+    assert outcome.is_one_clear_line()
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in outcome.err
+
+
+def test_going_on_if_there_is_a_run(run_script, tiny_config_file, tmp_path):
+    command = ["train.py", "--config", tiny_config_file, "--training.steps=2", "--resume-if-exists"]
+    outcome = run_script(*command)
+    assert outcome.is_one_clear_line()
+    assert "--resume-if-exists goes on with the run at --out: give --out" in outcome.err
+    outcome = run_script(*command, "--out", tmp_path / "run")
+    assert (outcome.code, "going on" in outcome.out) == (0, False), outcome.err
+    outcome = run_script(*command, "--out", tmp_path / "run")
+    assert (outcome.code, "going on" in outcome.out) == (0, True), outcome.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
