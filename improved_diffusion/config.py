@@ -185,8 +185,7 @@ class TrainingConfig:
     """Relative lengths (sigma_rel of EDM2) of averages, such as 0.05 and 0.1, that are kept beside each checkpoint, so
     that the average of any length can be made of them after training."""
     lanes: int = 8
-    """Shards that a batch is drawn from at once, where the images are in shards. A process reads those of its share of
-    the batch alone: best a multiple of the number of processes. In memory there are two for each that it reads."""
+    """Shards that a batch is drawn from at once, where there are shards: best a multiple of the number of processes."""
     flip: bool = True
     """Mirror half of the images."""
     augment: float = 0.0
@@ -198,11 +197,9 @@ class TrainingConfig:
     """Compile forward process, network and loss with torch.compile: faster steps after a minute or two; with several
     processes the network alone."""
     cuda_graph: bool = False
-    """On one GPU, replay the forward and backward pass as a CUDA graph, so that no kernel waits for Python. Elsewhere
-    the run says that it does not."""
+    """On one GPU, replay the forward and backward pass as a CUDA graph, so that no kernel waits for Python."""
     gradient_checkpointing: bool = False
-    """Compute the network's blocks a second time in the backward pass instead of keeping what is inside them: a step
-    needs much less memory and about a third more time, and gives the same gradients."""
+    """Compute the network's blocks again in the backward pass: much less memory, more time, the same gradients."""
     shard_optimizer: bool = False
     """Divide the optimizer's moments and the moving averages among the processes, where they do not fit each."""
     log_every: int = 100
@@ -217,19 +214,17 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name} must be at least 1, not {getattr(self, name)}")
         require(self.batch_size <= 1_000_000, f"training.batch_size must be at most 1,000,000, not {self.batch_size}")
         require(self.lr > 0, f"training.lr must be positive, not {self.lr}")
-        require(all(0 <= b < 1 for b in self.betas), f"training.betas must be in [0, 1), not {self.betas}")
-        require(self.eps >= 0, f"training.eps must not be negative, not {self.eps}")
-        require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
-        require(self.warmup_steps >= 0, f"training.warmup_steps must not be negative, not {self.warmup_steps}")
-        require(
-            self.grad_clip is None or self.grad_clip > 0,
-            f"training.grad_clip must be positive or null, not {self.grad_clip}",
-        )
+        for name in ("eps", "weight_decay", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")
+        clip = self.grad_clip
+        require(clip is None or clip > 0, f"training.grad_clip must be positive or null, not {clip}")
         require(len(self.ema_rates) >= 1, "training.ema_rates needs at least one rate")
-        require(len(set(self.ema_rates)) == len(self.ema_rates), "training.ema_rates must differ from each other")
-        for rate in self.ema_rates:
-            require(0 <= rate < 1, f"training.ema_rates must be in [0, 1), not {rate}")
-        require(len(set(self.ema_lengths)) == len(self.ema_lengths), "training.ema_lengths must differ from each other")
+        for name in ("ema_rates", "ema_lengths"):
+            different = len(set(getattr(self, name))) == len(getattr(self, name))
+            require(different, f"training.{name} must differ from each other")
+        for name in ("betas", "ema_rates"):
+            for rate in getattr(self, name):
+                require(0 <= rate < 1, f"training.{name} must be in [0, 1), not {rate}")
         for length in self.ema_lengths:
             require(0 < length < 0.28, f"training.ema_lengths must be between 0 and 0.28, not {length}")
         require(0 <= self.augment <= 1, f"training.augment must be between 0 and 1, not {self.augment}")
