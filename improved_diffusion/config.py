@@ -334,13 +334,8 @@ class Config:
         """Check what concerns the run or two settings at once, and fill in the defaults that depend on the loss."""
         require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         timesteps, diffusion, sampling = self.diffusion.timesteps, self.diffusion, self.sampling
-        require(
-            sampling.steps is None
-            or timesteps is None
-            or sampling.chosen_spacing != "uniform"
-            or sampling.steps <= timesteps,
-            f"sampling.steps ({sampling.steps}) must not exceed diffusion.timesteps ({timesteps})",
-        )
+        too_many = timesteps is not None and sampling.chosen_spacing == "uniform" and (sampling.steps or 0) > timesteps
+        require(not too_many, f"sampling.steps ({sampling.steps}) must not exceed diffusion.timesteps ({timesteps})")
         require(
             self.sampling.guidance_scale == 1 or self.model.class_dropout > 0,
             f"sampling.guidance_scale {self.sampling.guidance_scale} needs a model with model.class_dropout > 0",
