@@ -49,9 +49,9 @@ class GroupNorm(nn.GroupNorm):
 
     def _normalised(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """`weight`, `bias`: float32, (C,) or (N, C)."""
-        if not torch.compiler.is_compiling() and x.device.type == "cpu":
-            if x.dtype == torch.bfloat16 or _is_channels_last(x, torch.float32):
-                return _GroupNormOnCPU.apply(x, weight, bias, self.num_groups, self.eps)
+        slow = x.device.type == "cpu" and (x.dtype == torch.bfloat16 or _is_channels_last(x, torch.float32))
+        if slow and not torch.compiler.is_compiling():
+            return _GroupNormOnCPU.apply(x, weight, bias, self.num_groups, self.eps)
         if weight.dim() == 1:
             return F.group_norm(x, self.num_groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
         x_hat = F.group_norm(x, self.num_groups, eps=self.eps)
@@ -71,8 +71,8 @@ class _FusedOnCPU(torch.autograd.Function):
         mean, rstd = torch.empty(2, n, groups, dtype=torch.float64)
         ctx.sizes, ctx.library = (n, h * w, c, groups), library
         ctx.flags = (int(silu), torch.get_num_threads())
-        sizes = map(ctypes.c_long, ctx.sizes)
-        library.forward(*_pointers(x, weight, bias), *sizes, ctypes.c_double(eps), *ctx.flags, *_pointers(y, mean, rstd))
+        sizes = (*map(ctypes.c_long, ctx.sizes), ctypes.c_double(eps))
+        library.forward(*_pointers(x, weight, bias), *sizes, *ctx.flags, *_pointers(y, mean, rstd))
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 

@@ -15,7 +15,7 @@ from improved_diffusion.sampling.run_source import GENERATING_CODE, RunSource, g
 
 PACKAGE = Path(run_source.__file__).parent.parent
 DECIDES_NO_IMAGE = {
-    *("improved_diffusion", "checkpoint_file", "errors", "files", "progress", "provenance", "run_directory"),
+    *("improved_diffusion", "cache", "checkpoint_file", "errors", "files", "progress", "provenance", "run_directory"),
     *("sampling.series", "settings"),
 }
 
