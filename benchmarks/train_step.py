@@ -2,8 +2,8 @@
 
 A step is forward, backward, gradient clipping, AdamW and one moving average, on random images. Float32 in NCHW is
 compared with what training uses: channels_last, in bfloat16 where the machine computes that. The two take turns, so
-that other work on the machine slows both, and the medians are printed. On a CPU then the machine's own rates, of its best
-convolution and of copying, and the parts of a step: their share of the time, and how near to the peak they compute.
+that other work on the machine slows both, and the medians are printed. On a CPU then the machine's own rates, of the
+best convolution and of copying, and the parts of a step: their share of the time, and how near the peak they compute.
 """
 
 from __future__ import annotations
