@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from improved_diffusion.models.unet import Attention, UNet
+from improved_diffusion.models.unet import Attention, ResBlock, UNet
 
 PROJECT = Path(__file__).parent.parent.parent
 TINY = {
