@@ -43,6 +43,7 @@ bench: install
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/fid.py
 	$(BIN)/python benchmarks/pack.py
+	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/sampling_bulk.py
 	$(BIN)/python benchmarks/synthetic.py
 	$(BIN)/python benchmarks/personalize_cache.py
