@@ -5,6 +5,8 @@ BIN := .venv/bin
 
 .PHONY: install demo test test-older bench
 .DELETE_ON_ERROR:
+# Whatever is started, dozens of times in the tests, would compile the project anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 install: .venv/installed
 
@@ -41,6 +43,7 @@ test-older: .venv-older/installed
 
 bench: install
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/fid.py
 	$(BIN)/python benchmarks/pack.py
 	$(BIN)/python benchmarks/sampling.py

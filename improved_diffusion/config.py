@@ -186,10 +186,17 @@ class TrainingConfig:
     that the average of any length can be made of them after training."""
     flip: bool = True
     """Mirror half of the images."""
+    augment: float = 0.0
+    """Probability of each of six transformations of an image, which the network is told of so that they do not show in
+    what it draws: for small data sets, such as 0.15."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Arithmetic of the network; auto is bf16 where the device has hardware for it. The run records which it was."""
     compile: bool = False
-    """Run the network through torch.compile: faster steps after a minute or two of compilation."""
+    """Compile forward process, network and loss with torch.compile: faster steps after a minute or two; with several
+    processes the network alone."""
+    cuda_graph: bool = False
+    """On one GPU, replay the forward and backward pass as a CUDA graph, so that no kernel waits for Python. Elsewhere
+    the run says that it does not."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
     save_every: int = 5000
@@ -217,6 +224,7 @@ class TrainingConfig:
         require(len(set(self.ema_lengths)) == len(self.ema_lengths), "training.ema_lengths must differ from each other")
         for length in self.ema_lengths:
             require(0 < length < 0.28, f"training.ema_lengths must be between 0 and 0.28, not {length}")
+        require(0 <= self.augment <= 1, f"training.augment must be between 0 and 1, not {self.augment}")
         require(0 < self.cooldown <= 1, f"training.cooldown must be above 0 and at most 1, not {self.cooldown}")
         require(
             self.batch_size % self.accumulation == 0,
@@ -250,6 +258,9 @@ class SamplingConfig:
     """Noise levels, as sigma / signal, between which there is guidance; by default at all."""
     batch_size: int = 64
     """Images drawn at once: more is faster and needs more memory."""
+    noise: Literal["numpy", "philox"] = "numpy"
+    """What draws the noise: numpy on the CPU, or the Philox generator on the device, which is faster on a GPU, slower
+    on a CPU, and gives other images."""
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.steps >= 1, f"sampling.steps must be at least 1, not {self.steps}")

@@ -67,16 +67,18 @@ def parse_arguments(
     Raises:
         UserError: an unknown key or a wrong type; the message names the key and where it was.
     """
-    settings = settings or {}
-    where = source
+    where, filled = source, None
     try:
-        defaults = parser.get_defaults()
-        for name, value in settings.items():
-            if isinstance(defaults.get(name), argparse.Namespace) and not isinstance(value, dict):
-                raise UserError(f"in {source}: {name} is a group of settings and cannot be {value!r}")
-        base = parser.parse_object(settings)
+        if settings:
+            defaults = parser.get_defaults()
+            for name, value in settings.items():
+                if isinstance(defaults.get(name), argparse.Namespace) and not isinstance(value, dict):
+                    raise UserError(f"in {source}: {name} is a group of settings and cannot be {value!r}")
+            filled = parser.parse_object(settings)
+            if not arguments:
+                return filled
         where = "the command line"
-        return parser.parse_args(arguments, namespace=base)
+        return parser.parse_args(arguments, namespace=filled)
     except argparse.ArgumentError as error:
         raise UserError(f"in {where}: {_in_words(str(error))}") from error
 

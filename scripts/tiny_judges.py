@@ -35,10 +35,12 @@ def make_clip():
     """A CLIPModel and its CLIPProcessor."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    text = {**LAYERS, "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
+    tokenizer = make_tokenizer("<|endoftext|>")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 1}
+    text = {**LAYERS, "vocab_size": len(tokenizer), **ends}
     config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=32)
     images = CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE)
-    return CLIPModel(config), CLIPProcessor(images, make_tokenizer("<|endoftext|>"))
+    return CLIPModel(config), CLIPProcessor(images, tokenizer)
 
 
 def make_dino():

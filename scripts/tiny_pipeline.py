@@ -67,12 +67,12 @@ def make_tokenizer(pad_token: str):
         return CLIPTokenizer.from_pretrained(folder)
 
 
-def make_text_encoder(kind: str):
-    """CLIP's text model, as a key of TEXT_ENCODERS names it; SDXL's second one has a projection."""
+def make_text_encoder(kind: str, vocabulary: int):
+    """CLIP's text model, as a key of TEXT_ENCODERS names it, for so many tokens; SDXL's second one has a projection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     model = CLIPTextModelWithProjection if kind == "sdxl, second" else CLIPTextModel
-    sizes = {"intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 49408}
+    sizes = {"intermediate_size": 64, "num_attention_heads": 4, "vocab_size": vocabulary}
     return model(CLIPTextConfig(**TEXT_ENCODERS[kind], **sizes, **TOKEN_IDS))
 
 
@@ -156,15 +156,17 @@ def make_pipeline(kind: str, taesd: Path | None = None, seed: int = 0):
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     torch.manual_seed(seed)
+    tokenizer = make_tokenizer(PAD[kind])
     parts = {
         "vae": make_vae(kind, taesd),
-        "text_encoder": make_text_encoder(kind),
-        "tokenizer": make_tokenizer(PAD[kind]),
+        "text_encoder": make_text_encoder(kind, len(tokenizer)),
+        "tokenizer": tokenizer,
         "scheduler": make_scheduler(kind),
     }
     if kind == "sdxl":
         second = "sdxl, second"
-        parts |= {"text_encoder_2": make_text_encoder(second), "tokenizer_2": make_tokenizer(PAD[second])}
+        text_encoder = make_text_encoder(second, len(tokenizer))
+        parts |= {"text_encoder_2": text_encoder, "tokenizer_2": make_tokenizer(PAD[second])}
         return StableDiffusionXLPipeline(**parts, unet=make_unet(kind))
     unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(**parts, unet=make_unet(kind), **unchecked)

@@ -36,9 +36,17 @@ from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.loop import TrainingLoop
 from improved_diffusion.training.trainer import Trainer
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the arithmetic of the CPU, bit for bit
 PROJECT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="show the GPU to the tests: for tests/training/test_gpu.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the arithmetic of the CPU, bit for bit
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -224,7 +232,7 @@ def start_script(tmp_path) -> Iterator[Callable[..., Started]]:
         for rank in range(processes):
             ranks = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             given = ([*map(str, arguments)], {**ranks, **(environment or {})}, files)
-            own.append(multiprocessing.get_context("fork").Process(target=as_a_program, args=given, daemon=True))
+            own.append(multiprocessing.get_context("fork").Process(target=as_a_program, args=given))
             own[-1].start()
         started.extend(own)
         return Started(own, *files)

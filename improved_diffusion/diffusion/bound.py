@@ -45,8 +45,9 @@ def prior_term(schedule: NoiseSchedule, x_start: Tensor) -> Tensor:
     """L_T of each image: KL(q(x_T | x_0) || N(0, initial_std^2 I)). (N,) bits/dim."""
     last = schedule.at(-1)
     mean = like(last.signal, x_start) * x_start
-    log_variance, of_prior = (like(2 * std.log(), x_start).expand_as(x_start) for std in (last.sigma, last.initial_std))
-    return to_bits_per_dim(gaussian_kl(mean, log_variance, torch.zeros_like(x_start), of_prior))
+    zeros = torch.zeros_like(x_start)  # also what brings the levels to its device
+    log_variance, of_prior = (like(2 * std.log(), x_start) + zeros for std in (last.sigma, last.initial_std))
+    return to_bits_per_dim(gaussian_kl(mean, log_variance, zeros, of_prior))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ every sampler.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +20,7 @@ from improved_diffusion.diffusion.process import SIGMA_DATA, NoiseLevel, like
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
-Network = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Network = Callable[..., Tensor]  # (x_t, timestep, y), and further conditions by name
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,19 @@ class NetworkDenoiser:
         self.timestep_range = timestep_range
         self.scale_input = scale_input
 
+    def told(self, **conditions: Tensor) -> NetworkDenoiser:
+        """The same denoiser, whose network is also told these conditions of the images at hand."""
+        copied = copy.copy(self)
+        copied.network = functools.partial(self.network, **conditions)
+        return copied
+
     def __call__(self, x_t: Tensor, level: NoiseLevel, y: Tensor | None) -> Prediction:
         return self.interpret(x_t, level, *self.run_network(x_t, level, y))
 
     def run_network(self, x_t: Tensor, level: NoiseLevel, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The network's own output in float32: the predicted quantity, and the variance's v where it is learned."""
-        timestep = (level.timestep * self.timestep_range).float().to(x_t.device).expand(len(x_t))
+        # Added, one level for the whole batch enters a kernel as an argument; a copy to a GPU would wait for the GPU.
+        timestep = x_t.new_zeros(len(x_t), dtype=torch.float32) + (level.timestep * self.timestep_range).float()
         if self.scale_input:
             deviation = torch.sqrt((level.signal * SIGMA_DATA).square() + level.sigma.square())
             x_t = x_t / like(deviation, x_t)
@@ -104,7 +113,7 @@ class NetworkDenoiser:
         step = level.reverse_step
         if v is None:
             fixed = step.log_variance if self.variance == "fixed_small" else step.log_fixed_large
-            return like(fixed, x_t).expand_as(x_t)
+            return like(fixed, x_t) + torch.zeros_like(x_t)  # on its device
         fraction = (v + 1) / 2
         return fraction * like(step.log_forward_variance, v) + (1 - fraction) * like(step.log_variance, v)
 

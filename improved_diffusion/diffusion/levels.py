@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.diffusion.process import Process
+from improved_diffusion.runtime.devices import upload
 
 
 class LevelSampler(Protocol):
-    """Draws levels; all tensors on the CPU. One that `learns` wants an `update` after every step."""
+    """Draws levels, on the CPU or on its device. One that `learns` wants an `update` after every step."""
 
     learns: bool
 
@@ -108,38 +109,41 @@ class LossSecondMomentTimesteps:
     history_length = 10
     uniform_mix = 0.001
 
-    def __init__(self, timesteps: int):
+    def __init__(self, timesteps: int, device: torch.device | str = "cpu"):
         self.timesteps = timesteps
-        self.losses = torch.zeros(timesteps, self.history_length, dtype=torch.float64)
-        self.counts = torch.zeros(timesteps, dtype=torch.int64)
+        self.device = device
+        self.losses = torch.zeros(timesteps, self.history_length, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(timesteps, dtype=torch.int64, device=device)
 
     def probabilities(self) -> Tensor:
         """p_t, float64 (T,)."""
-        if bool((self.counts < self.history_length).any()):
-            return torch.full((self.timesteps,), 1 / self.timesteps, dtype=torch.float64)
         moments = self.losses.square().mean(1).sqrt().clamp(min=1e-12)
         if self.timesteps > 1:
-            moments[-1] = moments[-1].clamp(max=moments[:-1].max())
+            moments[-1] = torch.minimum(moments[-1], moments[:-1].max())
         p = moments / moments.sum()
-        return (1 - self.uniform_mix) * p + self.uniform_mix / self.timesteps
+        learnt = (1 - self.uniform_mix) * p + self.uniform_mix / self.timesteps
+        return torch.where((self.counts >= self.history_length).all(), learnt, 1 / self.timesteps)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         p = self.probabilities()
-        t = torch.multinomial(p, n, replacement=True, generator=generator)
+        u = upload(torch.rand(n, generator=generator, dtype=torch.float64), self.device)
+        cumulative = p.cumsum(0)
+        t = torch.searchsorted(cumulative / cumulative[-1], u)
         return t, (1 / (self.timesteps * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        finite = losses.isfinite()  # else the run stops by itself; the history must not be spoilt for its resume
-        t, order = t[finite].sort(stable=True)
-        new = losses[finite][order].double()
-        added = torch.bincount(t, minlength=self.timesteps)
+        # A loss that is not finite stops the run, and must not spoil the history for its resume. What is not kept goes
+        # into a further row: to leave it out would mean to wait for the device to count it.
+        length, nowhere = self.history_length, self.timesteps
+        t, order = torch.where(losses.isfinite(), t, nowhere).sort(stable=True)
+        added = torch.zeros(nowhere + 1, dtype=torch.int64, device=t.device).index_add_(0, t, torch.ones_like(t))
         # Each history moves on by as many places as it gets losses, and its losses fill them, the last one the last.
-        length = self.history_length
-        kept = torch.arange(length) + added[:, None]
-        self.losses = self.losses.gather(1, kept.clamp(max=length - 1))
-        place = length + torch.arange(len(t)) - added.cumsum(0)[t]
-        self.losses[t[place >= 0], place[place >= 0]] = new[place >= 0]
-        self.counts = (self.counts + added).clamp(max=length)
+        kept = torch.arange(length, device=t.device) + added[:nowhere, None]
+        table = torch.cat([self.losses.gather(1, kept.clamp(max=length - 1)), self.losses.new_zeros(1, length)])
+        place = length + torch.arange(len(t), device=t.device) - added.cumsum(0)[t]
+        table[torch.where(place >= 0, t, nowhere), place.clamp(min=0)] = losses[order].double()
+        self.losses = table[:nowhere]
+        self.counts = (self.counts + added[:nowhere]).clamp(max=length)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
@@ -162,8 +166,8 @@ DRAWS: dict[str, Draw] = {
 LEVEL_SAMPLERS = (*DRAWS, "loss_second_moment")
 
 
-def make_level_sampler(name: str, process: Process) -> LevelSampler:
-    """The sampler of that name, one of LEVEL_SAMPLERS.
+def make_level_sampler(name: str, process: Process, device: torch.device | str = "cpu") -> LevelSampler:
+    """The sampler of that name, one of LEVEL_SAMPLERS. One that learns does so on `device`, where the losses are.
 
     Raises:
         ValueError: `loss_second_moment` in continuous time, where there are no T terms to remember.
@@ -171,7 +175,7 @@ def make_level_sampler(name: str, process: Process) -> LevelSampler:
     if name == "loss_second_moment":
         if process.timesteps is None:
             raise ValueError("loss_second_moment remembers the losses of T steps: it needs a process of T steps")
-        return LossSecondMomentTimesteps(process.timesteps)
+        return LossSecondMomentTimesteps(process.timesteps, device)
     if name == "uniform" and process.timesteps is not None:
         return UniformTimesteps(process.timesteps)
     return DrawnLevels(process, DRAWS[name])

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from improved_diffusion.models.autocast import without_autocast
 
+AUGMENTATION_PARAMETERS = 9  # of data/augmentation.py
+
 
 class Backbone(nn.Module):
     """Predicts, from noisy images, what the diffusion's loss asks for (eps, x_0, v, ...), and maybe a variance.
@@ -23,6 +25,7 @@ class Backbone(nn.Module):
     num_classes     number of classes, or None for a model that takes no `y`
     null_class      have a further embedding row, `y == num_classes`, that stands for "no class": what
                     classifier-free guidance needs (Ho & Salimans 2022, arXiv:2207.12598)
+    augmented       be told how each image was augmented, in AUGMENTATION_PARAMETERS numbers
 
     What a subclass chooses: `time_channels`, of the sinusoidal embedding of the noise level, even; and
     `embedding_channels`, of the embedding of level and class.
@@ -38,6 +41,7 @@ class Backbone(nn.Module):
         out_channels: int | None,
         num_classes: int | None,
         null_class: bool,
+        augmented: bool,
         time_channels: int,
         embedding_channels: int,
     ):
@@ -63,6 +67,8 @@ class Backbone(nn.Module):
         )
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + null_class, embedding_channels)
+        if augmented:
+            self.augmentation_embedding = nn.Linear(AUGMENTATION_PARAMETERS, embedding_channels, bias=False)
 
     def hidden_matrices(self) -> list[Tensor]:
         """The matrices between the first layer and the last: what Muon is for."""
@@ -73,25 +79,33 @@ class Backbone(nn.Module):
         """The modules between the first layer and the last."""
         raise NotImplementedError
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
         """Run the network: the one call that denoisers make.
 
         `x_t`: (N, in_channels, height, width), float in about [-1, 1]. `t`: (N,), what the network is told of the
         noise level, such as the timestep, integer or fractional. `y`: (N,) int64 class indices; given exactly when the
         model has classes. Who trains for guidance draws which labels to drop and passes `num_classes` for them.
+        `augmentation`: (N, AUGMENTATION_PARAMETERS), how the images were augmented, 0 where they were not; None for
+        images as they are.
         Returns float32 (N, out_channels, height, width) under any autocast.
         Raises ValueError for shapes that do not fit, and for a `y` missing or out of place.
         """
         raise NotImplementedError
 
-    def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """Noise level and class as float32 (N, embedding_channels) under any autocast.
+    def embed(self, t: Tensor, y: Tensor | None, augmentation: Tensor | None = None) -> Tensor:
+        """Noise level, class and augmentation as float32 (N, embedding_channels) under any autocast.
 
-        A condition beyond the class would enter here, as one more term.
+        A further condition would enter here, as one more term.
         """
         with without_autocast(t.device):
             embedding = self.time_embedding(sinusoidal_embedding(t, self.time_channels))
-            return embedding if y is None else embedding + self.class_embedding(y)
+            if y is not None:
+                embedding = embedding + self.class_embedding(y)
+            if augmentation is not None:
+                embedding = embedding + self.augmentation_embedding(augmentation)
+            return embedding
 
     def check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> None:
         """Raise ValueError, in one sentence, unless `forward` can take these."""

@@ -39,6 +39,7 @@ def build_network(config: Config, num_classes: int) -> Backbone:
             out_channels=model.channels * (2 if config.diffusion.variance == "learned_range" else 1),
             num_classes=num_classes if model.class_conditional else None,
             null_class=model.class_dropout > 0,
+            augmented=config.training.augment > 0,
         )
     except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:  # PyTorch's, of absurd sizes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -144,6 +144,7 @@ class Transformer(Backbone):
         dropout: float = 0.0,
         num_classes: int | None = None,
         null_class: bool = False,
+        augmented: bool = False,
     ):
         check_geometry(image_size, patch_size, width, depth, num_heads, num_context_tokens, bottleneck)
         super().__init__(
@@ -152,6 +153,7 @@ class Transformer(Backbone):
             out_channels=out_channels,
             num_classes=num_classes,
             null_class=null_class,
+            augmented=augmented,
             time_channels=TIME_CHANNELS,
             embedding_channels=width,
         )
@@ -173,10 +175,12 @@ class Transformer(Backbone):
     def hidden_parts(self) -> list[nn.Module]:
         return [self.blocks]
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
         """Run the network: see `Backbone.forward`."""
         self.check_inputs(x_t, t, y)
-        embedding = F.silu(self.embed(t, y))  # once here rather than in every block
+        embedding = F.silu(self.embed(t, y, augmentation))  # once here rather than in every block
         patches = F.pixel_unshuffle(x_t, self.patch_size)
         rows, columns = patches.shape[2:]
         num_context = self.num_context_tokens

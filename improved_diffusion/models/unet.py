@@ -140,6 +140,7 @@ class UNet(Backbone):
         dropout: float = 0.0,
         num_classes: int | None = None,
         null_class: bool = False,
+        augmented: bool = False,
     ):
         check_geometry(image_size, patch_size, num_channels, channel_multipliers, attention_resolutions, num_heads)
         if num_res_blocks < 1:
@@ -151,6 +152,7 @@ class UNet(Backbone):
             out_channels=out_channels,
             num_classes=num_classes,
             null_class=null_class,
+            augmented=augmented,
             time_channels=num_channels,
             embedding_channels=embedding_channels,
         )
@@ -196,10 +198,12 @@ class UNet(Backbone):
     def hidden_parts(self) -> list[nn.Module]:
         return [self.encoder, self.middle, self.decoder]
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
         """Run the network: see `Backbone.forward`."""
         self.check_inputs(x_t, t, y)
-        embedding = F.silu(self.embed(t, y))  # once here rather than in every block
+        embedding = F.silu(self.embed(t, y, augmentation))  # once here rather than in every block
 
         h = F.pixel_unshuffle(x_t, self.patch_size)
         skips = []

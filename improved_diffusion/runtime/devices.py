@@ -80,9 +80,9 @@ def start_processes() -> Iterator[Processes]:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"torchrun started more processes than this machine's {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = (
-            True  # shapes stay what they are, so that the fastest algorithm is worth finding
-        )
+        torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest algorithm is worth finding
+        # What is to be float32 is: PyTorch would take TF32, with 10 bits of mantissa, for convolutions.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if world_size == 1:
         yield Processes(device)
         return
@@ -110,9 +110,10 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
     return torch.device(name)
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """`x`, which lies on the CPU, on `device`, without waiting for the work that is under way there."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x`, which lies on the CPU or already on `device`, on `device`, without waiting for the work under way there."""
+    from_cpu_to_gpu = x.device.type == "cpu" and torch.device(device).type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if from_cpu_to_gpu else x.to(device)
 
 
 def bf16_hardware(device: torch.device) -> str | None:
@@ -165,8 +166,8 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype:
 def with_autocast(network: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """`network` run under autocast to `dtype`; what is outside of it, the loss above all, stays float32."""
 
-    def run(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def run(x_t: Tensor, t: Tensor, y: Tensor | None, **conditions: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            return network(x_t, t, y)
+            return network(x_t, t, y, **conditions)
 
     return run

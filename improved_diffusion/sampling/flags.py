@@ -14,7 +14,8 @@ EMA_LENGTH_HELP = "average of the weights of this relative length, made of those
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """--sampler, --sampling-steps, --spacing, --sampling.options, --guidance-scale, --guidance-interval, --guide."""
+    """--sampler, --sampling-steps, --spacing, --sampling.options, --guidance-scale, --guidance-interval, --guide and
+    --noise."""
     of = " and ".join(f"{', '.join(names)} of {sampler}" for sampler, names in SAMPLER_OPTIONS.items() if names)
     add = parser.add_argument_group("of the images of a run", "by default as the run's own settings say").add_argument
     add("--sampler", choices=tuple(SAMPLER_OPTIONS))
@@ -34,6 +35,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="RUN[:CHECKPOINT]",
         help="be guided by this worse model instead of by the same one without the class: one smaller or less trained",
     )
+    noises = typing.get_args(typing.get_type_hints(SamplingConfig)["noise"])
+    add("--noise", choices=noises, help="drawn by numpy, or on the device by Philox: other images, faster on a GPU")
 
 
 def flag_changes(flags: argparse.Namespace) -> dict[str, Any]:
@@ -45,6 +48,7 @@ def flag_changes(flags: argparse.Namespace) -> dict[str, Any]:
         "options": None if flags.sampler_options is None else dict(flags.sampler_options),
         "guidance_scale": flags.guidance_scale,
         "guidance_interval": flags.guidance_interval,
+        "noise": flags.noise,
     }
 
 

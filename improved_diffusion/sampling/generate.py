@@ -11,8 +11,9 @@ from torch import Tensor
 
 from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.diffusion.denoiser import ClippedDenoiser, Denoiser
-from improved_diffusion.diffusion.noise import PerSampleNoise
+from improved_diffusion.diffusion.noise import NOISES
 from improved_diffusion.diffusion.samplers import SAMPLERS, OnStep
+from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import build_schedule, number_of_steps
 
 BATCH_ON_CPU = 32  # the feature maps of more images leave the caches, and their memory is touched anew in each layer
@@ -29,6 +30,8 @@ class SampleKey(NamedTuple):
 def sampling_record(config: Config, sampling: SamplingConfig) -> dict[str, Any]:
     """What records say of how images were drawn, of a model that was trained as `config` says."""
     interval = sampling.guidance_interval
+    # Records that are older than the choice say nothing of it.
+    noise = {} if sampling.noise == "numpy" else {"noise": sampling.noise}
     return {
         "sampler": sampling.sampler,
         "sampling_steps": number_of_steps(config.diffusion, sampling),
@@ -36,6 +39,7 @@ def sampling_record(config: Config, sampling: SamplingConfig) -> dict[str, Any]:
         "sampler_options": dict(sorted(sampling.options.items())),
         "guidance_scale": sampling.guidance_scale,
         "guidance_interval": "everywhere" if interval is None else list(interval),
+        **noise,
     }
 
 
@@ -53,16 +57,30 @@ def generate(
     single image, is filled up with repetitions, which are dropped: a network's arithmetic may depend on the size of its
     batch in the last digits, and that of a single image does, as matrix products become products with a vector. The
     samplers' callback `on_step` sees the batch as it is filled up.
+
+    Raises:
+        UserError: settings that do not fit the model, or keys for which the generator of the noise has no room.
     """
     schedule = build_schedule(config.diffusion, sampling)
     callback = {} if on_step is None else {"on_step": on_step}
     sampler = functools.partial(SAMPLERS[sampling.sampler], **sampling.options, **callback)
+<<<<<<< HEAD
     at_once = batch_size_on(device, sampling)
     size = max(2, min(at_once, len(keys)))
     for first in range(0, len(keys), at_once):
         batch = list(keys[first : first + at_once])
         full = batch + [batch[-1]] * (size - len(batch))
         draw_noise = PerSampleNoise(full, config.model.image_shape, device)
+=======
+    batch_size = max(2, min(sampling.batch_size, len(keys)))
+    for first in range(0, len(keys), sampling.batch_size):
+        batch = list(keys[first : first + sampling.batch_size])
+        full = batch + [batch[-1]] * (batch_size - len(batch))
+        try:
+            draw_noise = NOISES[sampling.noise](full, config.model.image_shape, device)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+>>>>>>> main
         y = torch.tensor([key.class_index for key in full], device=device) if config.model.class_conditional else None
         x = sampler(ClippedDenoiser(denoiser), schedule, draw_noise(), y, draw_noise)
         yield batch, to_uint8(x[: len(batch)])

@@ -23,6 +23,7 @@ PROTOCOL = (
     "sampler_options",
     "guidance_scale",
     "guidance_interval",
+    "noise",
     "ema_rate",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -19,6 +20,7 @@ from improved_diffusion.sampling.grids import save_png
 from improved_diffusion.sampling.series import current_series, difference
 from improved_diffusion.training.curves import draw_curves
 from improved_diffusion.training.evaluation import Evaluator
+from improved_diffusion.training.flops import flops_per_image, peak_tflops
 from improved_diffusion.training.optimization import learning_rate
 from improved_diffusion.training.run_log import RunLog
 from improved_diffusion.training.trainer import Trainer
@@ -77,6 +79,7 @@ class TrainingLoop:
         if self.processes.is_first and comparable and run.pointed("best") is None:
             run.point("best", run.checkpoint_file(min(comparable, key=comparable.__getitem__)))
         self.saved_step = trainer.step  # of the newest checkpoint; 0 for none
+        self.peak = peak_tflops(self.processes.device, trainer.dtype)
         self.logged_step, self.logged_time = trainer.step, time.monotonic()
         self.stop = StopRequest()
 
@@ -125,17 +128,31 @@ class TrainingLoop:
         trainer, training, now = self.trainer, self.config.training, time.monotonic()
         means = trainer.terms.flush(self.processes)
         images = (trainer.step - self.logged_step) * training.batch_size
+        rate = images / (now - self.logged_time)
         record = {
             "step": trainer.step,
             "images_seen": trainer.step * training.batch_size,
             **means,
             "lr": learning_rate(training, trainer.step - 1),  # of the last step
-            "images_per_second": images / (now - self.logged_time),
+            "images_per_second": rate,
         }
         if self.processes.is_first:
+            record |= self._utilisation(rate)
             self.log.write_metrics(record)
-        self.logged_step, self.logged_time = trainer.step, now
-        return {name: f"{means[name]:.4g}" for name in ("loss", "mse") if name in means}
+        self.logged_step, self.logged_time = trainer.step, time.monotonic()  # the rate leaves out the log
+        shown = ("loss", "mse", "mfu" if "mfu" in record else "tflops")
+        return {name: f"{record[name]:.4g}" for name in shown if name in record}
+
+    @functools.cached_property
+    def _flops_per_image(self) -> int:
+        return flops_per_image(self.trainer.network, self.config.model)
+
+    def _utilisation(self, images_per_second: float) -> dict[str, float]:
+        """The arithmetic of the network: of an image, per second in all processes, and as a share of what their devices
+        could do (model FLOP utilisation: Chowdhery et al. 2022, arXiv:2204.02311, appendix B), where that is known."""
+        tflops = self._flops_per_image * images_per_second / 1e12
+        share = {} if self.peak is None else {"mfu": tflops / (self.peak * self.processes.world_size)}
+        return {"flops_per_image": self._flops_per_image, "tflops": tflops, **share}
 
     def _require_finite(self) -> None:
         if not self.trainer.terms.are_finite(self.processes):

@@ -32,7 +32,8 @@ TRAINING_STATE = ("step", "model", "ema", "optimizer", "timestep_sampler", "clas
 # What a resumed run may change, by group ("" for what is in none); all else decides what the run computes.
 CHANGEABLE = {
     "": ("data",),
-    "training": ("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints", "compile"),
+    "training": ("steps", "cooldown", "accumulation", "log_every", "save_every", "keep_checkpoints")
+    + ("compile", "cuda_graph"),
     "evaluation": tuple(f.name for f in dataclasses.fields(Config().evaluation)),
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
 }
@@ -245,6 +246,7 @@ def summary(trainer: Trainer, evaluator: Evaluator, image_set: ImageSet, run: Ru
             f"model: {parameters / 1e6:.2f} M parameters, {config.loss} loss, T = {config.diffusion.timesteps}",
             f"training: steps {trainer.step:,} to {training.steps:,} of {training.batch_size} images "
             f"({epochs:.1f} epochs), on {trainer.processes.device}, {trainer.processes.world_size} process(es)",
+            *([f"step: {trainer.execution}"] if training.compile or training.cuda_graph else []),
             f"evaluation: every {config.evaluation.every:,} steps, {measured}",
             f"run: {run.path}",
         )

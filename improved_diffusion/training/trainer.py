@@ -6,11 +6,12 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from improved_diffusion.checkpoint_file import DAMAGE
 from improved_diffusion.config import Config
+from improved_diffusion.data.augmentation import augment, draw_parameters
 from improved_diffusion.data.batches import BatchStream
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.diffusion.levels import make_level_sampler
@@ -28,11 +29,12 @@ from improved_diffusion.models.build import (
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.power_ema import PowerFunctionEMA
 from improved_diffusion.runtime.devices import Processes, arithmetic, upload, with_autocast
+from improved_diffusion.training.cuda_graph import CapturedFunction, obstacle_to_capture
 from improved_diffusion.training.optimization import learning_rate, make_optimizers
 from improved_diffusion.training.running_terms import RunningTerms
 
 # Generators of a run are keyed (seed, purpose, step): resuming draws what an unbroken run would have drawn.
-TIMESTEPS, NOISE, CLASS_DROPOUT, DROPOUT = range(4)
+TIMESTEPS, NOISE, CLASS_DROPOUT, DROPOUT, AUGMENTATION = range(5)
 
 
 class Trainer:
@@ -75,7 +77,7 @@ class Trainer:
         self.optimizers = make_optimizers(training, self.network)
         diffusion = config.diffusion
         self.levels = build_levels(diffusion, device)
-        self.timestep_sampler = make_level_sampler(diffusion.timestep_sampler, build_process(diffusion))
+        self.timestep_sampler = make_level_sampler(diffusion.timestep_sampler, build_process(diffusion), device)
         self.objective = named_objective(
             config.loss,
             timesteps=diffusion.timesteps,
@@ -92,11 +94,17 @@ class Trainer:
             rank=processes.rank,
             world_size=processes.world_size,
         )
-        runnable = torch.compile(self.network) if training.compile else self.network
-        self.parallel = DistributedDataParallel(runnable) if processes.world_size > 1 else runnable
-        dtype = arithmetic(training.precision, device)
-        self.denoiser = build_denoiser(config, with_autocast(self.parallel, device, dtype))
+        self.parallel: nn.Module = self.network
+        if processes.world_size > 1:
+            self.parallel = DistributedDataParallel(torch.compile(self.network) if training.compile else self.network)
+        self.dtype = arithmetic(training.precision, device)
+        self.denoiser = build_denoiser(config, with_autocast(self.parallel, device, self.dtype))
         self.terms = RunningTerms(device)
+        self._run_loss = self.loss
+        if training.compile and processes.world_size == 1:
+            self._run_loss = torch.compile(self.loss, dynamic=False)
+        self.captured = training.cuda_graph and obstacle_to_capture(processes) is None
+        self._run_backward = CapturedFunction(self._backward) if self.captured else self._backward
 
     def train_step(self, x_start: Tensor, y: Tensor) -> None:
         """One optimizer step on this process's share of the batch that the stream holds for `step`.
@@ -107,21 +115,18 @@ class Trainer:
         """
         training = self.config.training
         t, weights, noise, y = self._draw(y)
+        x_start, augmentation = self._augment(x_start)
         lr = learning_rate(training, self.step)
-        self.network.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=not self.captured)
         self.network.train()
         bounds = []
-        parts = zip(*(tensor.chunk(training.accumulation) for tensor in (x_start, t, y, noise, weights)), strict=True)
-        for part, (x_part, t_part, y_part, noise_part, weights_part) in enumerate(parts):
+        drawn = (x_start, t, y, noise, weights, *augmentation)
+        parts = zip(*(tensor.chunk(training.accumulation) for tensor in drawn), strict=True)
+        for part, tensors in enumerate(parts):
             if self.config.model.dropout > 0:
                 torch.manual_seed(self._dropout_seed(part))
             with self._gradients_shared_only_if(part == training.accumulation - 1):
-                classes = y_part if self.config.model.class_conditional else None
-                level = self.levels.at(t_part)
-                terms = self.objective(self.denoiser, x_part, level, classes, noise_part)
-                ((terms.loss * weights_part).mean() / training.accumulation).backward()
-            self.terms.add(terms, level, weights_part)
-            bounds.append(terms.vlb)
+                bounds.append(self._run_backward(*tensors))
         self.terms.add_grad_norm(self._clip_gradients())
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
@@ -131,8 +136,35 @@ class Trainer:
         self.power_ema.update(self.step)
         if self.timestep_sampler.learns:
             gather = self.processes.concatenate
-            self.timestep_sampler.update(gather(t).cpu(), gather(torch.cat(bounds).detach()).cpu())
+            self.timestep_sampler.update(gather(t), gather(torch.cat(bounds)))
         self.step += 1
+
+    def _backward(self, *tensors: Tensor) -> Tensor | None:
+        """Add the gradients of a part of the batch. Returns the bound's terms of its images, if the loss has them."""
+        loss, vlb = self._run_loss(*tensors)
+        loss.backward()
+        return vlb
+
+    def loss(
+        self, x_start: Tensor, t: Tensor, y: Tensor, noise: Tensor, weights: Tensor, *augmentation: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss of a part of the batch, which is counted in the running terms; and the bound's terms."""
+        level = self.levels.at(t)
+        classes = y if self.config.model.class_conditional else None
+        denoiser = self.denoiser.told(augmentation=augmentation[0]) if augmentation else self.denoiser
+        terms = self.objective(denoiser, x_start, level, classes, noise)
+        self.terms.add(terms, level, weights)
+        loss = (terms.loss * weights).mean() / self.config.training.accumulation
+        return loss, None if terms.vlb is None else terms.vlb.detach()
+
+    @property
+    def execution(self) -> str:
+        """How steps are run, in words."""
+        training, alone = self.config.training, self.processes.world_size == 1
+        compiled = "forward process, network and loss compiled" if alone else "network compiled"
+        obstacle = obstacle_to_capture(self.processes)
+        captured = f"not in a CUDA graph, for {obstacle}" if obstacle else "forward and backward pass in a CUDA graph"
+        return "; ".join([compiled] * training.compile + [captured] * training.cuda_graph)
 
     def _draw(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This process's timesteps, their importance weights, the noise, and the classes with some of them dropped."""
@@ -147,6 +179,16 @@ class Trainer:
             y = torch.where(upload(draws < config.model.class_dropout, device), self.num_classes, y)
         return upload(t[share], device), upload(weights[share], device), noise, y
 
+    def _augment(self, x_start: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """This process's images, augmented if they are to be, and then also what was done to them."""
+        probability, n = self.config.training.augment, len(x_start)
+        if probability == 0:
+            return x_start, ()
+        generator = seeded_generator(self.config.seed, AUGMENTATION, self.step)
+        whole = draw_parameters(self.config.training.batch_size, probability, generator)
+        own = upload(whole[self.processes.rank * n : (self.processes.rank + 1) * n], self.processes.device)
+        return augment(x_start, own).contiguous(memory_format=torch.channels_last), (own,)
+
     def _dropout_seed(self, part: int) -> int:
         """Seed of the network's dropout, which can only be drawn from the global generator, for a part of the batch."""
         number = self.processes.rank * self.config.training.accumulation + part  # among those of all processes
@@ -159,9 +201,11 @@ class Trainer:
         return self.parallel.no_sync() if shares else contextlib.nullcontext()
 
     def _clip_gradients(self) -> Tensor:
-        """Clip the gradient's norm, and return what it was."""
-        limit = self.config.training.grad_clip
-        return torch.nn.utils.clip_grad_norm_(self.network.parameters(), float("inf") if limit is None else limit)
+        """Clip the gradient's norm, if it has a limit, and return what it was."""
+        limit, parameters = self.config.training.grad_clip, list(self.network.parameters())
+        if limit is None:
+            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors and plain values; to be called in all processes."""

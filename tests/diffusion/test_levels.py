@@ -170,6 +170,14 @@ def test_draws_follow_the_probabilities():
     assert chisquare(torch.bincount(t, minlength=4), sampler.probabilities() * n).pvalue > 1e-3
 
 
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40), st.integers(2, 100), st.integers(0, 2**31))
+def test_draws_are_those_of_torch_multinomial(losses, n, seed):
+    """By which older runs drew, on the CPU: resumed, they go on as they would have."""
+    sampler = learnt(np.tile(np.array(losses)[:, None], 10))
+    expected = torch.multinomial(sampler.probabilities(), n, replacement=True, generator=generator(seed))
+    assert torch.equal(sampler.sample(n, generator(seed))[0], expected)
+
+
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40), st.integers(0, 2**31))
 def test_weights_are_unbiased(losses, seed):
     """E_p[w f] = mean f for any f: the weight at t is 1 / (T p_t)."""

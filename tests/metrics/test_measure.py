@@ -130,17 +130,17 @@ def test_the_command_line_knows_every_metric():
 
 @pytest.fixture
 def folders(tmp_path, photos) -> tuple[Path, Path, Path]:
-    """REAL and FAKE, a zip and a folder of 3 classes and 60 images, and an array of training images, those of FAKE."""
-    images = np.concatenate([np.roll(photos, shift, axis=2) for shift in range(0, 50, 5)])
+    """REAL and FAKE, a zip and a folder of 3 classes and 30 images, and an array of training images, those of FAKE."""
+    images = np.concatenate([np.roll(photos, shift, axis=2) for shift in range(0, 25, 5)])
     with zipfile.ZipFile(tmp_path / "real.zip", "w") as archive:
-        for i, image in enumerate(images[:60]):
+        for i, image in enumerate(images[:30]):
             with archive.open(f"class{i % 3}/{i:03}.png", "w") as file:
                 Image.fromarray(image).save(file, "png")
-    for i, image in enumerate(images[60:]):
+    for i, image in enumerate(images[30:]):
         file = tmp_path / "fake" / f"class{i % 3}" / f"{i:03}.webp"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[::-1]).save(file, lossless=True)
-    np.save(tmp_path / "train.npy", images[60:, ::-1])
+    np.save(tmp_path / "train.npy", images[30:, ::-1])
     return tmp_path / "real.zip", tmp_path / "fake", tmp_path / "train.npy"
 
 
@@ -158,8 +158,8 @@ def test_the_command_line_measures_draws_and_writes(run_fid, tmp_path, weights, 
     assert {k: result[k] for k in ("metric", "features", "n_real", "n_fake")} == {
         "metric": "FID64",
         "features": 64,
-        "n_real": 60,
-        "n_fake": 60,
+        "n_real": 30,
+        "n_fake": 30,
     }
     names = [part["metric"] for part in result["measurements"]]
     assert names[:5] == ["FID64", "KID64", "precision", "recall", "FID64 of " + names[4].split()[-1]]
@@ -171,7 +171,7 @@ def test_the_command_line_measures_draws_and_writes(run_fid, tmp_path, weights, 
     memory = result["measurements"][-1]
     assert (memory["metric"], memory["value"], memory["details"]["near_copies"]) == ("memorisation", 1.0, 1.0)
     assert f"{result['value']:.4f}" in done.out.splitlines()[1]
-    assert "60 images for 64 features" in done.out
+    assert "30 images for 64 features" in done.out
     assert "Traceback" not in done.err
     for picture in (plot, pairs):
         with Image.open(picture) as image:
@@ -181,11 +181,11 @@ def test_the_command_line_measures_draws_and_writes(run_fid, tmp_path, weights, 
     of_statistics = json.loads(report.read_text())
     assert of_statistics["value"] == pytest.approx(result["value"], rel=1e-6)
     digest = hashlib.sha256(statistics.read_bytes()).hexdigest()
-    assert of_statistics["real"] == {"path": str(statistics), "content_hash": digest, "n": 60}
-    subset = run_fid(real, fake, *arguments, "--n", 30, "--train", train, "--metrics", "fid", "memorisation")
+    assert of_statistics["real"] == {"path": str(statistics), "content_hash": digest, "n": 30}
+    subset = run_fid(real, fake, *arguments, "--n", 15, "--train", train, "--metrics", "fid", "memorisation")
     assert subset.code == 0, subset.err
     fid, memory = json.loads(report.read_text())["measurements"]
-    assert (fid["n_fake"], memory["n_fake"], memory["details"]["n_train"]) == (30, 30, 60)
+    assert (fid["n_fake"], memory["n_fake"], memory["details"]["n_train"]) == (15, 15, 30)
     assert memory["value"] == 1.0  # copies of training images, all of which were looked at
     refused = run_fid(real, fake, *arguments, "--metrics", "fid-infinity", "fid")
     assert refused.code == 2

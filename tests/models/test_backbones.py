@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from improved_diffusion.models.backbone import Backbone, sinusoidal_embedding
+from improved_diffusion.models.backbone import AUGMENTATION_PARAMETERS, Backbone, sinusoidal_embedding
 from improved_diffusion.models.build import BACKBONES
 
 TINY = {
@@ -135,6 +135,18 @@ def test_time_and_class_change_the_output(kind):
     outputs = [network(x_t, t + dt, torch.tensor([y])) for dt in (0, 1) for y in (0, 1, 2)]
     for i, one in enumerate(outputs):
         assert all(not torch.allclose(one, other, atol=1e-3) for other in outputs[:i])
+
+
+@KINDS
+def test_to_be_told_nothing_is_to_be_told_that_nothing_was_done(kind):
+    network = randomised(kind, augmented=True)
+    x_t, t = inputs(2)
+    nothing = torch.zeros(2, AUGMENTATION_PARAMETERS)
+    assert torch.equal(network(x_t, t), network(x_t, t, augmentation=nothing))
+    turned = nothing.clone()
+    turned[1, 3] = 1
+    difference = (network(x_t, t, augmentation=turned) - network(x_t, t)).flatten(1).abs().amax(1)
+    assert difference[0] < 1e-5 < 1e-3 < difference[1]
 
 
 @KINDS

@@ -47,7 +47,7 @@ class TestSample:
         outcome = run_script(
             *("sample.py", "--run", tiny_run, "--n", 2, "--seed", 3, "--npz", "--out", tmp_path / "out"),
             *("--sampler", "heun", "--sampling-steps", 3, "--sampling.options", "churn=2", "--spacing", "log_snr"),
-            *("--guidance-scale", 1.5, "--guidance-interval", 0.1, 20, "--batch-size", 4),
+            *("--guidance-scale", 1.5, "--guidance-interval", 0.1, 20, "--batch-size", 4, "--noise", "philox"),
         )
         assert outcome.code == 0, outcome.err
         images = model.sample(
@@ -59,6 +59,7 @@ class TestSample:
             spacing="log_snr",
             options={"churn": 2},
             guidance_interval=(0.1, 20),
+            noise="philox",
             batch_size=4,
         )
         assert images.dtype == np.uint8

@@ -21,8 +21,12 @@ from improved_diffusion.sampling.loading import load
 from improved_diffusion.sampling.model import change_sampling
 
 
-def draw(run, keys, **settings) -> np.ndarray:
-    model = load(run, device="cpu")
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return load(tiny_run, device="cpu")
+
+
+def draw(model, keys, **settings) -> np.ndarray:
     sampling = change_sampling(model.config.sampling, **settings)
     return np.concatenate([images for _, images in model.draw(keys, sampling)])
 
@@ -36,25 +40,42 @@ KEYS = [SampleKey(0, label, number) for label in range(3) for number in range(3)
         {"sampler": "ancestral", "steps": 7, "guidance_scale": 2.0},
         {"sampler": "ddim", "steps": 5},
         {"sampler": "ancestral", "steps": 1},
+        {"sampler": "ancestral", "steps": 2, "noise": "philox"},
     ],
 )
-def test_an_image_does_not_depend_on_the_batch(tiny_run, settings):
-    whole = draw(tiny_run, KEYS, batch_size=64, **settings)
-    by_fours = draw(tiny_run, KEYS, batch_size=4, **settings)
-    alone = np.concatenate([draw(tiny_run, [key], batch_size=1, **settings) for key in KEYS])
-    backwards = draw(tiny_run, KEYS[::-1], batch_size=2, **settings)[::-1]
+def test_an_image_does_not_depend_on_the_batch(model, settings):
+    whole = draw(model, KEYS, batch_size=64, **settings)
+    by_fours = draw(model, KEYS, batch_size=4, **settings)
+    alone = np.concatenate([draw(model, [key], batch_size=1, **settings) for key in KEYS])
+    backwards = draw(model, KEYS[::-1], batch_size=2, **settings)[::-1]
     for other in (by_fours, alone, backwards):
         # Arithmetic may differ in the last digits with the size of the batch, and so a pixel by one level.
         assert np.abs(whole.astype(int) - other.astype(int)).max() <= 1
         assert (whole == other).mean() > 0.995
 
 
-def test_images_differ_by_seed_class_and_number(tiny_run):
+def test_images_differ_by_seed_class_and_number(model):
     keys = [SampleKey(0, 0, 0), SampleKey(1, 0, 0), SampleKey(0, 1, 0), SampleKey(0, 0, 1)]
-    images = draw(tiny_run, keys, sampler="ddim", steps=5).astype(int)
+    images = draw(model, keys, sampler="ddim", steps=5).astype(int)
     for i in range(4):
         for j in range(i):
             assert np.abs(images[i] - images[j]).mean() > 5
+
+
+def test_which_noise_it_was_is_said_where_it_is_not_numpys(tiny_run):
+    """So that records and folders that are older than the choice are of the same protocol as new ones."""
+    model = load(tiny_run, device="cpu")
+    drawn, said = [], []
+    for noise in ("numpy", "philox"):
+        sampling = change_sampling(model.config.sampling, sampler="ddim", steps=2, noise=noise)
+        drawn.append(np.concatenate([images for _, images in model.draw(KEYS[:2], sampling)]).astype(int))
+        said.append(model.image_record(sampling))
+    assert np.abs(drawn[0] - drawn[1]).mean() > 5
+    assert "noise" not in said[0]
+    assert said[1] == {**said[0], "noise": "philox"}
+    sampling = change_sampling(model.config.sampling, noise="philox")
+    with pytest.raises(UserError, match="seed 18446744073709551616"):
+        next(model.draw([SampleKey(2**64, 0, 0)], sampling))
 
 
 def test_two_processes_write_the_images_of_one(tiny_run, finish_script, tmp_path):
@@ -67,7 +88,7 @@ def test_two_processes_write_the_images_of_one(tiny_run, finish_script, tmp_path
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"].astype(int)).max() <= 1
 
 
-def test_files(tiny_run, run_script, tmp_path):
+def test_files(tiny_run, model, run_script, tmp_path):
     arguments = ("--run", tiny_run, "--class", "waffles", "--n", 2, "--seed", 5, "--out", tmp_path / "out")
     outcome = run_script("sample.py", *arguments)
     assert outcome.code == 0, outcome.err
@@ -78,7 +99,7 @@ def test_files(tiny_run, run_script, tmp_path):
     assert manifest["checkpoint_sha256"] == file_sha256(tiny_run / "checkpoints" / "step_0000001.pt")
     assert (manifest["sampler"], manifest["sampling_steps"], manifest["guidance_scale"]) == ("ancestral", 20, 1.0)
     assert manifest["ema_rate"] is None
-    expected = draw(tiny_run, [SampleKey(5, 2, 0), SampleKey(5, 2, 1)])
+    expected = draw(model, [SampleKey(5, 2, 0), SampleKey(5, 2, 1)])
     for number in range(2):
         image = np.asarray(Image.open(tmp_path / "out" / "waffles" / f"seed5_{number:06d}.png"))
         assert np.abs(image.astype(int) - expected[number].astype(int)).max() <= 1

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 
 from improved_diffusion.diffusion.objective import LossTerms
@@ -37,6 +36,7 @@ def gradients_of_first_step(trainer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("loss", ["mse", "hybrid", "vlb"])
 def test_accumulation_equals_the_full_batch(tiny_trainer, loss):
     flags = [f"--loss={loss}", "--model.dropout=0", "--training.grad_clip=null", "--training.batch_size=8"]
+    flags += ["--training.augment=0.5"]
     whole = gradients_of_first_step(tiny_trainer(*flags))
     parts = gradients_of_first_step(tiny_trainer(*flags, "--training.accumulation=4"))
     largest = max(float(gradient.abs().max()) for gradient in whole.values())
@@ -44,13 +44,14 @@ def test_accumulation_equals_the_full_batch(tiny_trainer, loss):
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6 * largest, msg=name)
 
 
-def test_two_processes_give_the_loss_curve_of_one(run_script, tiny_config_file, tmp_path):
+def test_two_processes_give_the_loss_curve_of_one(run_script, finish_script, tiny_config_file, tmp_path):
     """As many parts of a batch, in two processes or one after the other: all that is drawn is the same, and the number
-    of processes may change on the way. Here torchrun itself starts them, and each in an interpreter of its own."""
+    of processes may change on the way. Here torchrun itself starts them."""
     curves, grids = [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         flags = [f"--training.accumulation={4 // processes}", "--loss=vlb", "--diffusion.timesteps=4"]
+        flags += ["--training.augment=0.5"]
         flags += [
             "--evaluation.grid_columns=3",
             "--sampling.batch_size=1",
@@ -60,9 +61,8 @@ def test_two_processes_give_the_loss_curve_of_one(run_script, tiny_config_file, 
         if processes == 1:
             assert run_script(*command).code == 0
         else:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-            done = subprocess.run([*torchrun, *command], cwd=PROJECT, capture_output=True, text=True, timeout=240)
-            assert done.returncode == 0, done.stderr
+            torchrun = [torch.distributed.run.__file__, "--standalone", "--nproc-per-node=2"]
+            finish_script(*torchrun, "--start-method=fork", "--run-path", PROJECT / command[0], *command[1:])
             # Between two lines of the record: what both have counted of the next is not lost.
             checkpoint = out / "checkpoints" / "step_0000005.pt"
             outcome = run_script("train.py", "--resume", checkpoint, "--training.accumulation=4", "--training.steps=12")
@@ -73,8 +73,29 @@ def test_two_processes_give_the_loss_curve_of_one(run_script, tiny_config_file, 
     assert np.abs(grids[0] - grids[1]).mean() < 2  # of 255: the weights differ by rounding, and the images by more
     for one, two in zip(*curves, strict=True):
         assert one.keys() == two.keys()
-        for name in one.keys() - {"images_per_second"}:
+        for name in one.keys() - {"images_per_second", "tflops"}:
             assert two[name] == pytest.approx(one[name], rel=1e-3), name
+
+
+def test_augmented_images_are_trained_on_and_the_network_is_told(tiny_trainer):
+    flags = ["--loss=mse", "--model.dropout=0"]
+    plain, augmented = tiny_trainer(*flags), tiny_trainer(*flags, "--training.augment=0.2")
+    seen = []
+    for trainer in (plain, augmented):
+        trainer.network.register_forward_pre_hook(
+            lambda _, given, named: seen.append((given[0], named.get("augmentation"))), with_kwargs=True
+        )
+    batch = plain.stream.batch(0)
+    gradients = [gradients_of_first_step(trainer) for trainer in (plain, augmented)]
+    (as_it_is, told_nothing), (moved, told) = seen
+    assert torch.equal(plain.stream.batch(0)[0], batch[0])  # the images themselves stay
+    assert told_nothing is None
+    untouched = (told == 0).all(1)
+    assert 0 < untouched.sum() < len(told)
+    assert torch.equal(as_it_is[untouched], moved[untouched])
+    assert not any(torch.equal(a, b) for a, b in zip(as_it_is[~untouched], moved[~untouched], strict=True))
+    assert gradients[1]["augmentation_embedding.weight"].abs().sum() > 0
+    assert "augmentation_embedding.weight" not in gradients[0]
 
 
 def test_overfits_one_batch(tiny_trainer):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 
 class LiveBytes(TorchDispatchMode):
@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        given = _storages((args, kwargs))
+        given = _storages(*args, *kwargs.values())
         result = func(*args, **kwargs)
         for storage in _storages(result) - given:  # what shares the storage of an argument is nothing new
             self.now += storage.nbytes()
@@ -36,9 +36,15 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _storages(tree: Any) -> set[torch.UntypedStorage]:
-    """Of the tensors in `tree`."""
-    return {leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, Tensor)}
+def _storages(*values: Any) -> set[torch.UntypedStorage]:
+    """Of the tensors among an operation's `values`, which may be lists of them."""
+    found = set()
+    for value in values:
+        if isinstance(value, Tensor):
+            found.add(value.untyped_storage())
+        elif isinstance(value, (list, tuple)):
+            found |= _storages(*value)
+    return found
 
 
 class GPUArithmetic(TorchFunctionMode):

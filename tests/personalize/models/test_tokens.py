@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import runpy
+import shutil
+from pathlib import Path
+
 import pytest
 
 from improved_diffusion.errors import UserError
@@ -11,12 +15,13 @@ from improved_diffusion.personalize.models.tokens import (
     token_table,
 )
 
+SCRIPT = Path(__file__).parents[3] / "scripts" / "tiny_pipeline.py"
+
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_bases):
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(tiny_bases["sd"] / "tokenizer")
+def tokenizer(scripts):
+    """With the whole of CLIP's vocabulary."""
+    return runpy.run_path(str(SCRIPT))["make_tokenizer"]("<|endoftext|>")
 
 
 @pytest.mark.parametrize(("token", "rank"), [("sks", 48136), ("hta", 49384), ("oue", 48838), ("ohwx", 47993)])
@@ -69,14 +74,17 @@ def test_the_table_has_a_line_for_each(tokenizer):
     ]
 
 
-def test_the_command_line(run_script, tiny_bases, tmp_path):
-    outcome = run_script("personalize.py", "tokens", "--base", tiny_bases["sdxl"], "sks", "zwx")
+def test_the_command_line(run_script, tiny_bases, tokenizer, tmp_path):
+    base = shutil.copytree(tiny_bases["sdxl"], tmp_path / "base")
+    tokenizer.save_pretrained(base / "tokenizer")
+    outcome = run_script("personalize.py", "tokens", "--base", base, "sks", "zwx")
     assert outcome.code == 0, outcome.err
     assert [line.split()[0] for line in outcome.out.splitlines()] == ["token", "sks", "zwx"]
-    outcome = run_script("personalize.py", "tokens", "--base", tiny_bases["sd"], "--count", 3)
+    outcome = run_script("personalize.py", "tokens", "--base", base, "--count", 3)
     assert len(outcome.out.splitlines()) == 4
+    (tmp_path / "empty").mkdir()
     for arguments, message in [
-        (("tokens", "--base", tmp_path), "model_index.json"),
+        (("tokens", "--base", tmp_path / "empty"), "model_index.json"),
         (("tokens",), "--base"),
         (("token",), "tokens"),
     ]:
