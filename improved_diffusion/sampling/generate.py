@@ -64,23 +64,15 @@ def generate(
     schedule = build_schedule(config.diffusion, sampling)
     callback = {} if on_step is None else {"on_step": on_step}
     sampler = functools.partial(SAMPLERS[sampling.sampler], **sampling.options, **callback)
-<<<<<<< HEAD
     at_once = batch_size_on(device, sampling)
     size = max(2, min(at_once, len(keys)))
     for first in range(0, len(keys), at_once):
         batch = list(keys[first : first + at_once])
         full = batch + [batch[-1]] * (size - len(batch))
-        draw_noise = PerSampleNoise(full, config.model.image_shape, device)
-=======
-    batch_size = max(2, min(sampling.batch_size, len(keys)))
-    for first in range(0, len(keys), sampling.batch_size):
-        batch = list(keys[first : first + sampling.batch_size])
-        full = batch + [batch[-1]] * (batch_size - len(batch))
         try:
             draw_noise = NOISES[sampling.noise](full, config.model.image_shape, device)
         except ValueError as error:
             raise UserError(str(error)) from error
->>>>>>> main
         y = torch.tensor([key.class_index for key in full], device=device) if config.model.class_conditional else None
         x = sampler(ClippedDenoiser(denoiser), schedule, draw_noise(), y, draw_noise)
         yield batch, to_uint8(x[: len(batch)])

@@ -36,7 +36,9 @@ def content_hash(run: Path) -> str:
     return RunSource(model, model.config.sampling, [SampleKey(1, 0, 0), SampleKey(1, 1, 0)]).content_hash
 
 
-@pytest.mark.parametrize("name", ["diffusion/samplers.py", "models/unet.py", "models/group_norm.c", "sampling/generate.py"])
+@pytest.mark.parametrize(
+    "name", ["diffusion/samplers.py", "models/group_norm.c", "models/unet.py", "sampling/generate.py"]
+)
 def test_another_sampler_gives_other_features(tiny_run, copied_code, name):
     before = content_hash(tiny_run)
     assert content_hash(tiny_run) == before
