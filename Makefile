@@ -49,6 +49,7 @@ bench: install
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/fid.py
 	$(BIN)/python benchmarks/pack.py
+	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/sampling_bulk.py
 	$(BIN)/python benchmarks/synthetic.py
 	$(BIN)/python benchmarks/personalize_cache.py

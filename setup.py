@@ -28,7 +28,11 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
-    package_data={"improved_diffusion": ["py.typed"], "improved_diffusion.personalize.studies.survey": ["page.html"]},
+    package_data={
+        "improved_diffusion": ["py.typed"],
+        "improved_diffusion.models": ["group_norm.c"],
+        "improved_diffusion.personalize.studies.survey": ["page.html"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

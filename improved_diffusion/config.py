@@ -260,7 +260,7 @@ class SamplingConfig:
     guidance_interval: tuple[float, float] | None = None
     """Noise levels, as sigma / signal, between which there is guidance; by default at all."""
     batch_size: int = 64
-    """Images drawn at once: more is faster and needs more memory."""
+    """Images drawn at once: more is faster on a GPU and needs more memory; on a CPU at most 32 are."""
     noise: Literal["numpy", "philox"] = "numpy"
     """What draws the noise: numpy on the CPU, or the Philox generator on the device, which is faster on a GPU, slower
     on a CPU, and gives other images."""

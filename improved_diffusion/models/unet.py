@@ -42,10 +42,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """`x`: (N, in_channels, H, W). `embedding`: (N, embedding_channels). Returns (N, out_channels, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, silu=True))
         scale, shift = self.scale_shift(embedding).chunk(2, dim=1)
-        h = self.norm2(h, scale, shift)
-        return self.conv2(self.dropout(F.silu(h))).add_(self.skip(x))
+        h = self.norm2(h, scale, shift, silu=True)
+        return self.conv2(self.dropout(h)).add_(self.skip(x))
 
 
 class Attention(nn.Module):
@@ -213,7 +213,7 @@ class UNet(Backbone):
         h = self.run_block(self.middle, h, embedding)
         for stage in self.decoder:
             h = self.run_block(stage, h, embedding, skips.pop())
-        h = self.output_conv(F.silu(self.output_norm(h)))
+        h = self.output_conv(self.output_norm(h, silu=True))
         return F.pixel_shuffle(h, self.patch_size).float()
 
 

@@ -16,6 +16,8 @@ from improved_diffusion.diffusion.samplers import SAMPLERS, OnStep
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import build_schedule, number_of_steps
 
+BATCH_ON_CPU = 32  # the feature maps of more images leave the caches, and their memory is touched anew in each layer
+
 
 class SampleKey(NamedTuple):
     """Which image: the seed, the class's index (0 for a model without classes), and the number within the class."""
@@ -49,7 +51,7 @@ def generate(
     device: torch.device,
     on_step: OnStep | None = None,
 ) -> Iterator[tuple[Sequence[SampleKey], Tensor]]:
-    """Draw the images of `keys`, `sampling.batch_size` at a time.
+    """Draw the images of `keys`, as many at a time as `batch_size_on` says.
 
     Yields (keys, uint8 (N, H, W, C) on `device`) of each batch, in order. A last batch that is short, and one of a
     single image, is filled up with repetitions, which are dropped: a network's arithmetic may depend on the size of its
@@ -62,10 +64,11 @@ def generate(
     schedule = build_schedule(config.diffusion, sampling)
     callback = {} if on_step is None else {"on_step": on_step}
     sampler = functools.partial(SAMPLERS[sampling.sampler], **sampling.options, **callback)
-    batch_size = max(2, min(sampling.batch_size, len(keys)))
-    for first in range(0, len(keys), sampling.batch_size):
-        batch = list(keys[first : first + sampling.batch_size])
-        full = batch + [batch[-1]] * (batch_size - len(batch))
+    at_once = batch_size_on(device, sampling)
+    size = max(2, min(at_once, len(keys)))
+    for first in range(0, len(keys), at_once):
+        batch = list(keys[first : first + at_once])
+        full = batch + [batch[-1]] * (size - len(batch))
         try:
             draw_noise = NOISES[sampling.noise](full, config.model.image_shape, device)
         except ValueError as error:
@@ -73,6 +76,11 @@ def generate(
         y = torch.tensor([key.class_index for key in full], device=device) if config.model.class_conditional else None
         x = sampler(ClippedDenoiser(denoiser), schedule, draw_noise(), y, draw_noise)
         yield batch, to_uint8(x[: len(batch)])
+
+
+def batch_size_on(device: torch.device, sampling: SamplingConfig) -> int:
+    """Images that are drawn at once: `sampling.batch_size`, but on a CPU no more than are fast there."""
+    return min(sampling.batch_size, BATCH_ON_CPU) if device.type == "cpu" else sampling.batch_size
 
 
 def to_uint8(x: Tensor) -> Tensor:

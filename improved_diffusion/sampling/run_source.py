@@ -31,7 +31,8 @@ def generating_code_hash() -> str:
     package = Path(__file__).parent.parent
     digest = hashlib.sha256(torch.__version__.encode())
     for name in GENERATING_CODE:
-        for file in sorted((package / name).rglob("*.py")) or [package / name]:
+        files = sorted(file for file in (package / name).rglob("*") if file.suffix in (".py", ".c"))
+        for file in files or [package / name]:
             digest.update(f"\n{file.relative_to(package)}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
@@ -62,7 +63,8 @@ class RunSource:
     @functools.cached_property
     def content_hash(self) -> str:
         """SHA-256 over all that decides the images: the checkpoint, the settings, the code, which images, the kind of
-        device."""
+        device. What changes no more than rounding is left out: the machine, its threads, whether it has a C compiler
+        (see `models/group_norm.py`)."""
         config = self.model.config
         settings = [
             *map(repr, (config.model, config.diffusion, self.sampling, self.model.class_names)),

@@ -28,7 +28,7 @@ from improved_diffusion.metrics.images.opening import image_set_source
 from improved_diffusion.models.build import build_sampling_denoiser
 from improved_diffusion.progress import progress
 from improved_diffusion.runtime.devices import Processes, arithmetic, with_autocast
-from improved_diffusion.sampling.generate import SampleKey, generate, sampling_record
+from improved_diffusion.sampling.generate import SampleKey, batch_size_on, generate, sampling_record
 from improved_diffusion.sampling.grids import make_grid
 
 SPLITS_BESIDE = ("val", "test")  # sets inside the folder of the training set, in order of preference
@@ -164,7 +164,7 @@ class Evaluator:
         ]
         share = keys[processes.rank :: processes.world_size]
         # All processes must ask together whether to stop, and some have one batch more than others.
-        batches_of_all = math.ceil(len(keys) // processes.world_size / config.sampling.batch_size)
+        batches_of_all = math.ceil(len(keys) // processes.world_size / batch_size_on(device, config.sampling))
         shown: dict[SampleKey, np.ndarray] = {}
         measured: dict[SampleKey, np.ndarray] = {}
         with progress(

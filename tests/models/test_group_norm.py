@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from improved_diffusion.models.group_norm import GroupNorm
+from improved_diffusion.diffusion.noise import seeded_generator
+from improved_diffusion.models.group_norm import SOURCE, GroupNorm
+from improved_diffusion.runtime.c_library import compiled
 
 
 def definition(x, weight, bias, scale, shift, groups, eps):
@@ -77,3 +79,57 @@ def test_a_large_mean_does_not_swamp_the_variance(dtype):
     zero = torch.zeros(2, 32)
     expected = definition(x.double(), torch.ones(32), torch.zeros(32), zero, zero, 32, 1e-5)
     assert relative_error(y, expected) < (1e-4 if dtype == torch.float32 else 0.01)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """The functions in C are compiled anew, into an empty cache."""
+    monkeypatch.setenv("IMPROVED_DIFFUSION_CACHE", str(tmp_path))
+    compiled.cache_clear()
+    yield tmp_path
+    compiled.cache_clear()
+
+
+def results(x, grad, silu):
+    norm = GroupNorm(x.shape[1])
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    scale, shift = (torch.randn(len(x), x.shape[1], generator=seeded_generator(i)).requires_grad_() for i in (1, 2))
+    y = norm(x, scale, shift, silu=silu)
+    y.backward(grad)
+    return [y.detach(), *(v.grad for v in (x, norm.weight, norm.bias, scale, shift))]
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_of_c_gives_what_pytorch_gives(fresh, monkeypatch, dtype, silu):
+    assert compiled(SOURCE) is not None, "there is no C compiler"
+    x, grad = (torch.randn(3, 48, 20, 12, generator=seeded_generator(i)) * 3 + 1 for i in (3, 4))
+    x, grad = (v.to(dtype).contiguous(memory_format=torch.channels_last) for v in (x, grad))
+    own = results(x, grad, silu)
+    assert len(list((fresh / "c").iterdir())) == 1 + (dtype == torch.bfloat16)
+    monkeypatch.setenv("IMPROVED_DIFFUSION_C", "0")
+    compiled.cache_clear()
+    for value, expected in zip(own, results(x, grad, silu), strict=True):
+        assert value.dtype == expected.dtype
+        assert relative_error(value, expected.double()) < (2e-6 if dtype == torch.float32 else 0.01)
+
+
+def test_silu_far_from_zero_and_what_is_not_finite():
+    x = torch.tensor([-200.0, -90, -20, -1e-3, 0, 20, 90, 200]).reshape(1, 8, 1, 1).repeat(1, 1, 2, 2)
+    x = x.contiguous(memory_format=torch.channels_last)
+    norm, zero = GroupNorm(8), torch.zeros(1, 8)
+    y = norm(x, zero - 1, x[:, :, 0, 0].contiguous(), silu=True)  # of the shift alone
+    assert torch.allclose(y, torch.nn.functional.silu(x), rtol=1e-6, atol=1e-35)
+    x[0, 0, 0, 0] = torch.nan
+    assert norm(x, silu=True)[0, 0].isnan().all()
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_same_values(fresh, monkeypatch):
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    expected = GroupNorm(32)(x, silu=True)
+    compiled.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.warns(UserWarning, match="group_norm.c cannot be compiled here.*no-such-compiler") as warned:
+        values = [GroupNorm(32)(x, silu=True) for _ in range(2)]
+    assert len(warned) == 1
+    assert relative_error(values[1].detach(), expected.detach().double()) < 1e-6

@@ -15,7 +15,7 @@ from improved_diffusion.sampling.run_source import GENERATING_CODE, RunSource, g
 
 PACKAGE = Path(run_source.__file__).parent.parent
 DECIDES_NO_IMAGE = {
-    *("improved_diffusion", "checkpoint_file", "errors", "files", "progress", "provenance", "run_directory"),
+    *("improved_diffusion", "cache", "checkpoint_file", "errors", "files", "progress", "provenance", "run_directory"),
     *("sampling.series", "settings"),
 }
 
@@ -36,7 +36,9 @@ def content_hash(run: Path) -> str:
     return RunSource(model, model.config.sampling, [SampleKey(1, 0, 0), SampleKey(1, 1, 0)]).content_hash
 
 
-@pytest.mark.parametrize("name", ["diffusion/samplers.py", "models/unet.py", "sampling/generate.py"])
+@pytest.mark.parametrize(
+    "name", ["diffusion/samplers.py", "models/group_norm.c", "models/unet.py", "sampling/generate.py"]
+)
 def test_another_sampler_gives_other_features(tiny_run, copied_code, name):
     before = content_hash(tiny_run)
     assert content_hash(tiny_run) == before

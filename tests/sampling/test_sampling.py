@@ -222,3 +222,9 @@ def test_without_a_run_the_newest_of_the_pixel_job_is_taken(tiny_run, run_script
     outcome = run_script("sample.py", "--n", 1, "--sampling-steps", 1)
     assert outcome.code == 0, outcome.err
     assert f"runs{os.sep}mine" in outcome.out
+
+
+def test_on_a_cpu_no_more_images_are_drawn_at_once_than_are_fast(model):
+    keys = [SampleKey(0, 0, number) for number in range(35)]
+    settings = change_sampling(model.config.sampling, steps=1, batch_size=128)
+    assert [len(images) for _, images in model.draw(keys, settings)] == [32, 3]
