@@ -49,8 +49,8 @@ def compiled(source: Path, *definitions: str) -> ctypes.CDLL | None:
 
 
 def _instruction_set() -> tuple[str, ...]:
-    """This machine's own, with the whole width of AVX512, of which compilers keep to half; AVX2 where PyTorch is held to
-    it."""
+    """This machine's own, with the whole width of AVX512, of which compilers keep to half; AVX2 where PyTorch is held
+    to that."""
     if platform.machine() != "x86_64":
         return ("-march=native",)
     if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
