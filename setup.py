@@ -19,6 +19,8 @@ PERSONALIZE = [
     "ftfy>=6",
     "pillow-heif>=1.0",  # photographs of telephones
 ]
+# A durable queue, its status, and a Telegram bot.
+SERVING = ["dbos>=3.4,<4", "sqlalchemy>=2.0.43", "prometheus_client>=0.21", "aiogram>=3.31,<4", "aiohttp>=3.9"]
 
 setup(
     name="improved_diffusion",
@@ -47,6 +49,7 @@ setup(
     extras_require={
         "similarity": SIMILARITY,
         "personalize": PERSONALIZE,
+        "serving": SERVING,
         "wandb": ["wandb>=0.18"],  # personalize.py train --wandb PROJECT
         "few-bits": ["bitsandbytes>=0.45"],  # 8-bit Adam, and a base of 4 or 8 bits, on a GPU
         "dev": [
@@ -62,6 +65,7 @@ setup(
             "torch-fidelity>=0.4",  # an independent answer for KID, precision and recall, Inception Score
             *SIMILARITY,
             *PERSONALIZE,
+            *SERVING,
         ],
     },
 )

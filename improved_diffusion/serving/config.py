@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,4 +120,4 @@ def load_serving_config(home: Path | str) -> ServingConfig:
     """
     if not config_file(home).is_file():
         raise UserError(f"there is no server at {home}: make one, python serve.py init --home {home}")
-    return load_settings(ServingConfig, config_file(home))
+    return dataclasses.replace(load_settings(ServingConfig, config_file(home)), home=str(home))

@@ -18,6 +18,7 @@ from improved_diffusion.serving.records import Records
 from improved_diffusion.serving.requests import Request
 
 SECONDS_BETWEEN_REPORTS = 0.5
+SECONDS_TO_GATHER = 0.05  # what is claimed at once comes one by one
 NO_MEMORY = "the device has too little memory for this: ask for fewer or smaller pictures"
 BROKEN = "something went wrong while this was drawn; the operator's log says what"
 
@@ -91,6 +92,7 @@ class Device:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._stopping)
+                self._changed.wait_for(lambda: self._stopping, SECONDS_TO_GATHER)
                 if self._stopping:
                     return
                 chosen = self._choose()

@@ -1,4 +1,4 @@
-"""What draws each kind of job, with the models of the settings. A further kind is a class and a line in `open_drawers`."""
+"""What draws each kind of job, with the models of the settings: a class each, and a line in `open_drawers`."""
 
 from __future__ import annotations
 

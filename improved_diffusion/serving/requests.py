@@ -1,4 +1,4 @@
-"""What can be asked for: one dataclass for each kind of job, checked before it is queued, and plain values in the queue.
+"""What can be asked for: a dataclass for each kind of job, checked before it is queued; in the queue, plain values.
 
 A new kind is a dataclass here, a line in KINDS, and a drawer in drawers.py.
 """

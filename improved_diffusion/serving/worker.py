@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import threading
 import time
 import traceback
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sqlalchemy as sa
+import torch
 from dbos import DBOS, DBOSPortableJSONSerializer
 
 from improved_diffusion.files import exclusive
@@ -52,9 +54,7 @@ class Worker:
         quieten_dbos()
         # Twice a batch: what is claimed and waits for the device is what batches are made of.
         claimed = 2 * self.config.models.batch_size
-        self.queue.client.register_queue(
-            QUEUE, worker_concurrency=claimed, polling_interval_sec=SECONDS_BETWEEN_POLLS
-        )
+        self.queue.client.register_queue(QUEUE, worker_concurrency=claimed, polling_interval_sec=SECONDS_BETWEEN_POLLS)
         DBOS(
             config={
                 "name": "serving",
@@ -89,6 +89,10 @@ class Worker:
         self.records.sign_off(self.name)
         self.queue.close()
 
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
+
     def _draw(self, job_id: str) -> None:
         while True:  # a workflow that failed would not be run again
             try:
@@ -108,7 +112,7 @@ class Worker:
                     remove_expired(self.queue)
 
     def _sign(self) -> None:
-        self.records.sign_of_life(self.name, {})
+        self.records.sign_of_life(self.name, {"draws": " and ".join(self.device.drawers), "memory": memory_used()})
 
     def _take_over(self) -> None:
         """Queue again what a worker had claimed that gives no sign of life any more."""
@@ -130,3 +134,11 @@ def only_worker(config: ServingConfig, name: str) -> Iterator[None]:
     """
     with exclusive(config.folder / f".{name}.lock", f"a worker {name!r} is at work in {config.home} already"):
         yield
+
+
+def memory_used() -> str:
+    """What this process has needed at most, and holds of a GPU."""
+    used = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB at most"
+    if torch.cuda.is_available():
+        used += f", {torch.cuda.memory_reserved() / 2**20:,.0f} MiB of the GPU"
+    return used
