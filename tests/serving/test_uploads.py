@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zipfile
@@ -160,10 +161,8 @@ def test_transparency_is_shown_on_white():
 @given(st.binary(max_size=200), st.integers(0, 2000), st.sampled_from([JPEG, PNG, WEBP]))
 def test_damage_is_never_more_than_an_answer(damage, place, whole):
     data = whole[: place % len(whole)] + damage + whole[place % len(whole) + len(damage) :]
-    try:
+    with contextlib.suppress(UserError):
         assert clean(data, LIMITS).mode == "RGB"
-    except UserError as refusal:
-        assert str(refusal)
 
 
 def test_the_same_picture_is_kept_once(make_server, open_queue):
