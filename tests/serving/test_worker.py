@@ -189,3 +189,9 @@ def test_kill_the_worker_and_nothing_is_lost(make_server, open_queue, start_scri
     assert {job.id: "done" for job in jobs} == {name: job.state for name, job in ends.items()}
     assert all(ends[name].finished == finished for name, finished in done.items())
     assert all(len(queue.files(job)) == 2 and all(map(Image.open, queue.files(job))) for job in ends.values())
+
+
+def test_a_worker_that_cannot_draw_says_why(make_server, run_script, tmp_path):
+    for models in ({"pixel": tmp_path / "no run"}, {"pixel": None}, {"pixel": None, "models": {"base": "/no/base"}}):
+        config = make_server(**models)
+        assert run_script("serve.py", "worker", "--home", config.home).is_one_clear_line(), models

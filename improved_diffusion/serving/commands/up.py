@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> None:
     stop = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)
     started = {command: _start(command, home) for command in commands}
-    print(f"starting {' and '.join(commands)} of {home}; Ctrl-C stops, and what is queued stays queued", flush=True)
+    print("Ctrl-C stops, and what is queued stays queued", flush=True)
     try:
         while signal.sigtimedwait(stop, SECONDS_BETWEEN_LOOKS) is None:
             for command, process in started.items():
@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> None:
 def _start(command: str, home: str) -> BaseProcess:
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(command, home), daemon=True)
     process.start()
+    print(f"{command}: process {process.pid}", flush=True)
     return process
 
 
