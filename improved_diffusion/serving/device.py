@@ -3,6 +3,7 @@ that one job's end, be it for want of memory, is not another's."""
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import traceback
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
+import torch
 from PIL import Image
 
 from improved_diffusion.errors import UserError, is_out_of_memory
@@ -179,3 +181,10 @@ class Device:
                     raise _Abandoned
 
         return on_progress
+
+
+def release_memory() -> None:
+    """What nothing refers to any more, and what PyTorch keeps of a GPU for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

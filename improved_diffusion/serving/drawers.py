@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.sampling.generate import SampleKey
 from improved_diffusion.sampling.loading import load
 from improved_diffusion.sampling.model import Model, change_sampling
-from improved_diffusion.serving.config import ModelsConfig
-from improved_diffusion.serving.device import Drawer, OnProgress
+from improved_diffusion.serving.config import ServingConfig
+from improved_diffusion.serving.device import Drawer, OnProgress, release_memory
 from improved_diffusion.serving.requests import ClassRequest
 
 SAMPLER = "dpmpp_2m"
 
 
-def open_drawers(models: ModelsConfig) -> tuple[dict[str, Drawer], dict[str, Any]]:
-    """{kind: what draws it}, of the models that there are; and what clients are told of them.
+def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer], dict[str, Any]]:
+    """{kind: what draws it}, of the models of the settings; and what clients are told of them.
 
     Raises:
         UserError: a model that cannot be loaded, or none at all.
     """
+    models = config.models
     drawers: dict[str, Drawer] = {}
     offer: dict[str, Any] = {"classes": [], "can_be_guided": False, "styles": []}
     if models.pixel is not None:
         model = load(models.pixel, device=models.device)
         drawers["class"] = PixelDrawer(model, models.batch_size)
         offer |= {"classes": list(model.row_names), "can_be_guided": model.config.model.class_dropout > 0}
+    if models.base is not None:
+        from improved_diffusion.serving.text_drawer import open_text_drawer  # diffusers takes seconds
+
+        drawers["text"] = drawers["image"] = open_text_drawer(config)
+        offer["styles"] = list(models.styles)
     if not drawers:
         raise UserError("there is nothing to draw with: name models.pixel, models.base, or both (serve.py init)")
     return drawers, {"kinds": list(drawers), **offer}
@@ -67,10 +71,3 @@ class PixelDrawer:
     def _keys(self, request: ClassRequest) -> list[SampleKey]:
         classes = request.class_name if self.model.config.model.class_conditional else None
         return self.model.keys(classes, request.n, request.seed)
-
-
-def release_memory() -> None:
-    """What nothing refers to any more, and what PyTorch keeps of a GPU for later."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -14,6 +14,7 @@ from improved_diffusion.serving.queue import JobQueue
 from improved_diffusion.serving.records import Records
 from improved_diffusion.serving.requests import ClassRequest
 from improved_diffusion.serving.worker import Worker
+from tests.personalize.conftest import fresh_base, scripts, tiny_bases  # noqa: F401
 
 CLASSES = ["apple_pie", "creme_brulee", "waffles"]
 OFFER = {"kinds": ["class", "text", "image"], "classes": CLASSES, "can_be_guided": True, "styles": ["dog"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+from improved_diffusion.personalize.quiet import quieten_libraries
 from improved_diffusion.serving.commands.options import command_parser
 from improved_diffusion.serving.config import load_serving_config
 
@@ -16,13 +17,14 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     config = load_serving_config(options.home)
 
+    quieten_libraries()
     # Imported only now: torch takes seconds, and typos are answered at once.
     from improved_diffusion.serving.drawers import open_drawers
     from improved_diffusion.serving.status_page import StatusServer
     from improved_diffusion.serving.worker import Worker, only_worker
 
     with only_worker(config, options.name):
-        worker = Worker(config, *open_drawers(config.models), options.name)
+        worker = Worker(config, *open_drawers(config), options.name)
         stop = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before threads are started, which inherit it
         status = StatusServer(worker.queue, config.host, config.port if options.port is None else options.port)
