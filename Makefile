@@ -47,3 +47,4 @@ bench: install
 	$(BIN)/python benchmarks/synthetic.py
 	$(BIN)/python benchmarks/personalize_cache.py
 	$(BIN)/python benchmarks/personalize_memory.py
+	$(BIN)/python benchmarks/serving.py
