@@ -67,6 +67,10 @@ class LimitsConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             require(value > 0, f"limits.{name} must be positive, not {value}")
+        require(
+            self.images <= 10,
+            f"limits.images must be at most 10, which an album of Telegram's holds, not {self.images}",
+        )
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,14 @@ class Ledger:
         return self._jobs(user, jobs.c.user == user, deliveries.c.state != "sent")
 
     def claim(self, job_id: str) -> bool:
-        """Note that a result is about to be sent. False if that was noted before: then it is not to be."""
+        """Note that a result is about to be sent. False if it is not to be: that was noted before, or it is gone."""
+        row = sa.select(jobs.c.id, sa.literal("sending"), sa.literal(time.time())).where(jobs.c.id == job_id)
         try:
             with self.engine.begin() as connection:
-                connection.execute(deliveries.insert().values(job=job_id, state="sending", at=time.time()))
+                done = connection.execute(deliveries.insert().from_select(["job", "state", "at"], row))
         except sa.exc.IntegrityError:
             return False
-        return True
+        return done.rowcount == 1
 
     def confirm(self, job_id: str, state: str = "sent") -> None:
         """Note what came of it: sent, or refused."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from improved_diffusion.serving.queue import JobQueue
 from improved_diffusion.serving.records import Records
 from improved_diffusion.serving.requests import ClassRequest
 from improved_diffusion.serving.worker import Worker
-from tests.personalize.conftest import fresh_base, scripts, tiny_bases  # noqa: F401
+from tests.personalize.conftest import scripts  # noqa: F401
 
 CLASSES = ["apple_pie", "creme_brulee", "waffles"]
 OFFER = {"kinds": ["class", "text", "image"], "classes": CLASSES, "can_be_guided": True, "styles": ["dog"]}
@@ -42,6 +43,21 @@ def make_server(tmp_path) -> Callable[..., ServingConfig]:
         return config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fresh_base(tmp_path_factory, scripts):  # noqa: F811
+    """A random Stable Diffusion of which nothing is anyone else's but the tokenizer: to read it takes longer than all
+    else."""
+    from tiny_pipeline import make_pipeline
+
+    from improved_diffusion.personalize.models.base import Base, load_base
+
+    folder = tmp_path_factory.mktemp("base")
+    make_pipeline("sd").save_pretrained(folder)
+    loaded = load_base(str(folder))
+    shared = {id(tokenizer): tokenizer for tokenizer in loaded.tokenizers}
+    return lambda: Base(loaded.name, copy.deepcopy(loaded.pipeline, dict(shared)))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import ServingConfig, load_serving_config
 from improved_diffusion.serving.database import jobs
+from improved_diffusion.serving.ledger import Ledger
 from improved_diffusion.serving.queue import Busy, JobQueue
 from improved_diffusion.serving.records import Records
 from improved_diffusion.serving.requests import KINDS, ImageRequest, TextRequest, request_of
@@ -131,6 +132,25 @@ def test_what_kills_the_worker_is_parked(make_server, open_queue):
     assert records.begin([job.id]) == []
     assert queue.job(job.id).state == "parked"
     assert "put aside" in queue.job(job.id).error
+
+
+def test_a_result_is_claimed_once_by_whoever_delivers(make_server, open_queue):
+    queue = open_queue(make_server())
+    records, ledgers = Records(queue.config, queue.engine), [Ledger(queue.engine), Ledger(queue.engine)]
+    done, gone, cancelled = (queue.submit(user, a_job()).job for user in ("A1", "A2", "A3"))
+    queue.cancel(cancelled.id, "A3")
+    assert ledgers[0].undelivered("A") == []
+    for job in records.begin([done.id, gone.id]):
+        records.finish(job, [Image.new("RGB", (8, 8))])
+    assert [job.id for job in ledgers[0].undelivered("A")] == [done.id, gone.id]
+    queue.purge("A2")
+    assert [ledger.claim(job.id) for ledger in ledgers for job in (done, gone)] == [True, False, False, False]
+    assert ledgers[1].undelivered("A") == []
+    assert [job.id for job in ledgers[1].unsure("A1")] == [done.id]
+    ledgers[0].confirm(done.id)
+    assert ledgers[1].unsure("A1") == []
+    ledgers[0].withdraw(done.id)
+    assert [job.id for job in ledgers[1].undelivered("A")] == [done.id]
 
 
 def test_expired_jobs_and_uploads_go(make_server, open_queue, tmp_path):

@@ -53,10 +53,10 @@ def arrays(pictures) -> list[np.ndarray]:
 def test_styles_come_and_go_without_a_trace(fresh_base, tmp_path):
     """Each draws what a model of its own draws, whatever was used before it; the least recently used leaves first."""
     how = Sampling(2, 3.0)
-    base = fresh_base("sd")
+    base = fresh_base()
     expected, runs = {None: arrays(draw(base, ["a dog"], [1], how))}, {}
     for name in RANKS:
-        own = fresh_base("sd")
+        own = fresh_base()
         runs[name] = make_run(own, tmp_path, name)
         expected[name] = arrays(draw(own, ["a dog"], [1], how))
         assert np.abs(expected[name][0].astype(int) - expected[None][0]).max() > 0
@@ -81,7 +81,7 @@ def test_styles_come_and_go_without_a_trace(fresh_base, tmp_path):
 
 
 def test_runs_that_share_no_base_are_refused(fresh_base, tmp_path):
-    base = fresh_base("sd")
+    base = fresh_base()
     whole = RunDirectory(tmp_path / "whole")
     whole.write_config(PersonalizeConfig(base=base.name, method="full"), [{}])
     with pytest.raises(UserError, match="method full"):
@@ -89,7 +89,7 @@ def test_runs_that_share_no_base_are_refused(fresh_base, tmp_path):
     damaged = RunDirectory(tmp_path / "damaged")
     damaged.write_config(PersonalizeConfig(base=base.name), [{}])
     damaged.save_checkpoint({"step": 1, "model": {"unet/x": torch.zeros(1)}, "ema": {}}, keep=1)
-    cache = AdapterCache(base, {"damaged": damaged, "cat": make_run(fresh_base("sd"), tmp_path, "cat")}, 0)
+    cache = AdapterCache(base, {"damaged": damaged, "cat": make_run(fresh_base(), tmp_path, "cat")}, 0)
     with pytest.raises(UserError, match="another base or method"):
         cache.use("damaged")
     cache.use("cat")
@@ -99,7 +99,7 @@ def test_runs_that_share_no_base_are_refused(fresh_base, tmp_path):
 def test_texts_and_pictures_are_drawn_as_personalize_draws_them(
     make_server, open_queue, start_worker, fresh_base, tmp_path
 ):
-    base, tuned = fresh_base("sd"), fresh_base("sd")
+    base, tuned = fresh_base(), fresh_base()
     run = make_run(tuned, tmp_path, "dog")
     config = make_server(None, {"base": base.name, "styles": {"dog": str(run.path)}, "batch_size": 4})
     queue = open_queue(config)
@@ -127,6 +127,6 @@ def test_texts_and_pictures_are_drawn_as_personalize_draws_them(
 
 def test_progress_is_told_at_every_step(fresh_base):
     told: list[float] = []
-    assert len(list(draw(fresh_base("sd"), ["a dog"] * 2, [0, 1], Sampling(2, 3.0), on_step=told.append))) == 2
+    assert len(list(draw(fresh_base(), ["a dog"] * 2, [0, 1], Sampling(2, 3.0), on_step=told.append))) == 2
     assert told == sorted(told)
     assert (len(told) >= 4, told[-1]) == (True, 1.0)

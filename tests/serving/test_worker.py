@@ -12,6 +12,7 @@ from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.sampling.loading import load
+from improved_diffusion.serving.database import workers
 from improved_diffusion.serving.device import OnProgress
 from improved_diffusion.serving.drawers import open_drawers
 from improved_diffusion.serving.requests import Request
@@ -130,6 +131,12 @@ def test_a_running_job_can_be_cancelled(make_server, open_queue, start_worker):
     began = time.monotonic()
     wait_until(lambda: queue.job(after.id).state == "running")
     assert time.monotonic() - began < 3, "it stops at its next step, not at its end"
+    removed = queue.submit("B", a_job(7)).job
+    wait_until(lambda: queue.ticket(removed.id).job.progress > 0)
+    queue.purge("B")
+    last = queue.submit("A", a_job(8, steps=1)).job
+    wait_until(lambda: queue.job(last.id).state == "done")
+    assert not (config.results / removed.id).exists()
     assert not (config.results / jobs[0].id).exists()
     assert not (config.results / alone.id).exists()
 
@@ -191,7 +198,25 @@ def test_kill_the_worker_and_nothing_is_lost(make_server, open_queue, start_scri
     assert all(len(queue.files(job)) == 2 and all(map(Image.open, queue.files(job))) for job in ends.values())
 
 
+def test_a_dead_workers_jobs_are_taken_over(make_server, open_queue, start_worker, start_script, tiny_run, monkeypatch):
+    """By a worker of another name, which need not be started anew."""
+    monkeypatch.setattr("improved_diffusion.serving.worker.SECONDS_BETWEEN_SIGNS", 0.1)
+    config = make_server(tiny_run, {"batch_size": 1})
+    queue = open_queue(config)
+    jobs = [queue.submit("A", a_job(seed, steps=20, n=4)).job for seed in range(2)]
+    dead = start_script("serve.py", "worker", "--home", config.home, "--name", "dead")
+    dead.wait_for(lambda: queue.jobs_in(["running"]))
+    dead.send(signal.SIGKILL)
+    start_worker(config, {"class": FakeDrawer(0)})
+    time.sleep(0.5)
+    assert "running" in {queue.job(job.id).state for job in jobs}, "it may be alive"
+    with queue.engine.begin() as connection:
+        connection.execute(workers.update().where(workers.c.id == "dead").values(heartbeat=time.time() - 100))
+    wait_until(lambda: all_ended(queue))
+    assert {queue.job(job.id).state for job in jobs} == {"done"}
+
+
 def test_a_worker_that_cannot_draw_says_why(make_server, run_script, tmp_path):
-    for models in ({"pixel": tmp_path / "no run"}, {"pixel": None}, {"pixel": None, "models": {"base": "/no/base"}}):
-        config = make_server(**models)
-        assert run_script("serve.py", "worker", "--home", config.home).is_one_clear_line(), models
+    for pixel in (tmp_path / "no run", None):
+        config = make_server(pixel)
+        assert run_script("serve.py", "worker", "--home", config.home).is_one_clear_line(), pixel
