@@ -55,6 +55,8 @@ class LimitsConfig:
     """Width times height of an uploaded picture."""
     upload_side: int = 1024
     """Pixels of the longer side to which an uploaded picture is reduced."""
+    uploads_per_user: int = 50
+    """Uploaded pictures that are kept of one user."""
     disk_bytes: int = 10_000_000_000
     """Results and uploads on disk, together."""
     results_hours: float = 72.0

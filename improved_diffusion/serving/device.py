@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
+import sqlalchemy as sa
 import torch
 from PIL import Image
 
@@ -130,13 +131,24 @@ class Device:
         except Stopped:
             self.records.give_back([job.id for job in jobs])
             raise
+        except sa.exc.DBAPIError:  # what happened is not written down: it is done again
+            raise
+        except Exception:
+            traceback.print_exc()
+            for job in jobs:
+                self.records.fail(job, BROKEN)
 
     def _draw_or_divide(self, jobs: list[Job], last_try: bool = False) -> None:
         """Draw jobs together; if that fails, in smaller parts, until it is clear which one cannot be drawn."""
-        drawer, began = self.drawers[jobs[0].request.kind], time.monotonic()
+        kind, began = jobs[0].request.kind, time.monotonic()
+        drawer = self.drawers.get(kind)
+        if drawer is None:  # the settings were changed since
+            for job in jobs:
+                self.records.fail(job, f"this server draws no {kind} jobs any more")
+            return
         try:
             drawn = drawer.draw([job.request for job in jobs], self._reporter(jobs))
-        except (_Abandoned, Stopped):
+        except (_Abandoned, Stopped, sa.exc.DBAPIError):
             raise
         except Exception as error:
             no_memory = is_out_of_memory(error)
@@ -149,7 +161,7 @@ class Device:
             for job, images in zip(jobs, drawn, strict=True):
                 self._finish(job, images)
             work = sum(job.request.work for job in jobs)
-            self.records.measured(jobs[0].request.kind, (time.monotonic() - began) / work)
+            self.records.measured(kind, (time.monotonic() - began) / work)
             return
         # Outside of the handler: the error's traceback would hold on to what was being drawn.
         if len(jobs) > 1:

@@ -55,11 +55,13 @@ class AdapterCache:
         """Let the base draw in a style, or without one; returns the settings of its run.
 
         Raises:
-            UserError: see `attach_run`.
+            UserError: there is no such style; or see `attach_run`.
         """
         if name is None:
             choose_adapters(self.base, None)
             return PersonalizeConfig()
+        if name not in self.runs:  # the settings were changed since
+            raise UserError(f"there is no style {name!r} any more")
         if name not in self._kept:
             self._kept[name] = attach_run(self.base, self.runs[name], name)
         self._kept.move_to_end(name)

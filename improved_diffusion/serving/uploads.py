@@ -9,6 +9,7 @@ import time
 import warnings
 
 import numpy as np
+import sqlalchemy as sa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from improved_diffusion.data.decode import to_rgb
@@ -16,7 +17,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.serving.config import LimitsConfig
 from improved_diffusion.serving.database import put, uploads
-from improved_diffusion.serving.queue import JobQueue, require_disk
+from improved_diffusion.serving.queue import Busy, JobQueue, require_disk
 from improved_diffusion.settings import require
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # by content, whatever a file is called
@@ -28,12 +29,17 @@ def keep_upload(queue: JobQueue, user: str, data: bytes) -> str:
     """Keep the picture in the content of a file that a user sent; returns the name under which requests know it.
 
     Raises:
-        UserError: it is no picture that can be used; the message says why, to the user. Busy, if the disk is full.
+        UserError: it is no picture that can be used; the message says why, to the user.
+        Busy: the disk is full, or the user's part of it.
     """
-    picture = clean(data, queue.config.limits)
+    limits = queue.config.limits
+    picture = clean(data, limits)
     name = hashlib.sha256(user.encode() + b"\0" + data).hexdigest()[:32]  # the same again is the same
     with queue.engine.connect() as connection:
         require_disk(connection, queue.config)
+        others = sa.select(sa.func.count()).where(uploads.c.user == user, uploads.c.id != name)
+        if connection.scalar(others) >= limits.uploads_per_user:
+            raise Busy(f"you have sent {limits.uploads_per_user} pictures: try again in {limits.uploads_hours:g} hours")
     file = queue.config.uploads / name
     with atomic_write(file) as temporary:
         picture.save(temporary, format="png")

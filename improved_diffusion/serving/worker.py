@@ -104,12 +104,14 @@ class Worker:
     def _keep_up(self) -> None:
         cleaned = 0.0
         while not self._ended.wait(SECONDS_BETWEEN_SIGNS):
-            with contextlib.suppress(sa.exc.OperationalError):  # the database is busy, or away for a moment
+            try:
                 self._sign()
                 self._take_over()
                 if time.monotonic() - cleaned >= SECONDS_BETWEEN_CLEANINGS:
                     cleaned = time.monotonic()
                     remove_expired(self.queue)
+            except Exception:  # the database is away for a moment, say; without signs of life others would take over
+                traceback.print_exc()
 
     def _sign(self) -> None:
         self.records.sign_of_life(self.name, {"draws": " and ".join(self.device.drawers), "memory": memory_used()})

@@ -75,6 +75,8 @@ def test_styles_come_and_go_without_a_trace(fresh_base, tmp_path):
         np.testing.assert_array_equal(arrays(draw(base, ["a dog"], [1], how)), expected[name], err_msg=str(name))
         assert [style for style in RANKS if style in cache] == there.split()
         assert cache.nbytes == sum(sizes[style] for style in there.split())
+    with pytest.raises(UserError, match="no style 'gone' any more"):
+        cache.use("gone")
     cache.clear()
     cache.use(None)
     np.testing.assert_array_equal(arrays(draw(base, ["a dog"], [1], how)), expected[None])

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import LimitsConfig
+from improved_diffusion.serving.queue import Busy
 from improved_diffusion.serving.uploads import clean, keep_upload
 
 LIMITS = LimitsConfig(upload_bytes=300_000, upload_pixels=1_000_000, upload_side=256)
@@ -166,12 +167,14 @@ def test_damage_is_never_more_than_an_answer(damage, place, whole):
 
 
 def test_the_same_picture_is_kept_once(make_server, open_queue):
-    queue = open_queue(make_server())
+    queue = open_queue(make_server(uploads_per_user=1))
     names = {keep_upload(queue, user, PNG) for user in ("A", "A", "B")}
     assert len(names) == 2, "users share nothing"
     assert {file.name for file in queue.config.uploads.iterdir()} == names
     with pytest.raises(UserError):
         keep_upload(queue, "A", JPEG[:100])
     assert {file.name for file in queue.config.uploads.iterdir()} == names
+    with pytest.raises(Busy, match="1 pictures"):
+        keep_upload(queue, "A", JPEG)
     queue.purge("A")
     assert len(list(queue.config.uploads.iterdir())) == 1

@@ -15,7 +15,7 @@ from improved_diffusion.sampling.loading import load
 from improved_diffusion.serving.database import workers
 from improved_diffusion.serving.device import OnProgress
 from improved_diffusion.serving.drawers import open_drawers
-from improved_diffusion.serving.requests import Request
+from improved_diffusion.serving.requests import Request, TextRequest
 from improved_diffusion.serving.status_page import StatusServer
 from tests.serving.conftest import CLASSES, a_job, wait_until
 
@@ -99,6 +99,15 @@ def test_one_jobs_failure_is_not_anothers(make_server, open_queue, start_worker,
     assert ends[13].error == "thirteen is not drawn"
     assert "the operator's log" in ends[14].error
     assert "a mistake of ours" in capfd.readouterr().err
+
+
+def test_what_is_no_longer_offered_fails_with_an_answer(make_server, open_queue, start_worker):
+    config = make_server()
+    queue = open_queue(config)
+    job = queue.submit("A", TextRequest(prompt="a dog", style="dog")).job
+    start_worker(config, {"class": FakeDrawer(0)})
+    wait_until(lambda: all_ended(queue))
+    assert queue.job(job.id).error == "this server draws no text jobs any more"
 
 
 def test_too_little_memory_halves_the_batch(make_server, open_queue, start_worker):
