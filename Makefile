@@ -48,3 +48,4 @@ bench: install
 	$(BIN)/python benchmarks/personalize_cache.py
 	$(BIN)/python benchmarks/personalize_memory.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving_device.py
