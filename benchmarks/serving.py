@@ -34,13 +34,14 @@ from improved_diffusion.serving.config import LimitsConfig, ModelsConfig, Servin
 from improved_diffusion.serving.ledger import Ledger  # noqa: E402
 from improved_diffusion.serving.queue import JobQueue  # noqa: E402
 
-FIRST_USER = 100
+FIRST_USER, BOT = 100, "bot"
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What goes wrong on purpose."""
+    """What works, and what goes wrong on purpose."""
 
+    workers: int = 1
     worker_kills: int = 0
     bot_kills: int = 0
     no_memory: int = 0  # for batches with a job in them whose seed this divides; 0 for none
@@ -66,7 +67,7 @@ class Outcome:
 HEADER = f"{'':<14}{'jobs':>6}{'lost':>6}{'twice':>7}{'unsure':>8}{'fairness':>10}{'seconds':>9}{'jobs/s':>9}"
 
 
-def work(config: ServingConfig, disturbance: Disturbance) -> None:
+def work(config: ServingConfig, disturbance: Disturbance, name: str) -> None:
     """A worker, in a process of its own, until it is killed."""
     import torch
     from tqdm import tqdm
@@ -86,7 +87,7 @@ def work(config: ServingConfig, disturbance: Disturbance) -> None:
         return draw([dataclasses.replace(request, steps=disturbance.steps) for request in requests], on_progress)
 
     drawers["class"].draw = draw_if_there_is_room
-    Worker(config, drawers, offer).start()
+    Worker(config, drawers, offer, name).start()
     threading.Event().wait()
 
 
@@ -100,38 +101,40 @@ def talk(config: ServingConfig, server: str) -> None:
         asyncio.run(serve_bot(JobQueue(config), TOKEN, server))
 
 
-def burst(
-    context: BaseContext, home: Path, users: int, jobs: int, disturbance: Disturbance, pixel: str = "pretrained"
-) -> Outcome:
-    """Let `users` ask for `jobs` pictures each at once, and wait for the end."""
+def server(home: Path, users: int, jobs: int, pixel: str = "pretrained", database: str | None = None) -> ServingConfig:
+    """The settings of one that takes all these jobs."""
     models = ModelsConfig(pixel=pixel, device="cpu", batch_size=8)
     limits = LimitsConfig(queued=users * jobs, queued_per_user=jobs)
-    config = ServingConfig(home=str(home), models=models, limits=limits)
+    return ServingConfig(home=str(home), database=database, models=models, limits=limits)
+
+
+def burst(context: BaseContext, config: ServingConfig, users: int, jobs: int, disturbance: Disturbance) -> Outcome:
+    """Let `users` ask for `jobs` pictures each at once, and wait for the end; then nothing is left of them."""
     make_home(config)
     telegram, processes = FakeTelegram(), {}
 
     def start(name: str) -> None:
-        arguments = (config, disturbance) if name == "worker" else (config, telegram.address)
-        target = work if name == "worker" else talk
+        target, arguments = (talk, (config, telegram.address)) if name == BOT else (work, (config, disturbance, name))
         processes[name] = context.Process(target=target, args=arguments, daemon=True)
         processes[name].start()
 
-    start("worker")
+    workers = [f"worker{number}" for number in range(disturbance.workers)]
+    for name in workers:
+        start(name)
     queue = JobQueue(config)
     ledger = Ledger(queue.engine)
     people = range(FIRST_USER, FIRST_USER + users)
     try:
         _wait(lambda: _has_started(queue))
-        name = queue.offer()["classes"][0]
+        class_name = queue.offer()["classes"][0]
         began = time.time()
         for _ in range(jobs):
             for user in people:
-                telegram.say(f"/class {name}", user)
-        start("bot")
+                telegram.say(f"/class {class_name}", user)
+        start(BOT)
         total = users * jobs
-        numbers = {"worker": disturbance.worker_kills, "bot": disturbance.bot_kills}
-        kills = [((i + 1) / (n + 1), name) for name, n in numbers.items() for i in range(n)]
-        for done, name in sorted(kills):  # evenly over the burst
+        kills = _evenly([workers[i % len(workers)] for i in range(disturbance.worker_kills)])
+        for done, name in sorted(kills + _evenly([BOT] * disturbance.bot_kills)):
             _wait(lambda: len(queue.jobs_in(["done"])) >= done * total)  # noqa: B023
             end(processes[name])
             start(name)
@@ -157,8 +160,15 @@ def burst(
         fairness=max(waits) / min(waits),
         seconds=max(job.finished for job in ended) - began,
     )
+    for user in people:
+        queue.purge(f"telegram:{user}")
     queue.close()
     return outcome
+
+
+def _evenly(names: list[str]) -> list[tuple[float, str]]:
+    """(part of the burst after which it is killed, name)."""
+    return [((i + 1) / (len(names) + 1), name) for i, name in enumerate(names)]
 
 
 def end(process: BaseProcess) -> None:
@@ -182,12 +192,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--users", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=4, help="of each user, of one picture each")
+    parser.add_argument("--workers", type=int, default=1, help="several need a database for several machines")
+    parser.add_argument("--database", help="postgresql+psycopg://USER@HOST/NAME, an empty one (default: SQLite)")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
+    context, number = multiprocessing.get_context("spawn"), options.workers
     print(HEADER)
-    for name, disturbance in {"undisturbed": Disturbance(), "with kills": Disturbance(3, 1, 10)}.items():
+    for name, disturbance in {"undisturbed": Disturbance(number), "with kills": Disturbance(number, 3, 1, 10)}.items():
         with tempfile.TemporaryDirectory() as folder:
-            outcome = burst(context, Path(folder) / "home", options.users, options.jobs, disturbance)
+            config = server(Path(folder) / "home", options.users, options.jobs, database=options.database)
+            outcome = burst(context, config, options.users, options.jobs, disturbance)
         print(outcome.row(name), flush=True)
 
 

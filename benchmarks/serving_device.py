@@ -1,8 +1,8 @@
 """What the worker's device saves: `python benchmarks/serving_device.py [--images 16]`.
 
 Jobs of the model that ships drawn four at once against one by one (a picture alone is drawn in a batch of two, see
-`sampling.generate`), and a style whose adapters are kept against one whose adapters are read, on a tiny random SDXL. The
-two sides of each comparison take turns.
+`sampling.generate`), and a style whose adapters are kept against one whose adapters are read, on a tiny random SDXL.
+The two sides of each comparison take turns.
 """
 
 from __future__ import annotations

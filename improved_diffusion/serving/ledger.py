@@ -35,10 +35,10 @@ class Ledger:
         row = sa.select(jobs.c.id, sa.literal("sending"), sa.literal(time.time())).where(jobs.c.id == job_id)
         try:
             with self.engine.begin() as connection:
-                done = connection.execute(deliveries.insert().from_select(["job", "state", "at"], row))
+                claim = deliveries.insert().from_select(["job", "state", "at"], row).returning(deliveries.c.job)
+                return connection.scalar(claim) is not None
         except sa.exc.IntegrityError:
             return False
-        return done.rowcount == 1
 
     def confirm(self, job_id: str, state: str = "sent") -> None:
         """Note what came of it: sent, or refused."""

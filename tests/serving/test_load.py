@@ -21,7 +21,8 @@ def test_a_burst_with_kills_loses_nothing_and_sends_nothing_twice(tiny_run, tmp_
     spec.loader.exec_module(benchmark)
     disturbance = benchmark.Disturbance(worker_kills=1, bot_kills=1, no_memory=2)
     context = multiprocessing.get_context("fork")  # none takes seconds to import torch
-    outcome = benchmark.burst(context, tmp_path / "home", 6, 2, disturbance, str(tiny_run))
+    config = benchmark.server(tmp_path / "home", 6, 2, str(tiny_run))
+    outcome = benchmark.burst(context, config, 6, 2, disturbance)
     assert (outcome.jobs, outcome.lost, outcome.twice) == (12, 0, 0)
     assert outcome.unsure <= 6
     assert outcome.fairness >= 1
