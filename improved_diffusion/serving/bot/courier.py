@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 
 import sqlalchemy as sa
 from aiogram import Bot
@@ -72,14 +74,16 @@ class Courier:
         unsure = await asyncio.to_thread(self.ledger.unsure, user)
         again = [job for job in unsure if job.id not in self._in_hand]
         for job in again:
-            await self._send(job)
+            with self._holding(job):
+                await self._send(job)
         return len(again)
 
     async def _serve(self, chat: int, ended: list[Job], unfinished: list[Job]) -> None:
         try:
             for job in ended:
-                if await asyncio.to_thread(self.ledger.claim, job.id):
-                    await self._send(job)
+                with self._holding(job):
+                    if await asyncio.to_thread(self.ledger.claim, job.id):
+                        await self._send(job)
             if time.monotonic() - self._edited.get(chat, 0.0) >= SECONDS_BETWEEN_EDITS:
                 for job in unfinished:
                     await self._say_how_far(job)
@@ -88,7 +92,6 @@ class Courier:
 
     async def _send(self, job: Job) -> None:
         """Send a job's result, which is claimed, and note what came of it. If that is unclear the claim stands."""
-        self._in_hand.add(job.id)
         try:
             await self._send_pictures(job) if job.state == "done" else await self._send_reason(job)
         except REFUSALS as error:
@@ -101,6 +104,13 @@ class Courier:
         else:
             await asyncio.to_thread(self.ledger.confirm, job.id)
             await self._edit(job, "Done" if job.state == "done" else "It could not be drawn", None)
+
+    @contextlib.contextmanager
+    def _holding(self, job: Job) -> Iterator[None]:
+        """What is on its way just now is not unsure."""
+        self._in_hand.add(job.id)
+        try:
+            yield
         finally:
             self._in_hand.discard(job.id)
 
