@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("dbos")
-
 from improved_diffusion.serving.commands.init import make_home
 from improved_diffusion.serving.config import LimitsConfig, ModelsConfig, ServingConfig
 from improved_diffusion.serving.queue import JobQueue

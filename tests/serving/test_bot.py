@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from PIL import Image
 
-pytest.importorskip("aiogram")
-
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.bot import connection, courier
 from improved_diffusion.serving.bot.connection import RedactingFormatter, read_token

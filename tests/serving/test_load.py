@@ -7,10 +7,6 @@ import multiprocessing
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("aiogram")
-
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "serving.py"
 
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("diffusers")
-
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import AdapterConfig, PersonalizeConfig, SubjectConfig
 from improved_diffusion.personalize.generate import Sampling, draw
