@@ -49,9 +49,9 @@ setup(
     extras_require={
         "similarity": SIMILARITY,
         "personalize": PERSONALIZE,
-        "serving": SERVING,
         "wandb": ["wandb>=0.18"],  # personalize.py train --wandb PROJECT
         "few-bits": ["bitsandbytes>=0.45"],  # 8-bit Adam, and a base of 4 or 8 bits, on a GPU
+        "serving": SERVING,
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
