@@ -54,3 +54,5 @@ bench: install
 	$(BIN)/python benchmarks/synthetic.py
 	$(BIN)/python benchmarks/personalize_cache.py
 	$(BIN)/python benchmarks/personalize_memory.py
+	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving_device.py

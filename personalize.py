@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
-import warnings
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+from improved_diffusion.personalize.quiet import quieten_libraries
 
 COMMANDS = {  # each is a module of improved_diffusion.personalize.commands
     "train": "fine-tune a base on images: LoRA, DreamBooth, textual inversion",
@@ -22,11 +21,6 @@ COMMANDS = {  # each is a module of improved_diffusion.personalize.commands
     "survey": "a blind survey among people about generated images: its page, a server, a report",
     "caption": "captions for a folder of images, by BLIP",
     "tokens": "which rare token can stand for a subject",
-}
-LIBRARIES = {  # their remarks on their own inner workings would hide ours
-    "TOKENIZERS_PARALLELISM": "false",
-    "DIFFUSERS_VERBOSITY": "critical",
-    "TRANSFORMERS_VERBOSITY": "error",
 }
 EXTRAS = {"wandb": "wandb", "bitsandbytes": "few-bits"}  # of setup.py, for what `personalize` has not
 
@@ -40,9 +34,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the command")
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")  # of the libraries, on their own future
-    for variable, value in LIBRARIES.items():
-        os.environ.setdefault(variable, value)
+    quieten_libraries()
     try:
         importlib.import_module(f"improved_diffusion.personalize.commands.{options.command}").run(options.arguments)
     except RuntimeError as error:

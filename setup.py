@@ -20,6 +20,8 @@ PERSONALIZE = [
     "ftfy>=6",
     "pillow-heif>=1.0",  # photographs of telephones
 ]
+# A durable queue, its status, and a Telegram bot.
+SERVING = ["dbos>=3.4,<4", "sqlalchemy>=2.0.43", "prometheus_client>=0.21", "aiogram>=3.31,<4", "aiohttp>=3.9"]
 
 setup(
     name="improved_diffusion",
@@ -55,6 +57,7 @@ setup(
         "streaming": STREAMING,
         "wandb": ["wandb>=0.18"],  # personalize.py train --wandb PROJECT
         "few-bits": ["bitsandbytes>=0.45"],  # 8-bit Adam, and a base of 4 or 8 bits, on a GPU
+        "serving": SERVING,
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -69,6 +72,7 @@ setup(
             *STREAMING,
             *SIMILARITY,
             *PERSONALIZE,
+            *SERVING,
         ],
     },
 )

@@ -22,7 +22,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, numpy (a MemoryError) or PyTorch (on a CPU any RuntimeError) found no memory."""
     return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)) is not None
 
@@ -38,7 +38,7 @@ def user_errors_exit() -> Iterator[None]:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"error: out of memory, use smaller batches, for one: {reason}", file=sys.stderr)

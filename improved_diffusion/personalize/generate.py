@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
@@ -53,6 +54,7 @@ def draw(
     sampling: Sampling,
     batch_size: int = 4,
     start: Image.Image | None = None,
+    on_step: Callable[[float], None] | None = None,
 ) -> Iterator[Image.Image]:
     """A picture for each prompt and seed, one after the other.
 
@@ -68,6 +70,7 @@ def draw(
         sampling: how.
         batch_size: pictures at once, on a GPU.
         start: a picture to start from (image-to-image), fitted to the size of the output.
+        on_step: called after every sampling step with the part of the work that is done, 0 to 1.
     """
     height, width = sampling.height or base.resolution, sampling.width or base.resolution
     settings = {
@@ -89,6 +92,8 @@ def draw(
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)
         texts = list(prompts[batch])
+        if on_step is not None:
+            settings["callback_on_step_end"] = _callback(on_step, first, len(texts), len(prompts))
         if start is not None:
             settings["image"] = latents.to(base.unet.dtype).expand(len(texts), -1, -1, -1)
         with _arithmetic(base):
@@ -103,6 +108,16 @@ def draw(
         if not torch.isfinite(drawn).all():
             raise BrokenPicture(f"the network drew what is no picture (NaN) for {texts[0]!r}: use bf16 or float32")
         yield from decode_latents(base, drawn)
+
+
+def _callback(on_step: Callable[[float], None], before: int, batch: int, total: int) -> Callable[..., dict[str, Any]]:
+    """In diffusers' form, for a batch that `before` of the `total` pictures come before."""
+
+    def after_step(pipeline: Any, step: int, timestep: object, values: dict[str, Any]) -> dict[str, Any]:
+        on_step((before + batch * (step + 1) / pipeline.num_timesteps) / total)
+        return values
+
+    return after_step
 
 
 def mixed_type(base: Base) -> torch.dtype | None:

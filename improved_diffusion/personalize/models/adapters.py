@@ -20,8 +20,8 @@ UNET_TARGETS = {
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed: int = 0) -> None:
-    """Give the UNet, and the text encoders if wanted, a new adapter each, in place.
+def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed: int = 0, name: str = ADAPTER) -> None:
+    """Give the UNet, and the text encoders if wanted, a new adapter each, in place, beside those of other names.
 
     All that was there is frozen; what is new is float32 and trainable, and changes nothing yet."""
     for part in (base.unet, *base.text_encoders.values(), base.pipeline.vae):
@@ -40,9 +40,31 @@ def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed
                 use_dora=config.dora,
                 init_lora_weights="gaussian",
             )
-            part.add_adapter(lora, adapter_name=ADAPTER)
+            part.add_adapter(lora, adapter_name=name)
             for parameter in trainable(part):
                 parameter.data = parameter.data.float()
+
+
+def choose_adapters(base: Base, name: str | None) -> None:
+    """Let the base draw with the adapters of this name alone; with None as it was without any."""
+    for layer in _adapted_layers(base):
+        has_it = name in layer._all_available_adapter_names()
+        if has_it:
+            layer.set_adapter(name, inference_mode=True)
+        layer._disable_adapters = not has_it  # `enable_adapters` would make the weights trainable
+
+
+def remove_adapters(base: Base, name: str) -> None:
+    """Take away the adapters of this name, and their memory."""
+    choose_adapters(base, None)  # or PEFT would choose another one, and warn
+    for layer in _adapted_layers(base):
+        layer.delete_adapter(name)
+    for part in (base.unet, *base.text_encoders.values()):
+        getattr(part, "peft_config", {}).pop(name, None)
+
+
+def _adapted_layers(base: Base) -> list[BaseTunerLayer]:
+    return [m for part in adapted_parts(base).values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
 
 
 def trainable(part: nn.Module) -> list[nn.Parameter]:

@@ -88,6 +88,11 @@ def prepare(base: Base, config: PersonalizeConfig) -> Trained:
             part.float().requires_grad_(True)
     if config.method == "textual_inversion":
         add_word(base, config.subject.token, config.subject.class_name, config.subject.vectors)
+    return trained_parts(base)
+
+
+def trained_parts(base: Base) -> Trained:
+    """What of a base is trainable."""
     parts = {"unet": base.unet, **base.text_encoders}
     named = {
         name: {key: parameter for key, parameter in part.named_parameters() if parameter.requires_grad}

@@ -6,16 +6,18 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.models.adapter_file import read_adapter
-from improved_diffusion.personalize.models.adapters import ADAPTER
+from improved_diffusion.personalize.models.adapters import ADAPTER, attach_adapters, remove_adapters
 from improved_diffusion.personalize.models.base import Base, load_base
-from improved_diffusion.personalize.models.trained import prepare
+from improved_diffusion.personalize.models.trained import prepare, trained_parts
 from improved_diffusion.run_directory import RunDirectory
 
 
@@ -52,10 +54,45 @@ def load_run(
     state = read_checkpoint(file, ("step", "model", "ema"))
     opened = load_base(base or config.base).to(device, dtype, config.training.vae_precision)
     trained = prepare(opened, config)
-    trained.load_state_dict(next(iter(state["ema"].values())) if state["ema"] else state["model"])
+    trained.load_state_dict(_drawn_from(state))
     if config.method == "full":
         opened.to(device, dtype, config.training.vae_precision)  # float32 was for training
     return Tuned(opened, config, state["step"], file)
+
+
+def attach_run(base: Base, run: RunDirectory, name: str) -> tuple[PersonalizeConfig, int]:
+    """Give `base` the adapters of a LoRA run, of the checkpoint that `load_run` would take, under a `name` of their
+    own, in place. `choose_adapters` then chooses among several.
+
+    Returns:
+        The run's settings, and the bytes that the adapters take.
+
+    Raises:
+        UserError: no such run, one that trained no adapters, or one on another base. The base is then as it was.
+    """
+    config = lora_config(run)
+    state = _drawn_from(read_checkpoint(run.choose_checkpoint(None), ("step", "model", "ema")))
+    attach_adapters(base, config.adapter, config.train_text_encoder, name=name)
+    trained = trained_parts(base)
+    try:
+        trained.load_state_dict({key.replace(f".{ADAPTER}.", f".{name}."): value for key, value in state.items()})
+    except UserError:
+        remove_adapters(base, name)
+        raise
+    return config, sum(parameter.nbytes for parameter in trained.parameters.values())
+
+
+def lora_config(run: RunDirectory) -> PersonalizeConfig:
+    """The settings of a LoRA run. Raises UserError where it is none."""
+    config = run.read_config(PersonalizeConfig)
+    if config.method != "lora":
+        raise UserError(f"{run.path} is a run of the method {config.method}: only adapters (lora) share a base")
+    return config
+
+
+def _drawn_from(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Of a checkpoint, the weights that pictures are drawn from."""
+    return next(iter(state["ema"].values())) if state["ema"] else state["model"]
 
 
 def load_adapter(base: Base, file: Path, allow_unknown: bool = False) -> tuple[int, int]:

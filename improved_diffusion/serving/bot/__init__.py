@@ -1,0 +1,1 @@
+"""The Telegram bot: a client of the queue like any other, which draws nothing itself."""

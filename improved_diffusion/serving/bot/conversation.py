@@ -1,0 +1,192 @@
+"""What the bot says to what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import zlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiogram import Bot, F, Router
+from aiogram.filters import Command, CommandObject, CommandStart
+from aiogram.types import BotCommand, CallbackQuery, Message, TelegramObject
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.serving.bot.courier import Courier
+from improved_diffusion.serving.bot.words import CANCEL, answer_of, cancel_button, describe
+from improved_diffusion.serving.queue import UNFINISHED, JobQueue
+from improved_diffusion.serving.requests import ClassRequest, ImageRequest, Request, TextRequest
+from improved_diffusion.serving.uploads import keep_upload, require_size
+
+USERS = "telegram:"  # begins their names in the queue
+COMMANDS = {
+    "class": "pictures of a class: /class waffles 4",
+    "prompt": "a picture of a text: /prompt a dog in the snow",
+    "style": "choose a style, or see which there are",
+    "status": "your jobs, and how long they take",
+    "cancel": "cancel all that is under way",
+    "result": "send again what may not have arrived",
+    "delete_me": "remove everything that is kept of you",
+}
+ALBUMS = 1000  # whose captions are remembered
+
+log = logging.getLogger(__name__)
+
+
+async def announce(bot: Bot) -> None:
+    """Tell Telegram the commands, for its menu."""
+    await bot.set_my_commands([BotCommand(command=name, description=what) for name, what in COMMANDS.items()])
+
+
+def user_of(event: Message | CallbackQuery) -> str:
+    return f"{USERS}{event.from_user.id}"
+
+
+def conversation(queue: JobQueue, courier: Courier) -> Router:
+    """All handlers. Each may be called twice for a message, and then changes nothing more."""
+    return _Conversation(queue, courier).router
+
+
+class _Conversation:
+    def __init__(self, queue: JobQueue, courier: Courier):
+        self.queue = queue
+        self.courier = courier
+        self._captions: dict[str, str] = {}  # of albums, of whose pictures Telegram gives one the caption
+        self.router = router = Router()
+        router.message.filter(F.from_user)
+        router.message.outer_middleware(_answer_mistakes)
+        for name, handler in {
+            "class": self.draw_class,
+            "prompt": self.draw_text,
+            "style": self.style,
+            "status": self.status,
+            "cancel": self.cancel,
+            "result": self.result,
+            "delete_me": self.delete_me,
+        }.items():
+            router.message(Command(name))(handler)
+        router.message(CommandStart())(self.help)
+        router.message(Command("help"))(self.help)
+        router.message(F.photo | F.document)(self.draw_from_picture)
+        router.message(F.text.startswith("/"))(self.help)
+        router.message(F.text)(self.draw_plain_text)
+        router.message()(self.help)
+        router.callback_query(F.data.startswith(CANCEL))(self.press_cancel)
+
+    async def help(self, message: Message) -> None:
+        offer = await asyncio.to_thread(self.queue.offer)
+        lines = [f"/{name} - {what}" for name, what in COMMANDS.items()]
+        if "class" in offer["kinds"]:
+            lines.append(f"Classes: {', '.join(offer['classes'][:50])}")
+        if "image" in offer["kinds"]:
+            lines.append("Or send a photo, with a caption that says what to make of it.")
+        await message.answer("\n".join(lines))
+
+    async def draw_class(self, message: Message, command: CommandObject) -> None:
+        words = (command.args or "").split()
+        n = int(words.pop()) if len(words) > 1 and words[-1].isdecimal() and len(words[-1]) < 5 else 1
+        name = "_".join(words).lower()
+        await self._submit(message, ClassRequest(class_name=name, n=n, seed=_seed(message)))
+
+    async def draw_text(self, message: Message, command: CommandObject) -> None:
+        await self._draw_prompt(message, command.args or "")
+
+    async def draw_plain_text(self, message: Message) -> None:
+        if "text" not in (await asyncio.to_thread(self.queue.offer))["kinds"]:
+            return await self.help(message)
+        return await self._draw_prompt(message, message.text)
+
+    async def draw_from_picture(self, message: Message, bot: Bot) -> None:
+        prompt = self._caption(message)
+        file = message.document or message.photo[-1]  # the largest of its sizes
+        require_size(file.file_size or 0, self.queue.config.limits)
+        if not prompt:
+            raise UserError("what shall I make of it? Send the picture with a caption that says so")
+        data = io.BytesIO()
+        await bot.download(file, destination=data)
+        user = user_of(message)
+        upload = await asyncio.to_thread(keep_upload, self.queue, user, data.getvalue())
+        style = await asyncio.to_thread(self.queue.style_of, user)
+        await self._submit(message, ImageRequest(prompt=prompt, upload=upload, style=style, seed=_seed(message)))
+
+    async def style(self, message: Message, command: CommandObject) -> None:
+        user, chosen = user_of(message), (command.args or "").strip()
+        if chosen:
+            await asyncio.to_thread(self.queue.choose_style, user, None if chosen == "none" else chosen)
+        present = await asyncio.to_thread(self.queue.style_of, user)
+        styles = (await asyncio.to_thread(self.queue.offer))["styles"]
+        choice = f"Choose with /style NAME: {', '.join([*styles, 'none'])}" if styles else "There are no others."
+        await message.answer(f"Your style: {present or 'none'}. {choice}")
+
+    async def status(self, message: Message) -> None:
+        mine = await asyncio.to_thread(self.queue.jobs_of, user_of(message), UNFINISHED)
+        tickets = [await asyncio.to_thread(self.queue.ticket, job.id) for job in mine]
+        lines = [f"{describe(ticket.job.request)}: {answer_of(ticket)}" for ticket in tickets]
+        await message.answer("\n".join(lines) or "Nothing of yours is under way.")
+
+    async def cancel(self, message: Message) -> None:
+        mine = await asyncio.to_thread(self.queue.jobs_of, user_of(message), UNFINISHED)
+        count = sum([await asyncio.to_thread(self.queue.cancel, job.id, job.user) for job in mine])
+        await message.answer(f"{count} cancelled." if count else "There is nothing to cancel.")
+
+    async def press_cancel(self, press: CallbackQuery) -> None:
+        job_id = press.data.removeprefix(CANCEL)
+        done = await asyncio.to_thread(self.queue.cancel, job_id, user_of(press))
+        await press.answer("Cancelled." if done else "There is nothing to cancel.")
+
+    async def result(self, message: Message) -> None:
+        count = await self.courier.send_unsure(user_of(message))
+        if not count:
+            await message.answer("Everything that is done was sent. /status shows what is under way.")
+
+    async def delete_me(self, message: Message) -> None:
+        count = await asyncio.to_thread(self.queue.purge, user_of(message))
+        await message.answer(f"Everything that was kept of you is gone, {count} jobs with their pictures among it.")
+
+    async def _draw_prompt(self, message: Message, prompt: str) -> None:
+        style = await asyncio.to_thread(self.queue.style_of, user_of(message))
+        await self._submit(message, TextRequest(prompt=prompt.strip(), style=style, seed=_seed(message)))
+
+    async def _submit(self, message: Message, request: Request) -> None:
+        """Queue a job whose id follows from its message, and answer with its place."""
+        job_id = _job_id(message)
+        origin = {"chat": message.chat.id, "asked": message.message_id}
+        ticket = await asyncio.to_thread(self.queue.submit, user_of(message), request, job_id, origin)
+        if "answer" in ticket.job.origin:
+            return
+        answer = await message.answer(answer_of(ticket), reply_markup=cancel_button(job_id))
+        await asyncio.to_thread(self.queue.set_origin, job_id, {**origin, "answer": answer.message_id})
+
+    def _caption(self, message: Message) -> str:
+        """That of the picture, or of the album that it is in."""
+        album = message.media_group_id
+        caption = (message.caption or "").strip()
+        if album is None:
+            return caption
+        while len(self._captions) >= ALBUMS:
+            del self._captions[next(iter(self._captions))]
+        return self._captions.setdefault(album, caption)
+
+
+async def _answer_mistakes(
+    handler: Callable[[TelegramObject, dict[str, Any]], Awaitable[Any]], event: Message, data: dict[str, Any]
+) -> Any:
+    """What a user did wrong, or cannot have now, is an answer."""
+    try:
+        return await handler(event, data)
+    except UserError as error:
+        return await event.answer(f"{error}.")
+    except Exception:
+        log.exception("message %s failed", event.message_id)
+        return await event.answer("Something went wrong here. Please try again later.")
+
+
+def _job_id(message: Message) -> str:
+    return f"telegram-{message.chat.id}-{message.message_id}"
+
+
+def _seed(message: Message) -> int:
+    """Another for every message, the same for the same."""
+    return zlib.crc32(_job_id(message).encode())

@@ -1,0 +1,46 @@
+"""How the bot speaks of jobs."""
+
+from __future__ import annotations
+
+from aiogram.types import InlineKeyboardButton, InlineKeyboardMarkup
+
+from improved_diffusion.serving.queue import Ticket
+from improved_diffusion.serving.requests import ClassRequest, Request, TextRequest
+
+CANCEL = "cancel:"  # begins what pressing the button sends
+
+
+def cancel_button(job_id: str) -> InlineKeyboardMarkup:
+    """What stands under the message of a job that is under way."""
+    return InlineKeyboardMarkup(
+        inline_keyboard=[[InlineKeyboardButton(text="Cancel", callback_data=f"{CANCEL}{job_id}")]]
+    )
+
+
+def describe(request: Request) -> str:
+    """What was asked for, in a few words."""
+    if isinstance(request, ClassRequest):
+        what = request.class_name.replace("_", " ")
+    elif isinstance(request, TextRequest):
+        what = request.prompt if len(request.prompt) <= 60 else f"{request.prompt[:57]}..."
+    else:
+        what = request.kind
+    return f"{what} ({request.n} pictures)" if request.n > 1 else what
+
+
+def answer_of(ticket: Ticket) -> str:
+    """How far a job is."""
+    job = ticket.job
+    if job.state == "running":
+        return f"Drawing: {10 * round(10 * job.progress)} %"
+    if job.state == "queued":
+        return f"Place {ticket.place} in the queue, about {in_words(ticket.seconds)}"
+    return {"done": "Done", "cancelled": "Cancelled"}.get(job.state, "It could not be drawn")
+
+
+def in_words(seconds: float) -> str:
+    """A rough time: what changes every second is not worth an edit."""
+    if seconds < 55:
+        return f"{max(5, 5 * round(seconds / 5))} seconds"
+    minutes = max(1, round(seconds / 60))
+    return "1 minute" if minutes == 1 else f"{minutes} minutes"

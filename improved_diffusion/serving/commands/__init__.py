@@ -1,0 +1,1 @@
+"""The commands of serve.py: one module each."""

@@ -1,0 +1,73 @@
+"""What draws each kind of job, with the models of the settings: a class each, and a line in `open_drawers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.sampling.generate import SampleKey
+from improved_diffusion.sampling.loading import load
+from improved_diffusion.sampling.model import Model, change_sampling
+from improved_diffusion.serving.config import ServingConfig
+from improved_diffusion.serving.device import Drawer, OnProgress, release_memory
+from improved_diffusion.serving.requests import ClassRequest
+
+SAMPLER = "dpmpp_2m"
+
+
+def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer], dict[str, Any]]:
+    """{kind: what draws it}, of the models of the settings; and what clients are told of them.
+
+    Raises:
+        UserError: a model that cannot be loaded, or none at all.
+    """
+    models = config.models
+    drawers: dict[str, Drawer] = {}
+    offer: dict[str, Any] = {"classes": [], "can_be_guided": False, "styles": []}
+    if models.pixel is not None:
+        model = load(models.pixel, device=models.device)
+        drawers["class"] = PixelDrawer(model, models.batch_size)
+        offer |= {"classes": list(model.row_names), "can_be_guided": model.config.model.class_dropout > 0}
+    if models.base is not None:
+        from improved_diffusion.serving.text_drawer import open_text_drawer  # diffusers takes seconds
+
+        drawers["text"] = drawers["image"] = open_text_drawer(config)
+        offer["styles"] = list(models.styles)
+    if not drawers:
+        raise UserError("there is nothing to draw with: name models.pixel, models.base, or both (serve.py init)")
+    return drawers, {"kinds": list(drawers), **offer}
+
+
+class PixelDrawer:
+    """Images of classes, as sample.py draws them, of one model."""
+
+    def __init__(self, model: Model, batch_size: int):
+        self.model = model
+        self.batch_size = batch_size
+
+    def draw(self, requests: Sequence[ClassRequest], on_progress: OnProgress) -> list[list[Image.Image]]:
+        first = requests[0]
+        how = {"steps": first.steps, "guidance_scale": first.guidance_scale, "batch_size": self.batch_size}
+        sampling = change_sampling(self.model.config.sampling, sampler=SAMPLER, **how)
+        keys = [key for request in requests for key in self._keys(request)]
+        drawn: list[np.ndarray] = []
+
+        def on_step(step: int, _: object) -> None:  # counts down to 0
+            batch = min(self.batch_size, len(keys) - len(drawn))
+            on_progress((len(drawn) + batch * (1 - step / first.steps)) / len(keys))
+
+        for _, images in self.model.draw(keys, sampling, on_step=on_step):
+            drawn.extend(images)
+        pictures = iter(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in drawn)
+        return [[next(pictures) for _ in range(request.n)] for request in requests]
+
+    def release(self) -> None:
+        release_memory()
+
+    def _keys(self, request: ClassRequest) -> list[SampleKey]:
+        classes = request.class_name if self.model.config.model.class_conditional else None
+        return self.model.keys(classes, request.n, request.seed)

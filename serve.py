@@ -1,0 +1,44 @@
+"""Serve pictures to many people from one device: a durable queue, the worker that draws, a Telegram bot.
+
+python serve.py COMMAND --help     the flags of a command
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+
+COMMANDS = {  # each is a module of improved_diffusion.serving.commands
+    "init": "make a server's home, or change its settings",
+    "up": "everything at once, to try it out: worker, status page, bot",
+    "worker": "draw what is queued; one for each device",
+    "bot": "the Telegram bot",
+    "status": "how the queue stands",
+    "purge-user": "remove everything of a user",
+}
+
+
+def main(arguments: list[str]) -> None:
+    parser = ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="\n".join(["commands:", *(f"  {name:10} {what}" for name, what in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the command")
+    options = parser.parse_args(arguments)
+    module = options.command.replace("-", "_")
+    try:
+        importlib.import_module(f"improved_diffusion.serving.commands.{module}").run(options.arguments)
+    except ModuleNotFoundError as error:
+        if error.name.startswith("improved_diffusion"):
+            raise
+        raise UserError(f"{error.name} is missing: in the checkout, pip install -e '.[serving]'") from error
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        main(sys.argv[1:])

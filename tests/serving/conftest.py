@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from improved_diffusion.serving.commands.init import make_home
+from improved_diffusion.serving.config import LimitsConfig, ModelsConfig, ServingConfig
+from improved_diffusion.serving.queue import JobQueue
+from improved_diffusion.serving.records import Records
+from improved_diffusion.serving.requests import ClassRequest
+from improved_diffusion.serving.worker import Worker
+from tests.personalize.conftest import scripts  # noqa: F401
+
+CLASSES = ["apple_pie", "creme_brulee", "waffles"]
+OFFER = {"kinds": ["class", "text", "image"], "classes": CLASSES, "can_be_guided": True, "styles": ["dog"]}
+
+
+def a_job(seed: int = 0, **values: object) -> ClassRequest:
+    return ClassRequest(**{"class_name": "waffles", "seed": seed, "steps": 2, **values})
+
+
+def wait_until(is_so: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def make_server(tmp_path) -> Callable[..., ServingConfig]:
+    """Makes the home of a server whose pixel model is at `pixel`, with limits of one's own."""
+
+    def make(pixel: Path | str | None = "pretrained", models: dict | None = None, **limits: object) -> ServingConfig:
+        chosen = ModelsConfig(pixel=None if pixel is None else str(pixel), device="cpu", **(models or {}))
+        config = ServingConfig(home=str(tmp_path / "home"), port=0, models=chosen, limits=LimitsConfig(**limits))
+        make_home(config)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fresh_base(tmp_path_factory, scripts):  # noqa: F811
+    """A random Stable Diffusion of which nothing is anyone else's but the tokenizer: to read it takes longer than all
+    else."""
+    from tiny_pipeline import make_pipeline
+
+    from improved_diffusion.personalize.models.base import Base, load_base
+
+    folder = tmp_path_factory.mktemp("base")
+    make_pipeline("sd").save_pretrained(folder)
+    loaded = load_base(str(folder))
+    shared = {id(tokenizer): tokenizer for tokenizer in loaded.tokenizers}
+    return lambda: Base(loaded.name, copy.deepcopy(loaded.pipeline, dict(shared)))
+
+
+@pytest.fixture
+def open_queue() -> Iterator[Callable[[ServingConfig], JobQueue]]:
+    opened = []
+
+    def opening(config: ServingConfig) -> JobQueue:
+        opened.append(JobQueue(config))
+        Records(config, opened[-1].engine).publish(OFFER)
+        return opened[-1]
+
+    yield opening
+    for queue in opened:
+        queue.close()
+
+
+@pytest.fixture
+def start_worker() -> Iterator[Callable[..., Worker]]:
+    """Starts a worker in this process, one at a time."""
+    started: list[Worker] = []
+
+    def start(config: ServingConfig, drawers: dict, offer: dict = OFFER) -> Worker:
+        started.append(Worker(config, drawers, offer))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for worker in started:
+        if not worker.has_ended:
+            worker.stop()
