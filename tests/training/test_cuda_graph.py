@@ -108,9 +108,14 @@ def test_no_step_waits_for_the_device(tiny_trainer, flags):
     assert waits.found == []
 
 
+@pytest.fixture
+def nothing_in_c(monkeypatch):
+    """What C computes cannot be recorded."""
+    monkeypatch.setattr(group_norm, "_library", lambda x: None)
+
+
 @every_kind
-def test_a_captured_step_is_the_step(tiny_trainer, flags, monkeypatch, pretended_gpu):
-    monkeypatch.setattr(group_norm, "_library", lambda x: None, raising=False)  # what C computes cannot be recorded
+def test_a_captured_step_is_the_step(tiny_trainer, flags, pretended_gpu, nothing_in_c):
     expected = train(tiny_trainer(*flags), 7)
     captured = tiny_trainer(*flags, "--training.cuda_graph=true")
     pretended_gpu(captured)
@@ -130,8 +135,11 @@ def test_what_is_compiled_is_one_graph(tiny_trainer, flags, monkeypatch):
     whole = functools.partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", whole)
     compiled = train(tiny_trainer(*flags, "--training.compile=true"), 2)
-    for name, weights in expected.network.state_dict().items():
-        torch.testing.assert_close(compiled.network.state_dict()[name], weights, rtol=1e-4, atol=1e-6, msg=name)
+    gradients = {name: weights.grad for name, weights in expected.network.named_parameters()}
+    # Not the weights: some gradients are 0 but for rounding, of which Adam makes steps as large as of any other.
+    rounding = 1e-5 * max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, weights in compiled.network.named_parameters():
+        torch.testing.assert_close(weights.grad, gradients[name], rtol=1e-3, atol=rounding, msg=name)
     means, compiled_means = (made.terms.flush(made.processes) for made in (expected, compiled))
     assert compiled_means == pytest.approx(means, rel=1e-4)
 
