@@ -64,7 +64,7 @@ def take_steps(trainer, steps: int) -> None:
         # Three timesteps, so that the history of the losses fills and decides what is drawn after the resume.
         ["--loss=vlb", "--diffusion.timesteps=3", "--training.warmup_steps=12"],
     ],
-    ids=["hybrid", "mse", "muon", "vlb"],
+    ids=["hybrid", "mse", "muon", "augmented", "vlb"],
 )
 def test_half_the_steps_and_a_resume_equal_all_the_steps(tiny_trainer, tmp_path, flags):
     unbroken, first_half, second_half = (tiny_trainer(*flags) for _ in range(3))

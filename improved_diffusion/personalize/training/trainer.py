@@ -226,7 +226,7 @@ class Trainer:
             if self.config.training.adam_8bit:
                 self.optimizer.load_state_dict(state["optimizer"])
             else:
-                set_moments(self.optimizer, state["optimizer"])
+                set_moments(self.optimizer.optimizer, state["optimizer"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             if "running_means" in state:  # older checkpoints have none
