@@ -104,6 +104,7 @@ def main(arguments: list[str]) -> None:
         points.append(
             {
                 "sampler": label,
+                "budget": evaluations,
                 "evaluations": taken,
                 "steps": sampling.steps,
                 "value": estimate.value,
@@ -122,9 +123,9 @@ def report(points: list[dict], out: Path, title: str) -> None:
     with atomic_write(out / "curve.json") as temporary:
         temporary.write_text(json.dumps({"title": title, "points": points}, indent=2) + "\n")
     samplers = list(dict.fromkeys(point["sampler"] for point in points))
-    columns = sorted({point["evaluations"] for point in points})
-    values = {(point["sampler"], point["evaluations"]): point["value"] for point in points}
-    lines = [f"{title}, by network evaluations", "", "| sampler | " + " | ".join(map(str, columns)) + " |"]
+    columns = sorted({point["budget"] for point in points})
+    values = {(point["sampler"], point["budget"]): point["value"] for point in points}
+    lines = [f"{title}, by network evaluations at the most", "", "| sampler | " + " | ".join(map(str, columns)) + " |"]
     lines.append("| --- |" + " --- |" * len(columns))
     for sampler in samplers:
         cells = (f"{values[sampler, n]:.3f}" if (sampler, n) in values else "" for n in columns)
@@ -141,7 +142,7 @@ def report(points: list[dict], out: Path, title: str) -> None:
         x = [point["evaluations"] for point in of_one]
         axes.plot(x, [point["value"] for point in of_one], "o-", label=sampler)
         axes.fill_between(x, [point["low"] for point in of_one], [point["high"] for point in of_one], alpha=0.15)
-    axes.set(title=title, xlabel="network evaluations per image", ylabel="FID", xscale="log", yscale="log")
+    axes.set(title=title, xlabel="network evaluations per image", ylabel=title.split(",")[0], xscale="log", yscale="log")
     axes.set_xticks(columns, map(str, columns))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
