@@ -142,7 +142,8 @@ def report(points: list[dict], out: Path, title: str) -> None:
         x = [point["evaluations"] for point in of_one]
         axes.plot(x, [point["value"] for point in of_one], "o-", label=sampler)
         axes.fill_between(x, [point["low"] for point in of_one], [point["high"] for point in of_one], alpha=0.15)
-    axes.set(title=title, xlabel="network evaluations per image", ylabel=title.split(",")[0], xscale="log", yscale="log")
+    metric = title.split(",")[0]
+    axes.set(title=title, xlabel="network evaluations per image", ylabel=metric, xscale="log", yscale="log")
     axes.set_xticks(columns, map(str, columns))
     axes.minorticks_off()
     axes.grid(alpha=0.3)

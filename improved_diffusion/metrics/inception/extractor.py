@@ -18,7 +18,7 @@ from improved_diffusion.data.image_set import CHANNELS
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.inception.network import CLASSIFIER, LOGITS, Conv, Inception, feature_layers
 from improved_diffusion.metrics.inception.preprocessing import INPUT_SIZE, PREPROCESSINGS, SMALLEST_SIDE, preprocess
-from improved_diffusion.metrics.inception.weights import Layer, load_classifier, load_layers, weights_hash
+from improved_diffusion.metrics.inception.weights import Layer, load_classifier, load_layers
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class FeatureExtractor:
         self.precision = precision
         # On a CPU, larger activations than those of a few images cost more in page faults than they save.
         self.batch_size = 8 if self.device.type == "cpu" else 128
-        self.weights_hash = weights_hash(layers)
+        self.weights_hash = layers.hash
         network = fold_layers(self.features, layers, classifier)
         self.network = network.to(self.device, memory_format=torch.channels_last)
         self._compiled: Callable[[Tensor], dict[int, Tensor]] | None = None

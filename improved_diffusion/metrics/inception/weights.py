@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import importlib.util
@@ -156,14 +157,30 @@ READERS: dict[str, Callable[[Path], dict[str, Layer]]] = {
 }
 
 
-def load_layers(path: Path | str | None = None) -> dict[str, Layer]:
+class Layers(dict[str, Layer]):
+    """The convolutions of the network by name."""
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """`weights_hash` of them."""
+        return weights_hash(self)
+
+
+def load_layers(path: Path | str | None = None) -> Layers:
     """The convolutions of the network by name, from the file at `path` or else the first that `find_weights` finds.
 
     Raises:
         UserError: no such file, no weights anywhere, or a file whose SHA-256 is not that of a known one.
     """
-    path, read = verified(path)
-    return read(path)
+    path = located(path)
+    found = path.stat()
+    return _layers(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # who measures again and again need not wait for the file each time
+def _layers(path: Path, size: int, modified: int) -> Layers:
+    """Those of the file in that state."""
+    return Layers(verified_reader(path)(path))
 
 
 def load_classifier(path: Path | str | None = None) -> Tensor:
@@ -172,8 +189,8 @@ def load_classifier(path: Path | str | None = None) -> Tensor:
     Raises:
         UserError: as `load_layers`; or the weights are those of the package, which lacks that layer.
     """
-    path, read = verified(path)
-    if read is not read_published:
+    path = located(path)
+    if verified_reader(path) is not read_published:
         raise UserError(
             f"the Inception Score needs the network's last layer, which {path} does not have: get {DOWNLOAD_NAME} "
             f"({DOWNLOAD_URL}) and put it at {cached_weights()}, or give it with --weights"
@@ -181,15 +198,20 @@ def load_classifier(path: Path | str | None = None) -> Tensor:
     return torch.load(path, map_location="cpu", weights_only=True)["fc.weight"].float()
 
 
-def verified(path: Path | str | None) -> tuple[Path, Callable[[Path], dict[str, Layer]]]:
-    """The file of weights, its hash checked, and what reads it.
-
-    Raises:
-        UserError: see `load_layers`.
-    """
+def located(path: Path | str | None) -> Path:
+    """The file of weights: `path`, or else the first that `find_weights` finds. Raises UserError if there is none."""
     path = Path(path) if path is not None else find_weights()
     if not path.is_file():
         raise UserError(f"no Inception weights at {path}")
+    return path
+
+
+def verified_reader(path: Path) -> Callable[[Path], dict[str, Layer]]:
+    """What reads the file of weights, its hash checked.
+
+    Raises:
+        UserError: the hash is that of no known file.
+    """
     digest = file_sha256(path)
     if digest not in READERS:
         raise UserError(
@@ -197,7 +219,7 @@ def verified(path: Path | str | None) -> tuple[Path, Callable[[Path], dict[str, 
             f"{DOWNLOAD_NAME} ({DOWNLOAD_SHA256[:16]}...) nor default_1.pt of {PACKAGE} "
             f"({PACKAGED_SHA256[:16]}...); delete the file or get it again"
         )
-    return path, READERS[digest]
+    return READERS[digest]
 
 
 def find_weights() -> Path:
