@@ -5,11 +5,11 @@ python personalize.py COMMAND --help     the flags of a command
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 
-from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+from improved_diffusion.commands import split_command
+from improved_diffusion.errors import UserError, user_errors_exit
 from improved_diffusion.personalize.quiet import quieten_libraries
 
 COMMANDS = {  # each is a module of improved_diffusion.personalize.commands
@@ -26,17 +26,10 @@ EXTRAS = {"wandb": "wandb", "bitsandbytes": "few-bits"}  # of setup.py, for what
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="\n".join(["commands:", *(f"  {name:10} {what}" for name, what in COMMANDS.items())]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the command")
-    options = parser.parse_args(arguments)
+    command, rest = split_command(__doc__.splitlines()[0], COMMANDS, arguments)
     quieten_libraries()
     try:
-        importlib.import_module(f"improved_diffusion.personalize.commands.{options.command}").run(options.arguments)
+        importlib.import_module(f"improved_diffusion.personalize.commands.{command}").run(rest)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise

@@ -5,11 +5,11 @@ python serve.py COMMAND --help     the flags of a command
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 
-from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+from improved_diffusion.commands import split_command
+from improved_diffusion.errors import UserError, user_errors_exit
 
 COMMANDS = {  # each is a module of improved_diffusion.serving.commands
     "init": "make a server's home, or change its settings",
@@ -22,17 +22,10 @@ COMMANDS = {  # each is a module of improved_diffusion.serving.commands
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="\n".join(["commands:", *(f"  {name:10} {what}" for name, what in COMMANDS.items())]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the command")
-    options = parser.parse_args(arguments)
-    module = options.command.replace("-", "_")
+    command, rest = split_command(__doc__.splitlines()[0], COMMANDS, arguments)
+    module = command.replace("-", "_")
     try:
-        importlib.import_module(f"improved_diffusion.serving.commands.{module}").run(options.arguments)
+        importlib.import_module(f"improved_diffusion.serving.commands.{module}").run(rest)
     except ModuleNotFoundError as error:
         if error.name.startswith("improved_diffusion"):
             raise
