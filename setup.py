@@ -20,6 +20,8 @@ PERSONALIZE = [
     "ftfy>=6",
     "pillow-heif>=1.0",  # photographs of telephones
 ]
+# Cut-outs: edges without the background's colour; icons as training data; quality of pictures.
+STICKERS = [*PERSONALIZE, "pymatting>=1.1.13", "resvg-py>=0.2"]
 # A durable queue, its status, and a Telegram bot.
 SERVING = ["dbos>=3.4,<4", "sqlalchemy>=2.0.43", "prometheus_client>=0.21", "aiogram>=3.31,<4", "aiohttp>=3.9"]
 
@@ -57,6 +59,7 @@ setup(
         "streaming": STREAMING,
         "wandb": ["wandb>=0.18"],  # personalize.py train --wandb PROJECT
         "few-bits": ["bitsandbytes>=0.45"],  # 8-bit Adam, and a base of 4 or 8 bits, on a GPU
+        "stickers": STICKERS,
         "serving": SERVING,
         "dev": [
             "pytest>=8",
@@ -71,7 +74,7 @@ setup(
             "torch-fidelity>=0.4",  # an independent answer for KID, precision and recall, Inception Score
             *STREAMING,
             *SIMILARITY,
-            *PERSONALIZE,
+            *STICKERS,
             *SERVING,
         ],
     },

@@ -1,0 +1,1 @@
+"""The commands of stickers.py: one module each."""
