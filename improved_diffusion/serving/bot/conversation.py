@@ -14,11 +14,11 @@ from aiogram.filters import Command, CommandObject, CommandStart
 from aiogram.types import BotCommand, CallbackQuery, Message, TelegramObject
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.serving.bot.courier import Courier
-from improved_diffusion.serving.bot.words import CANCEL, answer_of, cancel_button, describe
+from improved_diffusion.serving.bot.courier import CANCEL, Courier, cancel_button
 from improved_diffusion.serving.queue import UNFINISHED, JobQueue
 from improved_diffusion.serving.requests import ClassRequest, ImageRequest, Request, TextRequest
 from improved_diffusion.serving.uploads import keep_upload, require_size
+from improved_diffusion.serving.words import answer_of, describe
 
 USERS = "telegram:"  # begins their names in the queue
 COMMANDS = {

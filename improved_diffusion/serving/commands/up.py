@@ -1,4 +1,4 @@
-"""Everything at once: the worker with its status page, and the bot if there is a token. What dies is started again."""
+"""Everything at once: worker, status page, page, and the bot if there is a token. What dies is started again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
     if not config_file(home).is_file():
         make_home(ServingConfig(home=home))
     load_serving_config(home)
-    commands = ["worker", *(["bot"] if any(name in os.environ for name in TOKENS) else [])]
+    commands = ["worker", "page", *(["bot"] if any(name in os.environ for name in TOKENS) else [])]
     stop = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)
     started = {command: _start(command, home) for command in commands}

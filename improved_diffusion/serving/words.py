@@ -1,20 +1,9 @@
-"""How the bot speaks of jobs."""
+"""How bot and page speak of jobs."""
 
 from __future__ import annotations
 
-from aiogram.types import InlineKeyboardButton, InlineKeyboardMarkup
-
 from improved_diffusion.serving.queue import Ticket
 from improved_diffusion.serving.requests import ClassRequest, Request, TextRequest
-
-CANCEL = "cancel:"  # begins what pressing the button sends
-
-
-def cancel_button(job_id: str) -> InlineKeyboardMarkup:
-    """What stands under the message of a job that is under way."""
-    return InlineKeyboardMarkup(
-        inline_keyboard=[[InlineKeyboardButton(text="Cancel", callback_data=f"{CANCEL}{job_id}")]]
-    )
 
 
 def describe(request: Request) -> str:
