@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from improved_diffusion.serving.queue import Ticket
-from improved_diffusion.serving.requests import ClassRequest, Request, TextRequest
+from improved_diffusion.serving.requests import ClassRequest, ProcessRequest, Request, TextRequest
 
 
 def describe(request: Request) -> str:
     """What was asked for, in a few words."""
     if isinstance(request, ClassRequest):
-        what = request.class_name.replace("_", " ")
+        what = request.class_name.replace("_", " ") + (", step by step" if isinstance(request, ProcessRequest) else "")
     elif isinstance(request, TextRequest):
         what = request.prompt if len(request.prompt) <= 60 else f"{request.prompt[:57]}..."
     else:

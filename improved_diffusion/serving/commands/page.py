@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 from pathlib import Path
 
+from improved_diffusion.errors import UserError
 from improved_diffusion.serving.commands.options import command_parser
 from improved_diffusion.serving.config import load_serving_config
 
@@ -21,6 +23,7 @@ def run(arguments: list[str]) -> None:
     port = config.page_port if options.port is None else options.port
     if importlib.util.find_spec("streamlit") is None:
         raise ModuleNotFoundError("no streamlit", name="streamlit")
+    require_free(config.host, port)
     settings = {
         "server.address": config.host,
         "server.port": port,
@@ -33,6 +36,13 @@ def run(arguments: list[str]) -> None:
         "logger.level": "error",
     }
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    print(f"page: http://{config.host}:{port}", flush=True)
     # In place of this process, so that what stops it stops Streamlit.
     os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(APP), *flags, "--", str(config.folder)])
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise UserError where the page's address cannot be had."""
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot serve the page at {host}, port {port}: {error}; choose another with --port") from error
