@@ -49,7 +49,7 @@ def claim_for(description: Path, settings: Mapping[str, Any], inputs: Mapping[st
     known = _read(description, advice).get(INPUTS, {})
     for name, digest in inputs.items():
         if known.get(name, digest) != digest:
-            raise UserError(f"{folder} has the results of another picture called {name}: rename it, or {advice}")
+            raise UserError(f"what is called {name} in {folder} was made of something else: {advice}")
     if set(inputs) - set(known):
         _write(description, {**settings, INPUTS: {**known, **inputs}})
 

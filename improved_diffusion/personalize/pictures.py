@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, file_sha256
 from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.progress import progress
+
+
+def model_settings(base: Base, scales: Sequence[float | None], adapter: Path | None) -> dict[str, Any]:
+    """What of a model changes its pictures, for `claim`; `scales` are those of its adapters, of the UNet first."""
+    return {
+        "scales": list(scales),
+        "precision": str(base.unet.dtype).removeprefix("torch."),
+        "base": base.name,
+        "adapter": file_sha256(adapter) if adapter is not None else None,  # its alpha is no weight
+        "weights": base.fingerprint(),
+    }
 
 
 def draw_missing(

@@ -11,8 +11,10 @@ from PIL import Image
 
 from improved_diffusion.data.decode import to_rgb
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import file_sha256
 
 SHIPPED = Path(__file__).parents[2] / "pretrained" / "cutout"
+NAMES = ("birefnet", "alpha")
 BIREFNET = "birefnet-general"  # rembg's name for the weights
 
 
@@ -51,6 +53,14 @@ def load_matter(name: str | Path = SHIPPED, device: str = "cpu") -> Matter:
     segment = importlib.import_module("improved_diffusion.stickers.segment")  # torch and transformers take seconds
     network = segment.load_cutout(path, device)
     return lambda image: network(to_rgb(image))
+
+
+def identity(name: str | Path) -> str:
+    """What tells a matter from others: its name, or of a trained cut-out the SHA-256 of its weights."""
+    if str(name) in NAMES:
+        return str(name)
+    path = Path(name)
+    return " ".join(file_sha256(file) for file in sorted(path.glob("*.safetensors")) or [path])
 
 
 def own_alpha(image: Image.Image) -> np.ndarray:

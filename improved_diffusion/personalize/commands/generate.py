@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.personalize.measuring.sheet import contact_sheet
     from improved_diffusion.personalize.models.adapters import set_scales
     from improved_diffusion.personalize.models.trained import resolution_of
-    from improved_diffusion.personalize.pictures import draw_missing
+    from improved_diffusion.personalize.pictures import draw_missing, model_settings
     from improved_diffusion.results import claim, holds_something
     from improved_diffusion.sampling.grids import save_png
 
@@ -67,11 +67,7 @@ def run(arguments: list[str]) -> None:
         "seed": options.seed,
         **dataclasses.asdict(sampling),
         "image": file_sha256(options.image) if options.image is not None else None,
-        "scales": list(scales),
-        "precision": str(base.unet.dtype).removeprefix("torch."),
-        "base": base.name,
-        "adapter": file_sha256(options.adapter) if options.adapter is not None else None,  # its alpha is no weight
-        "weights": base.fingerprint(),
+        **model_settings(base, scales, options.adapter),
     }
     claim(manifest, request, "choose another --out")
     texts = [prompt for prompt in prompts for _ in range(options.n)]
