@@ -33,14 +33,13 @@ def claim(description: Path, settings: Mapping[str, Any], advice: str) -> None:
 
 
 def claim_for(description: Path, settings: Mapping[str, Any], inputs: Mapping[str, str], advice: str) -> None:
-    """`claim`, and see that what was made of an input of some name was made of this one. Others may join them later.
+    """`claim`, and see that results that are there already were made of the same. Others may join them later.
 
     Args:
-        inputs: {name: SHA-256 of the content}.
+        inputs: {file that is to be made in the folder: SHA-256 of what it is made of}.
 
     Raises:
-        UserError: see `claim`; or there are results of another input of that name; or the folder holds what no
-            description tells of.
+        UserError: see `claim`; or one was made of something else; or the folder holds what no description tells of.
     """
     folder = description.parent
     if not description.is_file() and holds_something(folder):
@@ -48,9 +47,9 @@ def claim_for(description: Path, settings: Mapping[str, Any], inputs: Mapping[st
     claim(description, settings, advice)
     known = _read(description, advice).get(INPUTS, {})
     for name, digest in inputs.items():
-        if known.get(name, digest) != digest:
-            raise UserError(f"what is called {name} in {folder} was made of something else: {advice}")
-    if set(inputs) - set(known):
+        if known.get(name) != digest and (folder / name).exists():
+            raise UserError(f"{folder / name} was made of something else: {advice}")
+    if known != {**known, **inputs}:
         _write(description, {**settings, INPUTS: {**known, **inputs}})
 
 

@@ -96,7 +96,8 @@ def make_each(
     Raises:
         UserError: `out` holds results of other settings, or of other pictures of these names, or cannot be written.
     """
-    claim_for(out / MANIFEST, settings, {photo.name: photo.digest for photo in photos}, "choose another --out")
+    inputs = {f"{picture.name}{suffix}": picture.digest for picture in photos}
+    claim_for(out / MANIFEST, settings, inputs, "choose another --out")
     made, refused = {}, []
     with progress(total=len(photos), desc=description, unit="picture") as bar:
         for picture in photos:
