@@ -71,7 +71,7 @@ def foreground(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.rint(255 * estimate_foreground_ml(colours / 255, alpha.astype(np.float64))).astype(np.uint8)
 
 
-def cut_photos(photos: Sequence[Photo], out: Path, matting: str, device: str) -> Outcome:
+def cut_photos(photos: Sequence[Photo], out: Path, matting: str) -> Outcome:
     """Write out/NAME.png, the foreground of each picture; see `make_each`.
 
     Args:
@@ -80,7 +80,7 @@ def cut_photos(photos: Sequence[Photo], out: Path, matting: str, device: str) ->
     Raises:
         UserError: as `load_matter` and `make_each` do.
     """
-    matter = load_matter(matting, device)
+    matter = load_matter(matting)
     settings = {"matting": identity(matting)}
     return make_each(
         photos, out, ".png", settings, lambda photo: png(cut_out(photo.load_transparent(), matter)), "cutting out"

@@ -30,13 +30,12 @@ class Matter(Protocol):
         """
 
 
-def load_matter(name: str | Path = SHIPPED, device: str = "cpu") -> Matter:
+def load_matter(name: str | Path = SHIPPED) -> Matter:
     """A matter by its name.
 
     Args:
         name: `birefnet`, or `alpha` for the transparency that a picture has itself, or a cut-out that
             `stickers.py segment train` made: its folder, or the .safetensors file there.
-        device: where a trained one runs.
 
     Raises:
         UserError: there is no such cut-out, or what the name needs is not installed or not to be had.
@@ -51,7 +50,7 @@ def load_matter(name: str | Path = SHIPPED, device: str = "cpu") -> Matter:
             f"there is no cut-out at {path}: give a folder that stickers.py segment train wrote, birefnet, or alpha"
         )
     segment = importlib.import_module("improved_diffusion.stickers.segment")  # torch and transformers take seconds
-    network = segment.load_cutout(path, device)
+    network = segment.load_cutout(path)
     return lambda image: network(to_rgb(image))
 
 

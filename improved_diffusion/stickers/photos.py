@@ -96,23 +96,23 @@ def make_each(
     Raises:
         UserError: `out` holds results of other settings, or of other pictures of these names, or cannot be written.
     """
-    inputs = {f"{picture.name}{suffix}": picture.digest for picture in photos}
+    files = {picture: out / f"{picture.name}{suffix}" for picture in photos}
+    inputs = {file.name: picture.digest for picture, file in files.items()}
     claim_for(out / MANIFEST, settings, inputs, "choose another --out")
-    made, refused = {}, []
-    with progress(total=len(photos), desc=description, unit="picture") as bar:
-        for picture in photos:
-            file = out / f"{picture.name}{suffix}"
-            if not file.is_file():
-                try:
-                    content = make(picture)
-                except UserError as error:
-                    refused.append(f"{picture.path}: {error}")
-                    continue
-                with atomic_write(file) as temporary:
-                    temporary.write_bytes(content)
-            made[picture.name] = file
+    missing = [picture for picture, file in files.items() if not file.is_file()]
+    refused = []
+    with progress(total=len(missing), desc=description, unit="picture", disable=not missing) as bar:
+        for picture in missing:
+            try:
+                content = make(picture)
+            except UserError as error:
+                refused.append(f"{picture.path}: {error}")
+                del files[picture]
+                continue
+            with atomic_write(files[picture]) as temporary:
+                temporary.write_bytes(content)
             bar.update()
-    return Outcome(made, refused)
+    return Outcome({picture.name: file for picture, file in files.items()}, refused)
 
 
 def png(picture: Image.Image) -> bytes:

@@ -44,14 +44,14 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.stickers.sheet import Stages, stages_sheet
 
     require_outline(options.outline)  # before minutes are spent
-    load_matter(options.matting, device)
+    load_matter(options.matting)
     out = options.out
     captioned = caption_photos(photos, out / "captions", options.blip, options.prefix, device)
     usable = [photo for photo in photos if photo.name in captioned.made]
     captions = read_captions(usable, out / "captions")
     style, model = open_style(parser, options)
     restyled = restyle_photos(usable, out / "restyled", style, captions, model)
-    cut = cut_photos(restyled.photos(), out / "cut", options.matting, device)
+    cut = cut_photos(restyled.photos(), out / "cut", options.matting)
     finished = finish_photos(cut.photos(), out / "stickers", options.outline, options.format)
     if finished.made:
         rows = []
