@@ -1,10 +1,13 @@
-"""Folders that commands fill: with what settings and from what, so that nothing else gets among it after a kill."""
+"""Folders that commands fill: with what settings and from what, so that nothing else gets among it after a kill; and
+the tables in them."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,16 @@ def claim_for(description: Path, settings: Mapping[str, Any], inputs: Mapping[st
 def holds_something(folder: Path) -> bool:
     """Whether anything is there but an empty folder, and hidden files, which a kill leaves half-written."""
     return folder.exists() and not (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()))
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table whose columns are the keys of its first row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(file) as temporary:
+        temporary.write_text(text.getvalue())
 
 
 def _read(description: Path, advice: str) -> dict[str, Any]:
