@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from improved_diffusion.data.photo import PhotoLimits
 from improved_diffusion.errors import UserError
 from improved_diffusion.settings import load_settings, require
 
@@ -73,6 +74,11 @@ class LimitsConfig:
             self.images <= 10,
             f"limits.images must be at most 10, which an album of Telegram's holds, not {self.images}",
         )
+
+    @property
+    def photo(self) -> PhotoLimits:
+        """What of an uploaded picture is taken."""
+        return PhotoLimits(self.upload_bytes, self.upload_pixels, self.upload_side)
 
 
 @dataclass(frozen=True)
