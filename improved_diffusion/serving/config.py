@@ -21,6 +21,11 @@ class ModelsConfig:
     """Base of text-to-image and image-to-image: a folder or a name on the hub; null for none."""
     styles: dict[str, str] = field(default_factory=dict)
     """LoRA runs of personalize.py on that base, by the name under which they are offered."""
+    matting: str | None = "pretrained"
+    """What cuts stickers out: the cut-out that ships, if it is there; or a folder that stickers.py segment train wrote,
+    or birefnet; null for no stickers."""
+    captioner: str | None = None
+    """BLIP model, by name or folder, whose caption of a photo a sticker is drawn from; null for none."""
     device: str | None = None
     """cpu, cuda, cuda:1 ...; by default cuda if there is one."""
     batch_size: int = 8
@@ -31,6 +36,7 @@ class ModelsConfig:
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"models.batch_size must be at least 1, not {self.batch_size}")
         require(self.adapter_bytes >= 0, f"models.adapter_bytes must not be negative, not {self.adapter_bytes}")
+        require(self.matting != "alpha", "models.matting: what users send is kept without transparency, so not alpha")
         require(not self.styles or self.base is not None, "models.styles are runs on a base: name it, models.base")
         for name in self.styles:
             require(name.isidentifier(), f"a style's name is letters, digits and _, not {name!r}")

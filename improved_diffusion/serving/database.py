@@ -56,6 +56,15 @@ preferences = Table(
     Column("user", Text, primary_key=True),
     Column("style", Text),
 )
+packs = Table(  # of stickers on Telegram; a row stays when its job expires, for the sticker stays in the pack
+    "serving_packs",
+    metadata,
+    Column("job", Text, primary_key=True),
+    Column("user", Text, nullable=False, index=True),
+    Column("number", Integer, nullable=False),  # of the user's pack
+    Column("before", JSON, nullable=False),  # stickers that were in the pack before
+    Column("sticker", Text),  # Telegram's name of it, when it is in the pack
+)
 workers = Table(
     "serving_workers",
     metadata,
@@ -79,14 +88,16 @@ counter = Table(  # one row
 
 
 def open_database(config: ServingConfig) -> sa.Engine:
-    """Connections to the database of a server.
+    """Connections to the database of a server. Tables that an older version did not make are made.
 
     Raises:
         UserError: `create_database` has not been here.
     """
     if config.database is None and not Path(config.folder / "queue.sqlite").is_file():
         raise UserError(f"there is no queue in {config.home}: python serve.py init --home {config.home}")
-    return _engine(config)
+    engine = _engine(config)
+    metadata.create_all(engine)
+    return engine
 
 
 def create_database(config: ServingConfig) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from improved_diffusion.errors import UserError, is_out_of_memory
 from improved_diffusion.serving.queue import Job
-from improved_diffusion.serving.records import Records
+from improved_diffusion.serving.records import Encoded, Records
 from improved_diffusion.serving.requests import Request
 
 SECONDS_BETWEEN_REPORTS = 0.5
@@ -31,7 +31,7 @@ OnProgress = Callable[[float], None]
 class Drawer(Protocol):
     """What draws jobs of one kind."""
 
-    def draw(self, requests: Sequence[Request], on_progress: OnProgress) -> list[list[Image.Image]]:
+    def draw(self, requests: Sequence[Request], on_progress: OnProgress) -> list[list[Image.Image | Encoded]]:
         """The pictures of each request, all of one `group`: the same as if each were drawn alone. Calls `on_progress`
         with a number from 0 to 1 at every step, which may raise to stop it."""
 
@@ -173,7 +173,7 @@ class Device:
         else:
             self.records.fail(jobs[0], reason)
 
-    def _finish(self, job: Job, images: list[Image.Image]) -> None:
+    def _finish(self, job: Job, images: list[Image.Image | Encoded]) -> None:
         try:
             self.records.finish(job, images)
         except UserError:  # no space left, say

@@ -11,12 +11,13 @@ from PIL import Image
 from improved_diffusion.config import SamplingConfig
 from improved_diffusion.errors import UserError
 from improved_diffusion.sampling.generate import SampleKey
-from improved_diffusion.sampling.loading import load
+from improved_diffusion.sampling.loading import PRETRAINED, load
 from improved_diffusion.sampling.model import Model, change_sampling
 from improved_diffusion.sampling.strip import reverse_process
-from improved_diffusion.serving.config import ServingConfig
+from improved_diffusion.serving.config import ModelsConfig, ServingConfig
 from improved_diffusion.serving.device import Drawer, OnProgress, release_memory
 from improved_diffusion.serving.requests import ClassRequest, ProcessRequest
+from improved_diffusion.stickers.matte import SHIPPED
 
 SAMPLER = "dpmpp_2m"
 MOMENTS = 25  # of a reverse process that are shown
@@ -41,9 +42,19 @@ def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer], dict[str, An
 
         drawers["text"] = drawers["image"] = open_text_drawer(config)
         offer["styles"] = list(models.styles)
+    if cuts_out(models):
+        from improved_diffusion.serving.sticker_drawer import open_sticker_drawer  # so does transformers
+
+        drawers["sticker"] = open_sticker_drawer(config, drawers.get("image"))
+        offer["captions"] = models.captioner is not None
     if not drawers:
         raise UserError("there is nothing to draw with: name models.pixel, models.base, or both (serve.py init)")
     return drawers, {"kinds": list(drawers), **offer}
+
+
+def cuts_out(models: ModelsConfig) -> bool:
+    """Whether there is something that cuts stickers out: a copy of the project may lack the cut-out that ships."""
+    return models.matting is not None and (models.matting != PRETRAINED or SHIPPED.exists())
 
 
 class PixelDrawer:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from improved_diffusion.serving.database import deliveries, jobs
+from improved_diffusion.serving.database import deliveries, jobs, packs, put
 from improved_diffusion.serving.queue import Job, job_of
 
 TO_DELIVER = ("done", "failed", "parked")  # who cancels a job needs no word of its end
@@ -57,3 +58,52 @@ class Ledger:
         with self.engine.connect() as connection:
             rows = connection.execute(joined.where(*ended, *conditions).order_by(jobs.c.finished)).all()
         return [job_of(row) for row in rows]
+
+
+@dataclass(frozen=True)
+class PackEntry:
+    """A sticker in a pack, or on its way there."""
+
+    job: str
+    number: int  # of the user's pack
+    before: tuple[str, ...]  # the stickers that were in it before
+    sticker: str | None  # as Telegram calls it there; None as long as nobody knows that it has arrived
+
+
+class PackLedger:
+    """Which sticker is in which of its user's packs. A row is written before a sticker is added, with what is in the
+    pack then, and again after it: if the client dies in between, the pack itself tells whether it has arrived."""
+
+    def __init__(self, engine: sa.Engine):
+        self.engine = engine
+
+    def find(self, job_id: str, user: str) -> PackEntry | None:
+        with self.engine.connect() as connection:
+            row = connection.execute(sa.select(packs).where(packs.c.job == job_id, packs.c.user == user)).one_or_none()
+        return None if row is None else PackEntry(row.job, row.number, tuple(row.before), row.sticker)
+
+    def latest(self, user: str) -> int:
+        """The number of a user's latest pack; of one who has none yet, 1."""
+        with self.engine.connect() as connection:
+            return connection.scalar(sa.select(sa.func.max(packs.c.number)).where(packs.c.user == user)) or 1
+
+    def stickers(self, user: str) -> set[str]:
+        """What is known to be in a user's packs."""
+        with self.engine.connect() as connection:
+            return set(connection.scalars(sa.select(packs.c.sticker).where(packs.c.user == user)))
+
+    def begin(self, user: str, entry: PackEntry) -> None:
+        """Note that a sticker is about to be added."""
+        values = {"number": entry.number, "before": list(entry.before), "sticker": entry.sticker}
+        with self.engine.begin() as connection:
+            put(connection, packs, entry.job, user=user, **values)
+
+    def confirm(self, job_id: str, sticker: str) -> None:
+        """Note that it is in its pack."""
+        with self.engine.begin() as connection:
+            connection.execute(packs.update().where(packs.c.job == job_id).values(sticker=sticker))
+
+    def forget(self, job_id: str) -> None:
+        """It is in no pack."""
+        with self.engine.begin() as connection:
+            connection.execute(packs.delete().where(packs.c.job == job_id))

@@ -27,6 +27,7 @@ from improved_diffusion.serving.database import (
     facts,
     jobs,
     open_database,
+    packs,
     preferences,
     take_number,
     uploads,
@@ -207,12 +208,12 @@ class JobQueue:
             connection.execute(preferences.insert().values(user=user, style=style))
 
     def purge(self, user: str) -> int:
-        """Remove everything of a user: jobs, pictures, uploads, ledger, preferences. Returns how many jobs."""
+        """Remove everything of a user: jobs, pictures, uploads, ledger, packs, preferences. Returns how many jobs."""
         found = self._jobs(jobs.c.user == user)
         self.remove([job.id for job in found])
         with self.engine.begin() as connection:
             names = connection.scalars(sa.select(uploads.c.id).where(uploads.c.user == user)).all()
-            for table in (uploads, preferences):
+            for table in (uploads, packs, preferences):
                 connection.execute(table.delete().where(table.c.user == user))
         for name in names:
             (self.config.uploads / name).unlink(missing_ok=True)

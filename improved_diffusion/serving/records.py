@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,6 +17,14 @@ from improved_diffusion.serving.database import counter, facts, jobs, put, worke
 from improved_diffusion.serving.queue import UNFINISHED, Job, job_of
 
 MEMORY_OF_RATES = 0.8  # weight of what was measured before
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture's file, to be kept as it is."""
+
+    content: bytes
+    suffix: str  # .webp, say
 
 
 class Records:
@@ -54,17 +63,21 @@ class Records:
         with self.engine.begin() as connection:
             return set(connection.scalars(jobs.update().where(mine).values(progress=progress).returning(jobs.c.id)))
 
-    def finish(self, job: Job, images: Sequence[Image.Image]) -> None:
-        """Keep a job's pictures, unless it was cancelled or removed meanwhile.
+    def finish(self, job: Job, images: Sequence[Image.Image | Encoded]) -> None:
+        """Keep a job's pictures, as PNG where they are not encoded yet, unless it was cancelled or removed meanwhile.
 
         Raises:
             UserError: they cannot be written.
         """
-        files = [f"{job.id}/{number}.png" for number in range(len(images))]
+        suffixes = [image.suffix if isinstance(image, Encoded) else ".png" for image in images]
+        files = [f"{job.id}/{number}{suffix}" for number, suffix in enumerate(suffixes)]
         folder = self.config.results
         for name, image in zip(files, images, strict=True):
             with atomic_write(folder / name) as temporary:
-                image.save(temporary, format="png")
+                if isinstance(image, Encoded):
+                    temporary.write_bytes(image.content)
+                else:
+                    image.save(temporary, format="png")
         size = sum((folder / name).stat().st_size for name in files)
         if not self._end(job.id, state="done", progress=1.0, files=files, bytes=size) and not self._is_done(job.id):
             shutil.rmtree(folder / job.id, ignore_errors=True)

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import LimitsConfig
 from improved_diffusion.settings import require
+from improved_diffusion.stickers.finish import require_outline
+from improved_diffusion.stickers.prompt import CAPTION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +139,55 @@ class ImageRequest(TextRequest):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class StickerRequest(Request):
+    """A sticker of a picture: its foreground, as it is or drawn anew before."""
+
+    kind = "sticker"
+    upload: str
+    """Of the picture: see uploads.py."""
+    restyle: bool = True
+    """Draw it anew, where that can be done; see `redraws`."""
+    prompt: str = ""
+    """What to make of it, in which {caption} stands for what the picture shows; empty for the caption."""
+    style: str | None = None
+    guidance_scale: float = 7.5
+    strength: float = 0.6
+    """0 leaves the picture, 1 forgets it."""
+    outline: int = 10
+    """Width of a white outline in pixels of the sticker."""
+
+    @property
+    def work(self) -> int:
+        return 1 + int(self.steps * self.strength) if self.restyle else 1
+
+    @property
+    def group(self) -> Hashable:
+        return self  # nothing is saved by drawing several at once
+
+    def redraws(self, has_base: bool, captions: bool) -> bool:
+        """Whether a server that has a base, and one that captions, draws the picture anew; else it only cuts it out."""
+        return self.restyle and has_base and (captions or bool(self.prompt.strip()))
+
+    def as_image(self) -> ImageRequest:
+        """The picture that is drawn before anything is cut out."""
+        how = {name: getattr(self, name) for name in ("seed", "steps", "upload", "style", "guidance_scale", "strength")}
+        return ImageRequest(prompt=self.prompt.strip() or CAPTION, **how)
+
+    def check(self, limits: LimitsConfig, offer: Mapping[str, Any]) -> None:
+        super().check(limits, offer)
+        has_base, captions = "image" in offer["kinds"], offer.get("captions", False)
+        require(self.n == 1, f"one sticker at a time is made of a picture, not {self.n}")
+        require_outline(self.outline)
+        if self.redraws(has_base, captions):
+            self.as_image().check(limits, offer)
+            require(captions or CAPTION not in self.prompt, f"nobody here says what it shows: do so for {CAPTION}")
+        elif self.restyle:
+            require(not self.prompt.strip(), "this server only cuts out: leave the prompt out")
+
+
 KINDS: dict[str, type[Request]] = {
-    kind.kind: kind for kind in (ClassRequest, ProcessRequest, TextRequest, ImageRequest)
+    kind.kind: kind for kind in (ClassRequest, ProcessRequest, TextRequest, ImageRequest, StickerRequest)
 }
 
 

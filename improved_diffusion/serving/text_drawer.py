@@ -22,6 +22,7 @@ from improved_diffusion.runtime.devices import drawing_precision, usable_device
 from improved_diffusion.serving.config import ServingConfig
 from improved_diffusion.serving.device import OnProgress, release_memory
 from improved_diffusion.serving.requests import ImageRequest, TextRequest
+from improved_diffusion.serving.uploads import open_upload
 
 
 class AdapterCache:
@@ -89,32 +90,31 @@ class TextDrawer:
 
     def draw(self, requests: Sequence[TextRequest], on_progress: OnProgress) -> list[list[Image.Image]]:
         first = requests[0]
-        run = self.styles.use(first.style)
-        if first.style is not None:
-            set_scales(self.base, first.unet_scale, first.text_encoder_scale, name=first.style)
+        run = self.choose_style(first)
         side = resolution_of(run, self.base)
         sampling = Sampling(first.steps, first.guidance_scale, first.negative_prompt, side, side)
         start = None
         if isinstance(first, ImageRequest):
-            sampling, start = dataclasses.replace(sampling, strength=first.strength), self._open(first.upload)
+            sampling = dataclasses.replace(sampling, strength=first.strength)
+            start = open_upload(self.config, first.upload)
         prompts = [run.subject.fill(request.prompt) for request in requests for _ in range(request.n)]
         seeds = [request.seed + i for request in requests for i in range(request.n)]
         drawn = draw(self.base, prompts, seeds, sampling, self.config.models.batch_size, start, on_progress)
         pictures = iter(list(drawn))
         return [[next(pictures) for _ in range(request.n)] for request in requests]
 
+    def choose_style(self, request: TextRequest) -> PersonalizeConfig:
+        """Let the base draw in a request's style, as much as it weighs; returns the settings of the style's run."""
+        run = self.styles.use(request.style)
+        if request.style is not None:
+            set_scales(self.base, request.unet_scale, request.text_encoder_scale, name=request.style)
+        return run
+
     def release(self) -> None:
         """Adapters; and from now on latents are decoded one by one."""
         self.styles.clear()
         self.base.pipeline.vae.enable_slicing()
         release_memory()
-
-    def _open(self, upload: str) -> Image.Image:
-        try:
-            with Image.open(self.config.uploads / upload, formats=("PNG",)) as image:
-                return image.convert("RGB")
-        except FileNotFoundError:
-            raise UserError("the picture to start from is gone: send it again") from None
 
 
 def open_text_drawer(config: ServingConfig) -> TextDrawer:

@@ -6,9 +6,12 @@ import hashlib
 import time
 
 import sqlalchemy as sa
+from PIL import Image
 
 from improved_diffusion.data.photo import clean
+from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
+from improved_diffusion.serving.config import ServingConfig
 from improved_diffusion.serving.database import put, uploads
 from improved_diffusion.serving.queue import Busy, JobQueue, require_disk
 
@@ -34,3 +37,12 @@ def keep_upload(queue: JobQueue, user: str, data: bytes) -> str:
     with queue.engine.begin() as connection:
         put(connection, uploads, name, user=user, bytes=file.stat().st_size, created=time.time())
     return name
+
+
+def open_upload(config: ServingConfig, name: str) -> Image.Image:
+    """A kept picture, RGB. Raises UserError where it has gone."""
+    try:
+        with Image.open(config.uploads / name, formats=("PNG",)) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError("the picture to start from is gone: send it again") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from improved_diffusion.serving.queue import Ticket
-from improved_diffusion.serving.requests import ClassRequest, ProcessRequest, Request, TextRequest
+from improved_diffusion.serving.requests import ClassRequest, ProcessRequest, Request, StickerRequest, TextRequest
 
 
 def describe(request: Request) -> str:
@@ -11,10 +11,16 @@ def describe(request: Request) -> str:
     if isinstance(request, ClassRequest):
         what = request.class_name.replace("_", " ") + (", step by step" if isinstance(request, ProcessRequest) else "")
     elif isinstance(request, TextRequest):
-        what = request.prompt if len(request.prompt) <= 60 else f"{request.prompt[:57]}..."
+        what = _shortened(request.prompt)
+    elif isinstance(request, StickerRequest):
+        what = f"a sticker: {_shortened(request.prompt)}" if request.prompt else "a sticker"
     else:
         what = request.kind
     return f"{what} ({request.n} pictures)" if request.n > 1 else what
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def answer_of(ticket: Ticket) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.config import SubjectConfig
-from improved_diffusion.stickers.photos import Photo
+
+if TYPE_CHECKING:
+    from improved_diffusion.personalize.config import SubjectConfig
+    from improved_diffusion.stickers.photos import Photo
 
 CAPTION = "{caption}"
 TEMPLATE = "a telegram sticker of {caption}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ class Style:
         return self.template or default_template(self.config.subject)
 
 
-def restyle(style: Style, photo: Image.Image, caption: str | None) -> Image.Image:
+def restyle(
+    style: Style, photo: Image.Image, caption: str | None, on_step: Callable[[float], None] | None = None
+) -> Image.Image:
     """A picture of the photograph's shape, as nearly as the sizes that networks take have it, and of at most the area
     of the squares that the base draws.
 
@@ -43,6 +45,7 @@ def restyle(style: Style, photo: Image.Image, caption: str | None) -> Image.Imag
         style: what draws, and how.
         photo: RGB.
         caption: what the photograph shows.
+        on_step: as `draw` calls it.
 
     Raises:
         UserError: the template asks for something that is not there, or what is drawn is no picture.
@@ -51,7 +54,7 @@ def restyle(style: Style, photo: Image.Image, caption: str | None) -> Image.Imag
     resolution = resolution_of(style.config, style.base)
     height, width = choose_bucket(*photo.size, buckets(resolution, elongated=True))
     sampling = dataclasses.replace(style.sampling, height=height, width=width)
-    return next(draw(style.base, [prompt], [style.seed], sampling, start=photo))
+    return next(draw(style.base, [prompt], [style.seed], sampling, start=photo, on_step=on_step))
 
 
 def restyle_photos(

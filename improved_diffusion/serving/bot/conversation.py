@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,7 +18,7 @@ from improved_diffusion.data.photo import require_size
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.bot.courier import CANCEL, Courier, cancel_button
 from improved_diffusion.serving.queue import UNFINISHED, JobQueue
-from improved_diffusion.serving.requests import ClassRequest, ImageRequest, Request, TextRequest
+from improved_diffusion.serving.requests import ClassRequest, ImageRequest, Request, StickerRequest, TextRequest
 from improved_diffusion.serving.uploads import keep_upload
 from improved_diffusion.serving.words import answer_of, describe
 
@@ -25,6 +26,7 @@ USERS = "telegram:"  # begins their names in the queue
 COMMANDS = {
     "class": "pictures of a class: /class waffles 4",
     "prompt": "a picture of a text: /prompt a dog in the snow",
+    "sticker": "a sticker of a photo: send it with this, and what to make of it, as its caption, or with none",
     "style": "choose a style, or see which there are",
     "status": "your jobs, and how long they take",
     "cancel": "cancel all that is under way",
@@ -32,6 +34,7 @@ COMMANDS = {
     "delete_me": "remove everything that is kept of you",
 }
 ALBUMS = 1000  # whose captions are remembered
+STICKER = re.compile(r"(?:/sticker(?:@\w+)?(?:\s+(.*))?)?", re.DOTALL)  # a caption of which a sticker is made
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +60,11 @@ class _Conversation:
         self._captions: dict[str, str] = {}  # of albums, of whose pictures Telegram gives one the caption
         self.router = router = Router()
         router.message.filter(F.from_user)
-        router.message.outer_middleware(_answer_mistakes)
+        router.message.outer_middleware(answer_mistakes)
         for name, handler in {
             "class": self.draw_class,
             "prompt": self.draw_text,
+            "sticker": self.draw_sticker,
             "style": self.style,
             "status": self.status,
             "cancel": self.cancel,
@@ -99,18 +103,28 @@ class _Conversation:
             return await self.help(message)
         return await self._draw_prompt(message, message.text)
 
+    async def draw_sticker(self, message: Message, bot: Bot) -> None:
+        if not (message.photo or message.document):
+            raise UserError("send me a photo, with /sticker as its caption, or with none")
+        await self.draw_from_picture(message, bot)
+
     async def draw_from_picture(self, message: Message, bot: Bot) -> None:
-        prompt = self._caption(message)
+        caption = self._caption(message)
         file = message.document or message.photo[-1]  # the largest of its sizes
         require_size(file.file_size or 0, self.queue.config.limits.photo)
-        if not prompt:
+        if not caption and "sticker" not in (await asyncio.to_thread(self.queue.offer))["kinds"]:
             raise UserError("what shall I make of it? Send the picture with a caption that says so")
         data = io.BytesIO()
         await bot.download(file, destination=data)
         user = user_of(message)
         upload = await asyncio.to_thread(keep_upload, self.queue, user, data.getvalue())
         style = await asyncio.to_thread(self.queue.style_of, user)
-        await self._submit(message, ImageRequest(prompt=prompt, upload=upload, style=style, seed=_seed(message)))
+        values = {"upload": upload, "style": style, "seed": _seed(message)}
+        sticker = STICKER.fullmatch(caption)
+        await self._submit(
+            message,
+            StickerRequest(prompt=sticker[1] or "", **values) if sticker else ImageRequest(prompt=caption, **values),
+        )
 
     async def style(self, message: Message, command: CommandObject) -> None:
         user, chosen = user_of(message), (command.args or "").strip()
@@ -171,8 +185,10 @@ class _Conversation:
         return self._captions.setdefault(album, caption)
 
 
-async def _answer_mistakes(
-    handler: Callable[[TelegramObject, dict[str, Any]], Awaitable[Any]], event: Message, data: dict[str, Any]
+async def answer_mistakes(
+    handler: Callable[[TelegramObject, dict[str, Any]], Awaitable[Any]],
+    event: Message | CallbackQuery,
+    data: dict[str, Any],
 ) -> Any:
     """What a user did wrong, or cannot have now, is an answer."""
     try:
@@ -180,7 +196,7 @@ async def _answer_mistakes(
     except UserError as error:
         return await event.answer(f"{error}.")
     except Exception:
-        log.exception("message %s failed", event.message_id)
+        log.exception("%s of %s failed", type(event).__name__, event.from_user.id)
         return await event.answer("Something went wrong here. Please try again later.")
 
 

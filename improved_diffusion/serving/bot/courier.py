@@ -21,6 +21,7 @@ from aiogram.types import FSInputFile, InlineKeyboardButton, InlineKeyboardMarku
 
 from improved_diffusion.serving.ledger import Ledger
 from improved_diffusion.serving.queue import UNFINISHED, Job, JobQueue
+from improved_diffusion.serving.requests import StickerRequest
 from improved_diffusion.serving.words import answer_of, describe
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -28,7 +29,7 @@ SECONDS_TO_FINISH = 10.0
 SECONDS_BETWEEN_EDITS = 3.0  # in a chat: Telegram allows about one message a second
 REFUSALS = (TelegramBadRequest, TelegramForbiddenError, TelegramNotFound)  # Telegram has surely not sent it
 
-CANCEL = "cancel:"  # begins what pressing the button sends
+CANCEL, ADD, UNDO, COPY = "cancel:", "add:", "undo:", "copy:"  # begins what pressing the button sends
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,19 @@ def cancel_button(job_id: str) -> InlineKeyboardMarkup:
     return InlineKeyboardMarkup(
         inline_keyboard=[[InlineKeyboardButton(text="Cancel", callback_data=f"{CANCEL}{job_id}")]]
     )
+
+
+def sticker_buttons(job_id: str, pack: str | None = None) -> InlineKeyboardMarkup:
+    """What stands under a sticker; with the address of the pack that it is in, the way out of there."""
+    if pack is None:
+        first = [InlineKeyboardButton(text="Add to my pack", callback_data=f"{ADD}{job_id}")]
+    else:
+        first = [
+            InlineKeyboardButton(text="Undo", callback_data=f"{UNDO}{job_id}"),
+            InlineKeyboardButton(text="My pack", url=pack),
+        ]
+    copy = InlineKeyboardButton(text="As a file", callback_data=f"{COPY}{job_id}")
+    return InlineKeyboardMarkup(inline_keyboard=[first, [copy]])
 
 
 class Courier:
@@ -126,7 +140,9 @@ class Courier:
     async def _send_pictures(self, job: Job) -> None:
         chat, caption = job.origin["chat"], f"{describe(job.request)}, seed {job.request.seed}"
         files = [FSInputFile(file) for file in self.queue.files(job)]
-        if len(files) == 1:
+        if isinstance(job.request, StickerRequest):
+            await self.bot.send_sticker(chat, files[0], reply_markup=sticker_buttons(job.id))
+        elif len(files) == 1:
             await self.bot.send_photo(chat, files[0], caption=caption)
         else:
             captions = [caption, *[None] * (len(files) - 1)]

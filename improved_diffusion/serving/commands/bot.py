@@ -66,10 +66,11 @@ async def serve_bot(queue: JobQueue, token: str, server: str | None = None) -> N
     from improved_diffusion.serving.bot.connection import Updates, open_bot
     from improved_diffusion.serving.bot.conversation import USERS, announce, conversation
     from improved_diffusion.serving.bot.courier import Courier
+    from improved_diffusion.serving.bot.packs import pack_buttons
 
     bot = open_bot(token, server)
     courier, dispatcher = Courier(bot, queue, USERS), Dispatcher()
-    dispatcher.include_router(conversation(queue, courier))
+    dispatcher.include_routers(conversation(queue, courier), pack_buttons(queue, bot))
     try:
         await announce(bot)
         print(f"the bot @{(await bot.me()).username} listens", flush=True)

@@ -13,7 +13,7 @@ import streamlit as st
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import load_serving_config
-from improved_diffusion.serving.page.forms import class_form, picture_form
+from improved_diffusion.serving.page.forms import class_form, picture_form, sticker_form
 from improved_diffusion.serving.page.gallery import show_jobs
 from improved_diffusion.serving.queue import JobQueue
 
@@ -46,6 +46,8 @@ def main() -> None:
     forms = {}
     if "text" in offer["kinds"]:
         forms["From a text or a photo"] = picture_form
+    if "sticker" in offer["kinds"]:
+        forms["A sticker"] = sticker_form
     if "class" in offer["kinds"]:
         forms["A class"] = class_form
     settings, results = st.columns([1, 2], gap="large")

@@ -11,11 +11,20 @@ import streamlit as st
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import LimitsConfig
 from improved_diffusion.serving.queue import JobQueue
-from improved_diffusion.serving.requests import ClassRequest, ImageRequest, ProcessRequest, Request, TextRequest
+from improved_diffusion.serving.requests import (
+    ClassRequest,
+    ImageRequest,
+    ProcessRequest,
+    Request,
+    StickerRequest,
+    TextRequest,
+)
 from improved_diffusion.serving.uploads import keep_upload
+from improved_diffusion.stickers.finish import WIDEST
 
 NO_STYLE = "none"
 MOST_SEEDS = 2**31
+PHOTOS = ["jpg", "jpeg", "png", "webp"]
 
 
 def class_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
@@ -46,7 +55,7 @@ def picture_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
             text_encoder_scale = st.slider("Weight of the style in the text encoder", 0.0, 2.0, 1.0, 0.05)
         scale = st.slider("Guidance", 0.0, 20.0, 7.5, 0.5, help="1 is none; more is truer to the prompt")
         negative = st.text_input("What it should not show", max_chars=limits.text)
-        photo = st.file_uploader("A photo to start from, if wanted", type=["jpg", "jpeg", "png", "webp"])
+        photo = st.file_uploader("A photo to start from, if wanted", type=PHOTOS)
         strength = st.slider("Strength", 0.05, 1.0, 0.6, 0.05, help="with a photo: little keeps it, 1 forgets it")
         common = _common(limits)
         if not st.form_submit_button("Draw", type="primary"):
@@ -63,12 +72,40 @@ def picture_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
     _submit(queue, user, request)
 
 
+def sticker_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
+    """A sticker of a photo: cut out as it is or, where that can be done, drawn anew before."""
+    limits = queue.config.limits
+    values: dict[str, Any] = {"restyle": False}
+    with st.form("sticker"):
+        photo = st.file_uploader("A photo", type=PHOTOS)
+        values["outline"] = st.slider("White outline, in pixels", 0, WIDEST, 10)
+        if "image" in offer["kinds"]:
+            values["restyle"] = st.checkbox("Draw it anew", value=True, help="else it is only cut out")
+            empty = "if empty, what the photo shows" if offer.get("captions") else "if empty, it is only cut out"
+            values["prompt"] = st.text_input(f"What to make of it ({empty})", max_chars=limits.text)
+            if offer["styles"]:
+                style = st.selectbox("Style", [*offer["styles"], NO_STYLE])
+                values["style"] = None if style == NO_STYLE else style
+            values["strength"] = st.slider("Strength", 0.05, 1.0, 0.6, 0.05, help="little keeps it, 1 forgets it")
+            values |= _steps_and_seed(limits)
+        if not st.form_submit_button("Make", type="primary"):
+            return
+    if photo is None:
+        st.error("Choose a photo first.")
+        return
+    _submit(queue, user, lambda: StickerRequest(**values, upload=keep_upload(queue, user, photo.getvalue())))
+
+
 def _common(limits: LimitsConfig) -> dict[str, int]:
-    """The settings of every kind of job."""
+    """The settings of every kind of job that draws several pictures."""
     n = st.slider("Pictures", 1, limits.images, min(4, limits.images)) if limits.images > 1 else 1
+    return {"n": n, **_steps_and_seed(limits)}
+
+
+def _steps_and_seed(limits: LimitsConfig) -> dict[str, int]:
     steps = st.slider("Steps", 1, limits.steps, min(25, limits.steps)) if limits.steps > 1 else 1
     seed = st.number_input("Seed", 0, MOST_SEEDS - 1, value=None, placeholder="any; the same draws the same")
-    return {"n": n, "steps": steps, "seed": secrets.randbelow(MOST_SEEDS) if seed is None else int(seed)}
+    return {"steps": steps, "seed": secrets.randbelow(MOST_SEEDS) if seed is None else int(seed)}
 
 
 def _submit(queue: JobQueue, user: str, request: Callable[[], Request]) -> None:

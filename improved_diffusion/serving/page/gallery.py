@@ -9,7 +9,7 @@ import streamlit as st
 from PIL import Image
 
 from improved_diffusion.serving.queue import UNFINISHED, Job, JobQueue
-from improved_diffusion.serving.requests import ProcessRequest
+from improved_diffusion.serving.requests import ProcessRequest, Request, StickerRequest
 from improved_diffusion.serving.words import answer_of, describe
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -39,8 +39,7 @@ def _jobs(queue: JobQueue, user: str, under_way: bool) -> None:
 
 
 def _job(queue: JobQueue, user: str, job: Job) -> None:
-    settings = f"{job.request.steps} steps, guidance {job.request.guidance_scale:g}, seed {job.request.seed}"
-    st.markdown(f"**{_plain(describe(job.request))}** &nbsp; :gray[{settings}]")
+    st.markdown(f"**{_plain(describe(job.request))}** &nbsp; :gray[{_settings(job.request)}]")
     if job.state in UNFINISHED:
         st.progress(job.progress, text=answer_of(queue.ticket(job.id)))
         if st.button("Cancel", key=f"cancel-{job.id}"):
@@ -56,13 +55,19 @@ def _job(queue: JobQueue, user: str, job: Job) -> None:
         st.warning(f"{answer_of(queue.ticket(job.id))}{f': {job.error}' if job.error else ''}.")
 
 
+def _settings(request: Request) -> str:
+    if isinstance(request, StickerRequest) and not request.restyle:
+        return f"outline {request.outline}"
+    return f"{request.steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}"
+
+
 def _pictures(job: Job, files: list[Path]) -> None:
     for i in range(0, len(files), COLUMNS):
         for column, file in zip(st.columns(COLUMNS), files[i : i + COLUMNS], strict=False):
             with column:
                 st.image(str(file), width="stretch")
                 content, name, key = file.read_bytes(), f"{job.id[:8]}-{file.name}", f"download-{job.id}-{file.name}"
-                st.download_button("Download", content, name, "image/png", key=key)
+                st.download_button("Download", content, name, f"image/{file.suffix[1:]}", key=key)
 
 
 def _process(job: Job, files: list[Path]) -> None:
