@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,8 @@ def make_server(tmp_path) -> Callable[..., ServingConfig]:
     """Makes the home of a server whose pixel model is at `pixel`, with limits of one's own."""
 
     def make(pixel: Path | str | None = "pretrained", models: dict | None = None, **limits: object) -> ServingConfig:
-        chosen = ModelsConfig(pixel=None if pixel is None else str(pixel), device="cpu", **(models or {}))
+        settings = {"pixel": None if pixel is None else str(pixel), "matting": None, **(models or {})}
+        chosen = ModelsConfig(device="cpu", **settings)
         ports = {"port": 0, "page_port": free_port()}
         config = ServingConfig(home=str(tmp_path / "home"), **ports, models=chosen, limits=LimitsConfig(**limits))
         make_home(config)
@@ -94,3 +96,4 @@ def start_worker() -> Iterator[Callable[..., Worker]]:
     for worker in started:
         if not worker.has_ended:
             worker.stop()
+    logging.getLogger("dbos").handlers.clear()  # of DBOS, with a stream that may be closed with this test

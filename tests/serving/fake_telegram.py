@@ -13,6 +13,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.serving.fake_stickers import Refused, StickerSets
+
 TOKEN = "123456:AAFakeTokenOfTests"
 BOT = {"id": 123456, "is_bot": True, "first_name": "Fake", "username": "fake_bot"}
 
@@ -24,6 +26,7 @@ class Call:
     method: str
     values: dict[str, Any]
     files: list[bytes] = field(default_factory=list)
+    result: Any = None
 
 
 class FakeTelegram:
@@ -31,6 +34,7 @@ class FakeTelegram:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.stickers = StickerSets()
         self.refuse: Callable[[Call], tuple[int, dict[str, Any]] | None] = lambda call: None
         self.break_off: Callable[[Call], bool] = lambda call: False
         self._updates: list[dict[str, Any]] = []
@@ -80,11 +84,12 @@ class FakeTelegram:
         )
         return self.say(user=user, **what, **({} if caption is None else {"caption": caption}), **more)
 
-    def press(self, call: Call, user: int = 7) -> None:
-        """Press the button under a message of the bot's."""
+    def press(self, call: Call, user: int = 7, button: str | None = None) -> None:
+        """Press a button under a message of the bot's, by default the first."""
         person = {"id": user, "is_bot": False, "first_name": f"User {user}"}
         message = {"message_id": call.values["message_id"], "date": 1, "chat": {"id": user, "type": "private"}}
-        data = json.loads(call.values["reply_markup"])["inline_keyboard"][0][0]["callback_data"]
+        buttons = [one for row in json.loads(call.values["reply_markup"])["inline_keyboard"] for one in row]
+        data = next(one["callback_data"] for one in buttons if button in (None, one["text"]))
         self._add(callback_query={"id": "1", "from": person, "chat_instance": "1", "data": data, "message": message})
 
     # What they see.
@@ -131,10 +136,11 @@ class FakeTelegram:
         return web.Response(body=self._files[request.match_info["name"]])
 
     async def _answer(self, request: web.Request) -> web.Response:
-        call = Call(request.match_info["method"], {})
+        call, attached = Call(request.match_info["method"], {}), {}
         for name, value in (await request.post()).items():
             if isinstance(value, web.FileField):
-                call.files.append(value.file.read())
+                attached[name] = value.file.read()
+                call.files.append(attached[name])
             else:
                 call.values[name] = value
         if call.method == "getUpdates":
@@ -146,6 +152,11 @@ class FakeTelegram:
         if call.method.startswith("send"):
             self._messages += 1
             call.values["message_id"] = self._messages
+        if self.stickers.knows(call.method):
+            try:
+                call.result = self.stickers.answer(call.method, call.values, attached)
+            except Refused as reason:
+                return _error(400, f"Bad Request: {reason}")
         self.calls.append(call)
         if breaks:  # it was done, but nobody is told so
             request.transport.abort()
@@ -161,6 +172,8 @@ class FakeTelegram:
     def _result_of(self, call: Call) -> Any:
         if call.method == "getMe":
             return BOT
+        if call.result is not None:
+            return call.result
         if call.method == "getFile":
             name = call.values["file_id"]
             return {"file_id": name, "file_unique_id": name, "file_path": name}

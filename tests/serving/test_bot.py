@@ -130,6 +130,7 @@ def test_what_cannot_be_had_is_an_answer(make_server, open_queue, telegram, star
     ):
         assert part in answer
     telegram.say("/class waffles", user=8)
+    wait_until(lambda: telegram.texts(8))
     telegram.say("/class waffles", user=9)
     wait_until(lambda: telegram.texts(9))
     assert telegram.texts(9)[0].startswith("busy: 2 jobs are under way")
