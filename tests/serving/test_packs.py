@@ -15,8 +15,8 @@ from improved_diffusion.stickers.finish import encode, finish
 from tests.serving.conftest import wait_until
 from tests.serving.fake_telegram import Call, FakeTelegram
 from tests.serving.test_bot import start_bot, telegram  # noqa: F401
-from tests.serving.test_stickers import EVERYTHING, photo
-from tests.serving.test_uploads import REFUSED
+from tests.serving.test_stickers import EVERYTHING
+from tests.serving.test_uploads import REFUSED, disc
 
 FIRST = "u7_1_by_fake_bot"
 LINK = f"https://t.me/addstickers/{FIRST}"
@@ -46,7 +46,7 @@ def make_all(queue: JobQueue) -> None:
 def a_sticker(queue: JobQueue, telegram: FakeTelegram, caption: str | None = None) -> Call:  # noqa: F811
     """Send a photo and wait for what comes."""
     before = len(telegram.of("sendSticker"))
-    telegram.send_file(photo(), caption, photo=True)
+    telegram.send_file(disc(), caption, photo=True)
     wait_until(lambda: queue.jobs_in(["queued"]))
     make_all(queue)
     wait_until(lambda: len(telegram.of("sendSticker")) > before)
@@ -109,9 +109,9 @@ def test_a_photo_becomes_a_sticker_of_a_pack(queue, telegram, start_bot):  # noq
 def test_captions_say_what_is_made(queue, telegram, start_bot):  # noqa: F811
     start_bot(queue)
     for caption in (None, "/sticker", "/sticker@fake_bot  a fox\nin snow ", "/stickers", "a fox"):
-        telegram.send_file(photo(), caption)
-    telegram.send_file(photo(), "/sticker a cat", media_group_id="album", photo=True)
-    telegram.send_file(photo(), None, media_group_id="album", photo=True)
+        telegram.send_file(disc(), caption)
+    telegram.send_file(disc(), "/sticker a cat", media_group_id="album", photo=True)
+    telegram.send_file(disc(), None, media_group_id="album", photo=True)
     wait_until(lambda: len(queue.jobs_of("telegram:7")) == 7)
     asked = [(job.request.kind, job.request.prompt) for job in queue.jobs_of("telegram:7")]
     expected = ["", "", "a fox\nin snow"], ["/stickers", "a fox"], ["a cat"] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -21,10 +22,19 @@ from improved_diffusion.serving.config import LimitsConfig, ModelsConfig, Servin
 from improved_diffusion.serving.drawers import open_drawers
 from improved_diffusion.serving.queue import UNFINISHED, JobQueue
 from improved_diffusion.serving.records import Records
-from improved_diffusion.serving.requests import ClassRequest, ImageRequest, ProcessRequest, TextRequest
+from improved_diffusion.serving.requests import (
+    ClassRequest,
+    ImageRequest,
+    ProcessRequest,
+    StickerRequest,
+    TextRequest,
+)
+from improved_diffusion.serving.sticker_drawer import StickerDrawer
 from improved_diffusion.serving.worker import Worker
+from improved_diffusion.stickers.finish import require_sticker
 from tests.serving.conftest import free_port, wait_until
-from tests.serving.test_uploads import JPEG
+from tests.serving.test_uploads import JPEG, disc
+from tests.stickers.conftest import darkness, keep_colours  # noqa: F401
 
 PROJECT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -59,7 +69,7 @@ def served(browser, tmp_path_factory, tiny_run) -> Iterator[Served]:
         home=str(tmp_path_factory.mktemp("page") / "home"),
         page_port=port,
         survey="http://127.0.0.1:1/",
-        models=ModelsConfig(pixel=str(tiny_run), device="cpu"),
+        models=ModelsConfig(pixel=str(tiny_run), matting=None, device="cpu"),
         limits=LimitsConfig(steps=20, upload_bytes=3_000_000),
     )
     make_home(config)
@@ -180,6 +190,50 @@ def test_what_is_asked_for_waits_and_is_cancelled(served, browser):
     expect(page.get_by_text("Cancelled")).to_have_count(2)
     assert served.queue.jobs_of(user_of(page), UNFINISHED) == []
     assert page.get_by_role("link", name="survey").get_attribute("href") == served.config.survey
+
+
+@pytest.fixture
+def sticker_maker(served, keep_colours) -> Iterator[None]:  # noqa: F811
+    """A worker that cuts out what is dark, and no more."""
+    before = served.queue.offer()
+    offer = {"kinds": ["sticker"], "classes": [], "styles": []}
+    at_work = Worker(served.config, {"sticker": StickerDrawer(served.config, darkness, None, None)}, offer)
+    at_work.start()
+    yield
+    at_work.stop()
+    Records(served.config, served.queue.engine).publish(before)
+
+
+def test_a_photo_becomes_a_sticker(served, browser, sticker_maker, tmp_path):
+    page = visit(browser, served.address, "A sticker")
+    press_draw(page)
+    expect(page.get_by_text("Choose a photo first")).to_be_visible()
+    files = page.get_by_test_id("stFileUploaderDropzoneInput")
+    files.set_input_files({"name": "disc.jpg", "mimeType": "image/jpeg", "buffer": disc()})
+    page.get_by_text("disc.jpg").wait_for()
+    press_draw(page)
+    expect(pictures(page)).to_have_count(1)
+    expect(page.get_by_text("outline 10", exact=True)).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    download.value.save_as(tmp_path / download.value.suggested_filename)
+    (sticker,) = tmp_path.glob("*.webp")
+    require_sticker(sticker)
+    (job,) = served.queue.jobs_of(user_of(page))
+    assert sticker.read_bytes() == served.queue.files(job)[0].read_bytes()
+    shown = page.request.get(f"{served.address}{pictures(page).get_attribute('src')}").body()
+    assert Image.open(io.BytesIO(shown)).getchannel("A").getextrema() == (0, 255), "it is shown as it is"
+    offer = {**served.queue.offer(), "kinds": ["image", "sticker"], "styles": ["dog"], "captions": True}
+    Records(served.config, served.queue.engine).publish(offer)
+    page.reload()
+    files.set_input_files({"name": "disc.jpg", "mimeType": "image/jpeg", "buffer": disc()})
+    page.get_by_text("disc.jpg").wait_for()
+    page.get_by_label("What to make of it").fill("a fox")
+    press_draw(page)
+    expect(page.get_by_text("a sticker: a fox")).to_be_visible()
+    asked = served.queue.jobs_of(user_of(page))[-1].request
+    values = {"prompt": "a fox", "style": "dog", "steps": 20, "upload": job.request.upload}
+    assert asked == StickerRequest(seed=asked.seed, **values)
 
 
 def test_an_address_that_is_taken(served, run_script):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import sqlalchemy as sa
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving import drawers
@@ -21,18 +19,11 @@ from improved_diffusion.stickers.finish import require_sticker
 from tests.personalize.conftest import tiny_judges  # noqa: F401
 from tests.serving.conftest import OFFER, wait_until
 from tests.serving.test_text_drawer import make_run
+from tests.serving.test_uploads import disc, encoded
 from tests.stickers.conftest import cutout, keep_colours  # noqa: F401
 
 EVERYTHING = {**OFFER, "kinds": [*OFFER["kinds"], "sticker"], "captions": True}
 CUTS = {**OFFER, "kinds": ["class", "sticker"]}
-
-
-def photo(size: tuple[int, int] = (120, 80)) -> bytes:
-    """Of a dark disc on white."""
-    picture, file = Image.new("RGB", size, "white"), io.BytesIO()
-    ImageDraw.Draw(picture).ellipse((20, 10, 60, 50), fill=(120, 0, 20))
-    picture.save(file, "jpeg")
-    return file.getvalue()
 
 
 def test_stickers_are_those_of_the_sticker_maker(
@@ -52,7 +43,7 @@ def test_stickers_are_those_of_the_sticker_maker(
     models = {"base": base.name, "styles": {"dog": str(run)}, "matting": str(cutout), "captioner": blip}
     config = make_server(None, models)
     queue = open_queue(config)
-    upload = keep_upload(queue, "A", photo())
+    upload = keep_upload(queue, "A", disc())
     how = {"upload": upload, "steps": 2, "seed": 5, "outline": 6}
     asked = {
         "captioned": StickerRequest(style="dog", **how),
@@ -90,11 +81,8 @@ def test_without_a_base_photos_are_cut_out(make_server, open_queue, start_worker
     opened, offer = open_drawers(config)
     assert (offer["kinds"], offer["captions"]) == (["sticker"], False)
     start_worker(config, opened, offer)
-    good, white = io.BytesIO(photo()), io.BytesIO()
-    Image.new("RGB", (64, 64), "white").save(white, "png")
-    jobs = [
-        queue.submit("A", StickerRequest(upload=keep_upload(queue, "A", data.getvalue()))).job for data in (good, white)
-    ]
+    photos = disc(), encoded(Image.new("RGB", (64, 64), "white"))
+    jobs = [queue.submit("A", StickerRequest(upload=keep_upload(queue, "A", photo))).job for photo in photos]
     wait_until(lambda: not queue.jobs_in(["queued", "running"]))
     made, failed = (queue.job(job.id) for job in jobs)
     with Image.open(*queue.files(made)) as sticker:

@@ -73,6 +73,13 @@ def scans(count: int) -> bytes:
     return data[:-2] + data[last:-2] * count + b"\xff\xd9"
 
 
+def disc() -> bytes:
+    """A photo of a dark disc on white."""
+    picture = Image.new("RGB", (120, 80), "white")
+    ImageDraw.Draw(picture).ellipse((20, 10, 60, 50), fill=(120, 0, 20))
+    return encoded(picture, "jpeg")
+
+
 JPEG, PNG, WEBP = encoded(PHOTO, "jpeg"), encoded(PHOTO), encoded(PHOTO, "webp")
 REFUSED = {
     "nothing": (b"", "no picture"),

@@ -75,7 +75,7 @@ def picture_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
 def sticker_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
     """A sticker of a photo: cut out as it is or, where that can be done, drawn anew before."""
     limits = queue.config.limits
-    values: dict[str, Any] = {"restyle": False}
+    values: dict[str, Any] = {"restyle": False, "steps": 1}
     with st.form("sticker"):
         photo = st.file_uploader("A photo", type=PHOTOS)
         values["outline"] = st.slider("White outline, in pixels", 0, WIDEST, 10)
