@@ -221,7 +221,7 @@ def test_a_photo_becomes_a_sticker(served, browser, sticker_maker, tmp_path):
     require_sticker(sticker)
     (job,) = served.queue.jobs_of(user_of(page))
     assert sticker.read_bytes() == served.queue.files(job)[0].read_bytes()
-    shown = page.request.get(f"{served.address}{pictures(page).get_attribute('src')}").body()
+    shown = page.request.get(pictures(page).get_attribute("src")).body()
     assert Image.open(io.BytesIO(shown)).getchannel("A").getextrema() == (0, 255), "it is shown as it is"
     offer = {**served.queue.offer(), "kinds": ["image", "sticker"], "styles": ["dog"], "captions": True}
     Records(served.config, served.queue.engine).publish(offer)

@@ -121,10 +121,11 @@ class _Conversation:
         style = await asyncio.to_thread(self.queue.style_of, user)
         values = {"upload": upload, "style": style, "seed": _seed(message)}
         sticker = STICKER.fullmatch(caption)
-        await self._submit(
-            message,
-            StickerRequest(prompt=sticker[1] or "", **values) if sticker else ImageRequest(prompt=caption, **values),
-        )
+        if sticker is None:
+            request = ImageRequest(prompt=caption, **values)
+        else:
+            request = StickerRequest(prompt=sticker[1] or "", **values)
+        await self._submit(message, request)
 
     async def style(self, message: Message, command: CommandObject) -> None:
         user, chosen = user_of(message), (command.args or "").strip()
