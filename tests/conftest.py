@@ -160,7 +160,7 @@ TINY: dict[str, Any] = {
         "log_every": 3,
         "save_every": 6,
     },
-    "sampling": {"batch_size": 8, "steps": 4},
+    "sampling": {"batch_size": 8},
     "evaluation": {"every": 12, "features": None, "grid_columns": 2},
 }
 
