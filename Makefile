@@ -33,13 +33,13 @@ demo: install
 	@echo "runs/demo/curves.png (loss and FID). TensorBoard: $(BIN)/tensorboard --logdir runs/demo"
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # Fine-tuning, with older versions of the libraries that it builds on.
 test-older: .venv-older/installed
-	OMP_NUM_THREADS=1 .venv-older/bin/python -m pytest -n 2 tests/personalize
+	OMP_NUM_THREADS=1 .venv-older/bin/python -m pytest -n 2 --dist worksteal tests/personalize
 
 bench: install
 	$(BIN)/python benchmarks/train_step.py

@@ -28,6 +28,7 @@ from improved_diffusion.personalize.models.encoding import encode_texts, latent_
 from improved_diffusion.personalize.models.trained import Trained, prepare, resolution_of
 from improved_diffusion.personalize.training.emulation import GPUArithmetic, LiveBytes
 from improved_diffusion.runtime.devices import bf16_hardware
+from improved_diffusion.runtime.meta import KnownLayouts
 
 ALLOWANCE = 500_000_000  # bytes, of CUDA itself above all; a round figure, as it differs by GPU and driver
 MOMENTS = {False: 2 * 4, True: 2 * 1}  # bytes of Adam's two for each parameter, by whether they are kept in 8 bits
@@ -116,9 +117,10 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
     training = config.training
     model.to("meta", precision, training.vae_precision)
     trained = prepare(model, config)
-    denoising, decoding = _peaks_of_look(model, config)
-    encoding = 0 if config.images.cache else _peak_of_encoding(model, config)
-    peak = _peak_of_step(model, trained, config, DTYPES[precision])
+    with KnownLayouts():
+        denoising, decoding = _peaks_of_look(model, config)
+        encoding = 0 if config.images.cache else _peak_of_encoding(model, config)
+        peak = _peak_of_step(model, trained, config, DTYPES[precision])
     # The last layer of SDXL's first text encoder, for one, is not used, and has neither gradient nor moments.
     learning = sum(parameter.numel() for parameter in trained.parameters.values() if parameter.grad is not None)
 
