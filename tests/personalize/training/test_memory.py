@@ -35,8 +35,8 @@ from improved_diffusion.personalize.training.memory import ALLOWANCE, MemoryEsti
 
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "personalize_memory.py"
 LARGE = ImagesConfig(resolution=64)  # at which activations count
-FLOAT32 = TrainingConfig(precision="float32")
-CHECKPOINTING = TrainingConfig(precision="float32", gradient_checkpointing=True)
+FLOAT32 = TrainingConfig(steps=1, precision="float32")
+CHECKPOINTING = TrainingConfig(steps=1, precision="float32", gradient_checkpointing=True)
 WORD = SubjectConfig(token="<subject>", class_name="dog", vectors=2)
 
 
