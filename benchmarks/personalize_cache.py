@@ -61,7 +61,8 @@ def make_trainer(kind: str, config: PersonalizeConfig) -> tuple[Trainer, float]:
 
 
 def compare(kind: str) -> None:
-    config = PersonalizeConfig(training=TrainingConfig(batch_size=BATCH), images=ImagesConfig(resolution=RESOLUTION))
+    training = TrainingConfig(steps=1, batch_size=BATCH)
+    config = PersonalizeConfig(training=training, images=ImagesConfig(resolution=RESOLUTION))
     trainers = {}
     for cache in (True, False):
         images = dataclasses.replace(config.images, cache=cache)

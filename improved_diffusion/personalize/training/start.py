@@ -27,6 +27,7 @@ from improved_diffusion.personalize.models.trained import prepare, require_token
 from improved_diffusion.personalize.training.budget import plan, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
+from improved_diffusion.personalize.training.optimizers import NEEDS_CUDA
 from improved_diffusion.personalize.training.prior import prior_images
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 from improved_diffusion.personalize.training.watch import Watch, watched_prompts
@@ -86,7 +87,7 @@ def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     precision = config.training.precision
     needs_cuda = {
         "training.precision fp16": precision == "fp16",
-        "training.adam_8bit": config.training.adam_8bit,
+        f"training.optimizer {config.training.optimizer}": config.training.optimizer in NEEDS_CUDA,
         f"base_bits {config.base_bits}": config.base_bits is not None,
     }
     for setting, is_set in needs_cuda.items():

@@ -111,7 +111,7 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--adapter.rank=0",), "adapter.rank must be at least 1, not 0"),
         (("--training.steps=null",), "how long to train? give training.steps"),
         (("--training.precision=fp16",), "training.precision fp16 needs a CUDA device"),
-        (("--training.adam_8bit=true",), "training.adam_8bit needs a CUDA device"),
+        (("--training.adam_8bit=true",), "training.optimizer adamw_8bit needs a CUDA device"),
         (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
         (("--training.epochs=3",), "both given: set one of them to null"),
         (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),

@@ -31,7 +31,7 @@ SIZE = (64, 64)
 
 def make_trainer(base: Base, photos, **settings) -> Trainer:
     images = settings.pop("images", ImagesConfig())
-    config = PersonalizeConfig(images=images, training=TrainingConfig(steps=9, **settings))
+    config = PersonalizeConfig(images=images, training=TrainingConfig(**{"steps": 9, **settings}))
     found = open_captioned_set(photos).images
     trained = prepare(base, config)
     source = EncodedSet(Examples(base, found, [SIZE] * len(found), images), TEXTS)
