@@ -11,7 +11,9 @@ import sys
 from improved_diffusion.commands import split_command
 from improved_diffusion.errors import UserError, user_errors_exit
 
-COMMANDS = {}  # each is a module of improved_diffusion.stickers.commands
+COMMANDS = {  # each is a module of improved_diffusion.stickers.commands
+    "segment": "train the cut-out, measure it, write it to a file",
+}
 
 
 def main(arguments: list[str]) -> None:

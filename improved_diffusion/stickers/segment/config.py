@@ -7,9 +7,8 @@ from typing import Literal
 
 from improved_diffusion.settings import require
 
-# About equal in parameters: 3.45 M and 3.40 M.
-WIDTHS = {"segformer": (32, 64, 160, 256), "unet": (24, 48, 96, 192)}
-HEAD_CHANNELS = 32  # of SegFormer's attention: B0 has 32, 64, 160 and 256 channels in 1, 2, 5 and 8 heads
+# Equal in parameters: 3.45 M and 3.44 M.
+WIDTHS = {"segformer": (32, 64, 160, 256), "unet": (16, 32, 64, 128, 200)}
 
 
 @dataclass(frozen=True)
@@ -22,28 +21,36 @@ class ModelConfig:
     """SegFormer: a folder or a name on the Hugging Face hub to start from, which then says how large it is."""
     widths: tuple[int, ...] | None = None
     """Channels of each level; by default those of SegFormer-B0, and for a UNet as many parameters."""
-    depth: int = 2
-    """Blocks of each level; of a UNet on the way down, and as many on the way up."""
+    depths: tuple[int, ...] | None = None
+    """Blocks of each level, by default 2; of a UNet on the way down, and as many on the way up."""
+    heads: tuple[int, ...] = (1, 2, 5, 8)
+    """SegFormer: heads of the attention of each level."""
     decoder_width: int = 128
     """SegFormer: channels in which its levels are joined. 256 in the paper, at half the speed."""
 
     def __post_init__(self) -> None:
-        require(self.depth >= 1, f"model.depth must be at least 1, not {self.depth}")
+        widths, depths = self.level_widths, self.level_depths
+        for name, values in (("widths", widths), ("depths", depths), ("heads", self.heads)):
+            require(min(values, default=0) >= 1, f"model.{name} must be at least 1 each, not {values}")
         require(self.decoder_width >= 1, f"model.decoder_width must be at least 1, not {self.decoder_width}")
-        require(bool(self.level_widths), "model.widths must not be empty")
-        require(min(self.level_widths) >= 1, f"model.widths must be at least 1 each, not {self.level_widths}")
         require(
             self.checkpoint is None or self.kind == "segformer", "model.checkpoint is for model.kind segformer alone"
         )
+        levels = 4 if self.kind == "segformer" else len(widths)
         require(
-            self.kind != "segformer" or len(self.level_widths) == 4,
-            f"SegFormer has 4 levels, and model.widths names {len(self.level_widths)}",
+            len(widths) == len(depths) == levels and (self.kind == "unet" or len(self.heads) == levels),
+            f"this network has {levels} levels: name as many model.widths, model.depths and, of SegFormer, model.heads",
         )
 
     @property
     def level_widths(self) -> tuple[int, ...]:
         """`widths`, or what is taken in their place."""
         return WIDTHS[self.kind] if self.widths is None else self.widths
+
+    @property
+    def level_depths(self) -> tuple[int, ...]:
+        """`depths`, or what is taken in their place."""
+        return (2,) * len(self.level_widths) if self.depths is None else self.depths
 
     @property
     def divisor(self) -> int:

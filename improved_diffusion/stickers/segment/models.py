@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.models.build import set_weights
 from improved_diffusion.models.group_norm import GroupNorm
-from improved_diffusion.stickers.segment.config import HEAD_CHANNELS, ModelConfig
+from improved_diffusion.stickers.segment.config import ModelConfig
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation, which published checkpoints expect
 
@@ -36,25 +40,21 @@ class SegFormer(nn.Module):
         super().__init__()
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-        settings = {"num_labels": 1, "drop_path_rate": 0.0, "classifier_dropout_prob": 0.0}
-        if model.checkpoint is not None and pretrained:
-            try:
-                self.network = SegformerForSemanticSegmentation.from_pretrained(
-                    model.checkpoint, ignore_mismatched_sizes=True, **settings
-                )
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"cannot read a SegFormer at model.checkpoint {model.checkpoint}: {reason}") from error
-            return
-        widths = model.level_widths
         config = SegformerConfig(
-            hidden_sizes=widths,
-            depths=[model.depth] * len(widths),
-            num_attention_heads=[max(1, width // HEAD_CHANNELS) for width in widths],
+            num_labels=1,
+            hidden_sizes=model.level_widths,
+            depths=model.level_depths,
+            num_attention_heads=model.heads,
             decoder_hidden_size=model.decoder_width,
-            **settings,
+            drop_path_rate=0.0,
+            classifier_dropout_prob=0.0,
         )
-        self.network = SegformerForSemanticSegmentation(config)
+        if pretrained and model.checkpoint is not None:
+            self.network = SegformerForSemanticSegmentation.from_pretrained(
+                model.checkpoint, config=config, ignore_mismatched_sizes=True
+            )
+        else:
+            self.network = SegformerForSemanticSegmentation(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(pixel_values=x).logits
@@ -84,12 +84,12 @@ class UNet(nn.Module):
         widths = model.level_widths
         self.input = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down, self.up, self.smaller = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for level, width in enumerate(widths):
+        for level, (width, depth) in enumerate(zip(widths, model.level_depths, strict=True)):
             before = widths[max(0, level - 1)]
-            self.down.append(self._blocks(before, width, model.depth))
+            self.down.append(self._blocks(before, width, depth))
             if level:
                 self.smaller.append(nn.Conv2d(before, before, 3, stride=2, padding=1))
-                self.up.append(self._blocks(width + before, before, model.depth))
+                self.up.append(self._blocks(width + before, before, depth))
         self.norm = GroupNorm(widths[0])
         self.output = nn.Conv2d(widths[0], 1, 3, padding=1)
 
@@ -109,13 +109,37 @@ class UNet(nn.Module):
         return self.output(self.norm(h, silu=True))
 
 
-def build_network(model: ModelConfig, seed: int, *, pretrained: bool = True) -> CutoutNetwork:
+def sized_by_checkpoint(model: ModelConfig) -> ModelConfig:
+    """The settings with the sizes of the SegFormer at `model.checkpoint`, if they name one.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    if model.checkpoint is None:
+        return model
+    from transformers import SegformerConfig
+
+    try:
+        found = SegformerConfig.from_pretrained(model.checkpoint)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot read a SegFormer at model.checkpoint {model.checkpoint}: {reason}") from error
+    return dataclasses.replace(
+        model,
+        widths=tuple(found.hidden_sizes),
+        depths=tuple(found.depths),
+        heads=tuple(found.num_attention_heads),
+        decoder_width=found.decoder_hidden_size,
+    )
+
+
+def build_network(model: ModelConfig, seed: int, *, pretrained: bool = False) -> CutoutNetwork:
     """The network of the settings, its new weights drawn from `seed`.
 
     Args:
         model: the settings.
-        seed: of the weights that do not come from `model.checkpoint`.
-        pretrained: whether to read that checkpoint; without, a network of SegFormer's default sizes for it.
+        seed: of the weights.
+        pretrained: whether those that `model.checkpoint` has, if it is named, come from there.
 
     Raises:
         UserError: the checkpoint cannot be read, or the settings make no network.
@@ -124,9 +148,22 @@ def build_network(model: ModelConfig, seed: int, *, pretrained: bool = True) -> 
         torch.manual_seed(seed)
         try:
             body = SegFormer(model, pretrained=pretrained) if model.kind == "segformer" else UNet(model)
-        except (ValueError, ZeroDivisionError, RuntimeError) as error:
-            raise UserError(f"the settings under model make no network: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, ZeroDivisionError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the settings under model make no network: {reason}") from error
     return CutoutNetwork(body).to(memory_format=torch.channels_last)
+
+
+def learned(network: nn.Module) -> dict[str, Tensor]:
+    """Weights, and the statistics of batch norms, by name; not copies. The count of batches, a whole number that
+    nothing depends on, is left out."""
+    return {name: t for name, t in network.state_dict(keep_vars=True).items() if t.is_floating_point()}
+
+
+def set_learned(network: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give `network` what `learned` gave, in any precision. Raises UserError where it is of another architecture."""
+    uncounted = {name: t for name, t in network.state_dict().items() if not t.is_floating_point()}
+    set_weights(network, {**uncounted, **values})
 
 
 def cutout_loss(logits: Tensor, alpha: Tensor) -> dict[str, Tensor]:
