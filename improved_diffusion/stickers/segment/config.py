@@ -64,7 +64,7 @@ class TrainingConfig:
 
     steps: int = 20_000
     """Optimizer updates of the whole run."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Pictures of an update."""
     lr: float = 1e-3
     """Highest learning rate of AdamW."""

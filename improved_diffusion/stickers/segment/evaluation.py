@@ -68,9 +68,8 @@ def compare(
             for other in others:
                 mean, low, high = _mean(values[first][metric] - values[other][metric])
                 verdict = "not decided" if low <= 0 <= high else "beyond chance"
-                differences.append(
-                    f"{name}: {metric} of {first} less that of {other}: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {verdict}"
-                )
+                interval = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+                differences.append(f"{name}: {metric} of {first} less that of {other}: {interval}, {verdict}")
     return scores, differences
 
 
@@ -105,10 +104,8 @@ def sheet(models: Mapping[str, Matter], sets: Mapping[str, Sequence[Drawn]]) -> 
     for name, drawn in sets.items():
         for number in np.unique(np.linspace(0, len(drawn) - 1, min(SHOWN, len(drawn))).astype(int)):
             picture, truth = drawn[number]
-            alphas = [
-                np.asarray(truth),
-                *(np.round(255 * matter(picture)).astype(np.uint8) for matter in models.values()),
-            ]
-            rows.append([np.asarray(picture), *(np.repeat(alpha[..., None], 3, axis=2) for alpha in alphas)])
+            alphas = [np.asarray(truth) / 255, *(matter(picture) for matter in models.values())]
+            greys = [np.round(255 * alpha).astype(np.uint8) for alpha in alphas]
+            rows.append([np.asarray(picture), *(np.repeat(grey[..., None], 3, axis=2) for grey in greys)])
             titles.append(name)
     return make_grid(np.array(rows), tuple(titles), ("picture", "truth", *models))

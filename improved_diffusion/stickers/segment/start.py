@@ -15,7 +15,7 @@ from improved_diffusion.stickers.segment.cutout import Cutout
 from improved_diffusion.stickers.segment.drawing import TrainingPictures
 from improved_diffusion.stickers.segment.evaluation import draw_held_out, measure_all, sheet
 from improved_diffusion.stickers.segment.loop import Look, SegmentLoop
-from improved_diffusion.stickers.segment.models import CutoutNetwork, learned
+from improved_diffusion.stickers.segment.models import CutoutNetwork
 from improved_diffusion.stickers.segment.pictures import Photographs, Picture, Pictures, joined, open_pictures
 from improved_diffusion.stickers.segment.trainer import Trainer
 
@@ -49,7 +49,7 @@ def build(config: SegmentConfig, run: RunDirectory, state: dict[str, Any] | None
         f"pictures: {len(training):,} to train on, {len(held_out):,} names held out; {len(photographs):,} photographs"
     )
     trainer = Trainer(config, device, new=state is None)
-    print(f"network: {sum(t.numel() for t in learned(trainer.network).values()) / 1e6:.2f} M parameters", flush=True)
+    print(f"network: {sum(p.numel() for p in trainer.network.parameters()) / 1e6:.2f} M parameters", flush=True)
     data = {"path": pictures.path, "pictures": len(pictures), "content_hash": pictures.content_hash}
     run.write_config(config, [*run.read_provenance(), provenance_entry(data, device, 1, PACKAGES)])
     if state is not None:

@@ -6,9 +6,13 @@ python stickers.py segment evaluate runs/segformer runs/unet --data noto.zip flu
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from improved_diffusion.errors import ArgumentParser
 from improved_diffusion.settings import require
+
+if TYPE_CHECKING:
+    from improved_diffusion.stickers.segment import Cutout
 
 
 def run(arguments: list[str]) -> None:
@@ -35,7 +39,6 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.sampling.grids import save_png
     from improved_diffusion.stickers.segment.cutout import load_cutout
     from improved_diffusion.stickers.segment.evaluation import compare, draw_held_out, sheet, table, to_json
-    from improved_diffusion.stickers.segment.models import learned
     from improved_diffusion.stickers.segment.pictures import Photographs, open_pictures
 
     models = {_name(path, options.cutouts): load_cutout(path, options.device) for path in options.cutouts}
@@ -51,11 +54,7 @@ def run(arguments: list[str]) -> None:
         sets[_name(path, paths)] = draw_held_out(held_out, photographs, options.pictures, size, options.seed)
         unseen[_name(path, paths)] = not any(Path(path).name == Path(data).name for c in configs for data in c.data)
     scores, differences = compare(models, sets, unseen)
-    trained = [
-        f"{name}: {config.model.kind}, {sum(t.numel() for t in learned(model.network).values()) / 1e6:.2f} M parameters, "
-        f"{model.images_seen:,} images in {model.seconds / 60:.1f} minutes"
-        for (name, model), config in zip(models.items(), configs, strict=True)
-    ]
+    trained = [_training(name, model) for name, model in models.items()]
     text = "\n\n".join((table(scores), "\n".join(trained), *(["\n".join(differences)] if differences else [])))
     print(text)
     if options.out is not None:
@@ -65,6 +64,15 @@ def run(arguments: list[str]) -> None:
         with atomic_write(options.out / "scores.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
         save_png(sheet(models, sets), options.out / "masks.png")
+
+
+def _training(name: str, cutout: Cutout) -> str:
+    """What went into a cut-out, in a line."""
+    parameters = sum(parameter.numel() for parameter in cutout.network.parameters())
+    return (
+        f"{name}: {cutout.config.model.kind}, {parameters / 1e6:.2f} M parameters, {cutout.images_seen:,} images in "
+        f"{cutout.seconds / 60:.1f} minutes"
+    )
 
 
 def _name(path: str, paths: list[str]) -> str:

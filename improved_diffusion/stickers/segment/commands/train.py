@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from improved_diffusion.settings import parse_arguments, read_settings, require, settings_parser, to_settings
 from improved_diffusion.stickers.segment.config import SegmentConfig
