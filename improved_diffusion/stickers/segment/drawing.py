@@ -21,7 +21,7 @@ from improved_diffusion.stickers.segment.scenery import background, colour
 TRAINING, ORDER, HELD_OUT = range(3)  # what a generator is for, beside the seed
 LONGEST_SIDE = (0.4, 1.0)  # of a subject, as a share of the picture's
 CLUTTER_SIDE = (0.1, 0.25)
-MOST_CLUTTER = 4
+CLUTTERED, MOST_CLUTTER = 0.2, 4  # share of the pictures, and things strewn about
 
 
 def seeded(*key: int) -> np.random.Generator:
@@ -69,7 +69,7 @@ def draw(
         RGB and L, of `size` pixels a side.
     """
     scene = background(size, photographs, rng)
-    if rng.random() < 0.2:
+    if rng.random() < CLUTTERED:
         for _ in range(rng.integers(1, MOST_CLUTTER + 1)):
             small = _turned(others[rng.integers(len(others))].load(), rng.uniform(*CLUTTER_SIDE) * size, rng)
             scene.paste(small, tuple(int(rng.uniform(-0.5, 1) * size) for _ in range(2)), small)

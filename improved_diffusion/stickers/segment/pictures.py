@@ -19,6 +19,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.stickers.segment.names import base_name, is_held_out
 
 METADATA = "metadata.jsonl"
+NAMES = ("base", "name", "text")  # keys of its lines that say what a picture shows, the first that is there
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Pictures:
 
 
 def open_pictures(path: str | Path) -> Pictures:
-    """The pictures with alpha in a folder or a zip file, each decoded once to see that it can be. Their names are the
-    texts in metadata.jsonl, or else those of their files.
+    """The pictures with alpha in a folder or a zip file, each decoded once to see that it can be. Their names are
+    in metadata.jsonl, or else those of their files.
 
     Raises:
         UserError: no such thing, damaged metadata, or no picture that is transparent anywhere.
@@ -104,9 +105,9 @@ def _names(container: Folder | Archive, path: str) -> dict[str, str]:
         return {}
     try:
         rows = [json.loads(line) for line in container.read(METADATA).decode("utf-8-sig").splitlines() if line.strip()]
-        return {row["file_name"]: str(row["text"]) for row in rows}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: {METADATA} is damaged, a line is {{file_name, text}}: {error}") from error
+        return {row["file_name"]: next(str(row[key]) for key in NAMES if key in row) for row in rows}
+    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+        raise UserError(f"{path}: {METADATA} is damaged, a line needs file_name and text: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
