@@ -1,4 +1,4 @@
-"""Serve pictures to many people from one device: a durable queue, the worker that draws, a Telegram bot.
+"""Serve pictures to many people from one device: a durable queue, the worker that draws, a page, a bot.
 
 python serve.py COMMAND --help     the flags of a command
 """
@@ -13,8 +13,9 @@ from improved_diffusion.errors import UserError, user_errors_exit
 
 COMMANDS = {  # each is a module of improved_diffusion.serving.commands
     "init": "make a server's home, or change its settings",
-    "up": "everything at once, to try it out: worker, status page, bot",
+    "up": "everything at once, to try it out: worker, page, bot",
     "worker": "draw what is queued; one for each device",
+    "page": "the web page",
     "bot": "the Telegram bot",
     "status": "how the queue stands",
     "purge-user": "remove everything of a user",

@@ -22,8 +22,15 @@ PERSONALIZE = [
 ]
 # Cut-outs: edges without the background's colour; icons as training data; quality of pictures.
 STICKERS = [*PERSONALIZE, "pymatting>=1.1.13", "resvg-py>=0.2"]
-# A durable queue, its status, and a Telegram bot.
-SERVING = ["dbos>=3.4,<4", "sqlalchemy>=2.0.43", "prometheus_client>=0.21", "aiogram>=3.31,<4", "aiohttp>=3.9"]
+# A durable queue, its status, a Telegram bot, a page.
+SERVING = [
+    "dbos>=3.4,<4",
+    "sqlalchemy>=2.0.43",
+    "prometheus_client>=0.21",
+    "aiogram>=3.31,<4",
+    "aiohttp>=3.9",
+    "streamlit>=1.50",
+]
 
 setup(
     name="improved_diffusion",
@@ -71,6 +78,7 @@ setup(
             "types-PyYAML",
             "nbclient>=0.10",  # these two run the notebook
             "ipykernel>=6.29",
+            "playwright>=1.50",  # drives the page in a browser, which is not part of it
             "torch-fidelity>=0.4",  # an independent answer for KID, precision and recall, Inception Score
             *STREAMING,
             *SIMILARITY,

@@ -10,14 +10,23 @@ import sys
 
 from improved_diffusion.commands import split_command
 from improved_diffusion.errors import UserError, user_errors_exit
+from improved_diffusion.personalize.quiet import quieten_libraries
 
 COMMANDS = {  # each is a module of improved_diffusion.stickers.commands
+    "make": "stickers of photographs: all stages, and a sheet of them",
+    "caption": "what photographs show, by BLIP",
+    "restyle": "photographs drawn anew in a learned style",
+    "cut": "the foreground of pictures, transparent",
+    "finish": "from a cut-out to a file that Telegram takes",
+    "measure": "Inception Score, FID, LPIPS and ERGAS of sets of stickers",
+    "prompts": "which prompt tells good stickers from bad ones best",
     "segment": "train the cut-out, measure it, write it to a file",
 }
 
 
 def main(arguments: list[str]) -> None:
     command, rest = split_command(__doc__.splitlines()[0], COMMANDS, arguments)
+    quieten_libraries()
     try:
         importlib.import_module(f"improved_diffusion.stickers.commands.{command}").run(rest)
     except ModuleNotFoundError as error:

@@ -53,6 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     food101.add_argument("--source", type=Path, help="folder that holds food-101/ (default: download it beside --out)")
     folder = commands.add_parser("folder", help="a folder of class folders or of images alone, or a zip of one")
     folder.add_argument("path", type=Path, help="CLASS/IMAGE, or train/CLASS/IMAGE with val/ and test/ as more splits")
+    crops = "of each image to train on, the centre and others at random: for few pictures (default: %(default)s)"
+    folder.add_argument("--crops", type=positive, default=1, help=crops)
     validation = {"type": natural, "default": VALIDATION_PER_CLASS}
     shard = commands.add_parser(
         "shard", help="files to stream training images from, of a packed set, a folder or a zip"
@@ -149,6 +151,7 @@ def main() -> None:
     else:
         if arguments.command == "folder":
             files = labelled_folder(arguments.path)
+            options["crops"] = arguments.crops
         else:
             files = labelled_food101(arguments.source or arguments.out.parent, download=arguments.source is None)
         files = with_validation(files, validation)

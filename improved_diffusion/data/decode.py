@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -89,7 +90,22 @@ def decode_upright(
         return convert(image)
 
 
-def decode_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+@dataclass(frozen=True)
+class Window:
+    """Which part of an image is cut out."""
+
+    share: float = 1.0
+    """Of the largest part of the wanted proportions, how much each side has."""
+    across: float = 0.5
+    """Where it lies: 0 at the left, 1 at the right."""
+    down: float = 0.5
+    """0 at the top, 1 at the bottom."""
+
+
+CENTRED = Window()
+
+
+def decode_image(data: bytes, shape: tuple[int, int, int], window: Window = CENTRED) -> np.ndarray:
     """Decode as `decode_upright` does, cut out the largest centred part of the wanted proportions, and resize it.
 
     Colour profiles are ignored. The resize is Pillow's Lanczos, whose support grows with the reduction (antialiased;
@@ -102,14 +118,16 @@ def decode_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
             on white. With 4, RGBA, they keep their alpha: they are resized with colours multiplied by it, so that what
             is hidden under transparent pixels does not bleed into the edges, and divided by it again after. Pixels of
             alpha 0 are black, whatever the file hides there.
+        window: another part than the largest, centred one.
 
     Returns uint8 of that shape.
     """
     height, width, channels = shape
-    image = decode_upright(data, CONVERSIONS[channels], at_least=round(max(height, width) * REDUCING_GAP))
-    scale = min(image.width / width, image.height / height)
+    at_least = round(max(height, width) * REDUCING_GAP / window.share)
+    image = decode_upright(data, CONVERSIONS[channels], at_least=at_least)
+    scale = window.share * min(image.width / width, image.height / height)
     cut_width, cut_height = max(1, round(width * scale)), max(1, round(height * scale))
-    left, top = (image.width - cut_width) // 2, (image.height - cut_height) // 2
+    left, top = int((image.width - cut_width) * window.across), int((image.height - cut_height) * window.down)
     cut = image.crop((left, top, left + cut_width, top + cut_height))
     # Of RGBA, Pillow itself multiplies the colours by alpha before, and divides them after.
     resized = cut.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)

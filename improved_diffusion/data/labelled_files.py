@@ -20,6 +20,7 @@ SPLITS = ("train", "val", "test")
 VALIDATION_SHARE = 5  # a validation split takes at most one in five images of a class
 LAYOUT = "expected CLASS/IMAGE, or train/CLASS/IMAGE (and val/, test/), or images alone"
 NOT_LABELLED = "no class folders: all images are of one class (train with --model.class_conditional false)"
+TRAINING_SPLITS = ("train", "all")  # "all" where a source has no splits
 UNLABELLED = "unlabelled"  # the one class of images that are in no class folder
 
 
@@ -133,7 +134,7 @@ def with_validation(files: LabelledFiles, per_class: int) -> LabelledFiles:
     them stay.
     """
     (first, items), *others = files.splits.items()
-    if per_class == 0 or "val" in files.splits or first not in ("train", "all"):
+    if per_class == 0 or "val" in files.splits or first not in TRAINING_SPLITS:
         return files
     of_class: dict[int, list[str]] = {}
     for name, label in items:

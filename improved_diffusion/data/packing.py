@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -17,9 +18,9 @@ import numpy as np
 
 from improved_diffusion.data import synthetic
 from improved_diffusion.data.containers import Archive, Folder
-from improved_diffusion.data.decode import RESIZE_FILTER, decode_image
+from improved_diffusion.data.decode import CENTRED, RESIZE_FILTER, Window, decode_image
 from improved_diffusion.data.image_set import FORMAT_VERSION, content_sha256, is_image_set
-from improved_diffusion.data.labelled_files import LabelledFiles
+from improved_diffusion.data.labelled_files import TRAINING_SPLITS, LabelledFiles
 from improved_diffusion.data.sums import array_sha256
 from improved_diffusion.data.synthetic.canvas import SIZE as SYNTHETIC_SIZE
 from improved_diffusion.data.workers import fill_rows, render_pool
@@ -30,6 +31,7 @@ COPY_BYTES = 1 << 26
 SYNTHETIC_SHAPE = (SYNTHETIC_SIZE, SYNTHETIC_SIZE, 3)
 SYNTHETIC_TEST_START = 1_000_000  # index of the first test image, so that no training set reaches it
 SYNTHETIC_VALIDATION_START = 2_000_000
+SMALLEST_CROP = 0.7  # of a side
 VALIDATION_PER_CLASS = 20  # images for the choice of a checkpoint, where a source has none for that
 
 
@@ -53,6 +55,7 @@ def pack(
     image_size: int | tuple[int, int],
     channels: int = 3,
     *,
+    crops: int = 1,
     overwrite: bool = False,
     workers: int | None = None,
 ) -> list[PackedSplit]:
@@ -64,6 +67,8 @@ def pack(
     Args:
         image_size: height and width in pixels: one number, or two.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA); see `decode_image`.
+        crops: of each image to train on: the centre, and so many less one at random, by a hash of its name. Images
+            that are measured against are cut once.
 
     Raises `UserError` when `out` is taken (see `check_free`), more than 2% of a split is broken (train and val count as
     one: of a few validation images one would be more), the disk is full, or a worker dies; `out` is then as it was.
@@ -71,9 +76,17 @@ def pack(
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     shape = (height, width, channels)
     render = functools.partial(_decode, files.container, shape)
-    details = {"source": files.description, "notes": files.notes, "resize_filter": RESIZE_FILTER}
+    details = {"source": files.description, "notes": files.notes, "resize_filter": RESIZE_FILTER, "crops": crops}
+    splits = {
+        split: [
+            (Crop(name, number), label)
+            for name, label in items
+            for number in range(crops if split in TRAINING_SPLITS else 1)
+        ]
+        for split, items in files.splits.items()
+    }
     with new_directory(Path(out), overwrite) as directory, render_pool(render, workers or usable_cores()) as pool:
-        return _write_splits(pool, directory, Path(out), files.splits, files.class_names, shape, details)
+        return _write_splits(pool, directory, Path(out), splits, files.class_names, shape, details)
 
 
 def pack_synthetic(
@@ -155,8 +168,26 @@ def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
 # Content
 
 
-def _decode(files: Folder | Archive, shape: tuple[int, int, int], name: str) -> np.ndarray:
-    return decode_image(files.read(name), shape)
+@dataclass(frozen=True)
+class Crop:
+    """A part of an image of a source; number 0 is the centre."""
+
+    name: str
+    number: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def window(self) -> Window:
+        if self.number == 0:
+            return CENTRED
+        draw = np.random.default_rng(list(hashlib.sha256(f"{self.number} {self.name}".encode()).digest()))
+        return Window(draw.uniform(SMALLEST_CROP, 1), draw.uniform(), draw.uniform())
+
+
+def _decode(files: Folder | Archive, shape: tuple[int, int, int], crop: Crop) -> np.ndarray:
+    return decode_image(files.read(crop.name), shape, crop.window)
 
 
 def _draw(seed: int, key: tuple[str, int]) -> np.ndarray:
@@ -186,7 +217,7 @@ def _write_splits(
             kept = np.delete(np.arange(len(items)), list(reasons))
             _keep_rows(images_file, kept)
             labels = labels[kept]
-        broken = tuple((str(keys[row]), reason) for row, reason in reasons.items())
+        broken = tuple({str(keys[row]): reason for row, reason in reasons.items()}.items())  # once, of several crops
         counts = _write_description(images_file.parent, labels, class_names, split, details, broken)
         packed.append(PackedSplit(out / place, split, counts, broken))
     return packed

@@ -68,7 +68,7 @@ def fill_rows(
                 raise UserError(
                     f"{title}: {len(broken)} of the first {bar.n} images are broken, more than {MAX_BROKEN:.0%} "
                     f"of all {total}, so nothing was written; check that the source is complete. "
-                    f"For one, {keys[row]!r}: {broken[row]}"
+                    f"For one, {str(keys[row])!r}: {broken[row]}"
                 )
     return dict(sorted(broken.items()))
 

@@ -1,42 +1,28 @@
-"""Folders that pictures are drawn into: with what settings, and what is missing, so that a kill loses little."""
+"""Folders that pictures are drawn into: what is missing there, so that a kill loses little."""
 
 from __future__ import annotations
 
-import json
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, file_sha256
 from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.progress import progress
 
 
-def claim(description: Path, settings: dict[str, Any], advice: str) -> None:
-    """Write to the file `description` with what `settings` the pictures of its folder are drawn; where it is there
-    already, see that they are the same.
-
-    Raises:
-        UserError: they are not; the message names the first that differs, and gives the `advice`.
-    """
-    if not description.is_file():
-        with atomic_write(description) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        return
-    folder = description.parent
-    try:
-        other = dict(json.loads(description.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{description} is damaged: {advice}") from error
-    for name, value in settings.items():
-        if other.get(name) != value:
-            was, now = map(reprlib.repr, (other.get(name), value))
-            raise UserError(f"the pictures in {folder} were drawn with {name} {was}, not {now}: {advice}")
+def model_settings(base: Base, scales: Sequence[float | None], adapter: Path | None) -> dict[str, Any]:
+    """What of a model changes its pictures, for `claim`; `scales` are those of its adapters, of the UNet first."""
+    return {
+        "scales": list(scales),
+        "precision": str(base.unet.dtype).removeprefix("torch."),
+        "base": base.name,
+        "adapter": file_sha256(adapter) if adapter is not None else None,  # its alpha is no weight
+        "weights": base.fingerprint(),
+    }
 
 
 def draw_missing(

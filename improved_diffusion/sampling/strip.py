@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,11 +18,22 @@ ROWS = 12  # more make a picture that no one looks at
 
 
 def reverse_process(
-    model: Model, keys: Sequence[SampleKey], sampling: SamplingConfig, moments: int = MOMENTS
+    model: Model,
+    keys: Sequence[SampleKey],
+    sampling: SamplingConfig,
+    moments: int = MOMENTS,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """The model's estimates of x_0, spread evenly over the steps from the first to the last.
 
     x_0 and not x_t, which is noise for most of the way; at the last step it is the image.
+
+    Args:
+        model: whose.
+        keys: which images.
+        sampling: how they are drawn.
+        moments: how many estimates.
+        on_step: called after every step with the number of those that are left.
 
     Returns:
         uint8 (len(keys), moments, H, W, C), fewer moments where there are fewer steps; and which steps, from 1.
@@ -34,12 +45,13 @@ def reverse_process(
     shown = tuple(np.linspace(1, steps, min(moments, steps)).round().astype(int).tolist())
     estimates: list[np.ndarray] = []
 
-    def on_step(step: int, prediction: Prediction) -> None:
+    def keep(step: int, prediction: Prediction) -> None:
         if steps - step in shown:
             estimates.append(to_uint8(prediction.x_start).cpu().numpy())
+        on_step(step)
 
     rows = []
-    for batch, _ in model.draw(keys, sampling, on_step=on_step):
+    for batch, _ in model.draw(keys, sampling, on_step=keep):
         rows.append(np.stack(estimates, axis=1)[: len(batch)])
         estimates.clear()
     return np.concatenate(rows), shown

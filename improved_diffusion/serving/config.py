@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from improved_diffusion.data.photo import PhotoLimits
 from improved_diffusion.errors import UserError
 from improved_diffusion.settings import load_settings, require
 
@@ -74,6 +75,11 @@ class LimitsConfig:
             f"limits.images must be at most 10, which an album of Telegram's holds, not {self.images}",
         )
 
+    @property
+    def photo(self) -> PhotoLimits:
+        """What of an uploaded picture is taken."""
+        return PhotoLimits(self.upload_bytes, self.upload_pixels, self.upload_side)
+
 
 @dataclass(frozen=True)
 class ServingConfig:
@@ -84,14 +90,19 @@ class ServingConfig:
     database: str | None = None
     """postgresql+psycopg://USER@HOST/NAME for several machines; by default SQLite, in the home."""
     host: str = "127.0.0.1"
-    """Address of the status page: 127.0.0.1 is reached from this machine alone, 0.0.0.0 from its network."""
+    """Address of the pages: 127.0.0.1 is reached from this machine alone, 0.0.0.0 from its network."""
     port: int = 8090
-    """Its port; 0 takes any that is free."""
+    """Port of the status page; 0 takes any that is free."""
+    page_port: int = 8501
+    """Port of the page on which people ask for pictures."""
+    survey: str | None = None
+    """Address of a survey (personalize.py survey serve) to which the page leads."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, f"port must be from 0 to 65535, not {self.port}")
+        require(0 < self.page_port < 65536, f"page_port must be from 1 to 65535, not {self.page_port}")
         require(
             self.database is None or self.database.startswith("postgresql+psycopg://"),
             "database must be postgresql+psycopg://USER@HOST/NAME, or left out for SQLite",

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from improved_diffusion.config import SamplingConfig
 from improved_diffusion.errors import UserError
 from improved_diffusion.sampling.generate import SampleKey
 from improved_diffusion.sampling.loading import load
 from improved_diffusion.sampling.model import Model, change_sampling
+from improved_diffusion.sampling.strip import reverse_process
 from improved_diffusion.serving.config import ServingConfig
 from improved_diffusion.serving.device import Drawer, OnProgress, release_memory
-from improved_diffusion.serving.requests import ClassRequest
+from improved_diffusion.serving.requests import ClassRequest, ProcessRequest
 
 SAMPLER = "dpmpp_2m"
+MOMENTS = 25  # of a reverse process that are shown
 
 
 def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer], dict[str, Any]]:
@@ -31,6 +34,7 @@ def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer], dict[str, An
     if models.pixel is not None:
         model = load(models.pixel, device=models.device)
         drawers["class"] = PixelDrawer(model, models.batch_size)
+        drawers["process"] = ProcessDrawer(model, models.batch_size)
         offer |= {"classes": list(model.row_names), "can_be_guided": model.config.model.class_dropout > 0}
     if models.base is not None:
         from improved_diffusion.serving.text_drawer import open_text_drawer  # diffusers takes seconds
@@ -50,9 +54,7 @@ class PixelDrawer:
         self.batch_size = batch_size
 
     def draw(self, requests: Sequence[ClassRequest], on_progress: OnProgress) -> list[list[Image.Image]]:
-        first = requests[0]
-        how = {"steps": first.steps, "guidance_scale": first.guidance_scale, "batch_size": self.batch_size}
-        sampling = change_sampling(self.model.config.sampling, sampler=SAMPLER, **how)
+        first, sampling = requests[0], self._sampling(requests[0])
         keys = [key for request in requests for key in self._keys(request)]
         drawn: list[np.ndarray] = []
 
@@ -62,12 +64,38 @@ class PixelDrawer:
 
         for _, images in self.model.draw(keys, sampling, on_step=on_step):
             drawn.extend(images)
-        pictures = iter(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in drawn)
+        pictures = iter(map(as_picture, drawn))
         return [[next(pictures) for _ in range(request.n)] for request in requests]
 
     def release(self) -> None:
         release_memory()
 
+    def _sampling(self, request: ClassRequest) -> SamplingConfig:
+        how = {"steps": request.steps, "guidance_scale": request.guidance_scale, "batch_size": self.batch_size}
+        return change_sampling(self.model.config.sampling, sampler=SAMPLER, **how)
+
     def _keys(self, request: ClassRequest) -> list[SampleKey]:
         classes = request.class_name if self.model.config.model.class_conditional else None
         return self.model.keys(classes, request.n, request.seed)
+
+
+class ProcessDrawer(PixelDrawer):
+    """How an image comes about: the estimates of it, the last of which is the image."""
+
+    def draw(self, requests: Sequence[ProcessRequest], on_progress: OnProgress) -> list[list[Image.Image]]:
+        first = requests[0]
+        keys = [key for request in requests for key in self._keys(request)]
+        done = 0
+
+        def on_step(_: int) -> None:
+            nonlocal done
+            done += 1
+            on_progress(min(1.0, done / first.steps))
+
+        estimates, _ = reverse_process(self.model, keys, self._sampling(first), MOMENTS, on_step)
+        return [list(map(as_picture, of_one)) for of_one in estimates]
+
+
+def as_picture(image: np.ndarray) -> Image.Image:
+    """uint8 (H, W, C) for PIL; of one channel grey."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

@@ -71,6 +71,17 @@ class ClassRequest(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessRequest(ClassRequest):
+    """How one image of a class comes about: what the pixel model takes it to be at moments of the reverse process."""
+
+    kind = "process"
+
+    def check(self, limits: LimitsConfig, offer: Mapping[str, Any]) -> None:
+        super().check(limits, offer)
+        require(self.n == 1, f"one image at a time is shown coming about, not {self.n}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextRequest(Request):
     """Pictures of a text, by the base or a style of it."""
 
@@ -79,10 +90,15 @@ class TextRequest(Request):
     style: str | None = None
     guidance_scale: float = 7.5
     negative_prompt: str = ""
+    unet_scale: float = 1.0
+    """How much the style weighs in the UNet: 0 is the base."""
+    text_encoder_scale: float = 1.0
+    """And in the text encoders."""
 
     @property
     def group(self) -> Hashable:
-        return (self.kind, self.style, self.steps, self.guidance_scale, self.negative_prompt)
+        scales = (self.guidance_scale, self.unet_scale, self.text_encoder_scale)
+        return (self.kind, self.style, self.steps, self.negative_prompt, *scales)
 
     def check(self, limits: LimitsConfig, offer: Mapping[str, Any]) -> None:
         super().check(limits, offer)
@@ -93,6 +109,9 @@ class TextRequest(Request):
         styles = offer["styles"]
         has = f"there are: {', '.join(styles)}" if styles else "there are none"
         require(self.style is None or self.style in styles, f"there is no style {self.style!r}; {has}")
+        scales = {self.unet_scale, self.text_encoder_scale}
+        require(all(0 <= scale <= 2 for scale in scales), f"a style weighs from 0 to 2, not {max(scales, key=abs)}")
+        require(self.style is not None or scales == {1.0}, "the scales weigh a style: choose one, or leave them at 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +137,9 @@ class ImageRequest(TextRequest):
         )
 
 
-KINDS: dict[str, type[Request]] = {kind.kind: kind for kind in (ClassRequest, TextRequest, ImageRequest)}
+KINDS: dict[str, type[Request]] = {
+    kind.kind: kind for kind in (ClassRequest, ProcessRequest, TextRequest, ImageRequest)
+}
 
 
 def request_of(plain: Mapping[str, Any]) -> Request:

@@ -13,7 +13,7 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.generate import Sampling, draw
-from improved_diffusion.personalize.models.adapters import choose_adapters, remove_adapters
+from improved_diffusion.personalize.models.adapters import choose_adapters, remove_adapters, set_scales
 from improved_diffusion.personalize.models.base import Base, load_base
 from improved_diffusion.personalize.models.trained import resolution_of
 from improved_diffusion.personalize.models.tuned import attach_run, lora_config
@@ -90,6 +90,8 @@ class TextDrawer:
     def draw(self, requests: Sequence[TextRequest], on_progress: OnProgress) -> list[list[Image.Image]]:
         first = requests[0]
         run = self.styles.use(first.style)
+        if first.style is not None:
+            set_scales(self.base, first.unet_scale, first.text_encoder_scale, name=first.style)
         side = resolution_of(run, self.base)
         sampling = Sampling(first.steps, first.guidance_scale, first.negative_prompt, side, side)
         start = None

@@ -89,6 +89,31 @@ def test_round_trip_and_equal_hash_of_folder_and_zip(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed-set", "packed-set.zip", "set", "set.zip"]
 
 
+def test_crops_of_what_is_trained_on(run, tmp_path: Path):
+    """The centre, and others that a hash of the name decides, each a part of its image; val is cut once."""
+    rows = np.linspace(0, 255, 40).astype(np.uint8)
+    ramp = np.stack(np.broadcast_arrays(rows[:, None], rows, np.uint8(7)), axis=-1)  # a pixel says where it is
+    for name in ("train/a/0.png", "train/a/1.png", "train/b/0.png", "val/a/2.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png(ramp))
+    for crops in (1, 4):
+        code, _, errors = run(
+            "folder", tmp_path / "in", "--out", tmp_path / str(crops), "--image-size", 20, "--crops", crops
+        )
+        assert code == 0, errors
+    once, often = (open_image_set(tmp_path / name) for name in ("1", "4"))
+    assert often.labels.tolist() == [0] * 8 + [1] * 4
+    np.testing.assert_array_equal(often.images[::4], once.images)
+    np.testing.assert_array_equal(open_image_set(tmp_path / "4/val").images, open_image_set(tmp_path / "1/val").images)
+    assert len({image.tobytes() for image in often.images}) == 1 + 3 * 3
+    for image in often.images.astype(int):
+        down, across = (image[-1, 10, 0] - image[0, 10, 0]), (image[10, -1, 1] - image[10, 0, 1])
+        assert abs(down - across) <= 4  # square
+        assert 0.65 * 240 < down < 255
+    code, _, errors = run("folder", tmp_path / "in", "--out", tmp_path / "0", "--crops", 0)
+    assert "at least 1" in errors
+
+
 def test_broken_images_are_named_and_left_out(tmp_path: Path):
     names = [f"a/{i:03}.png" for i in range(300)]  # three chunks
     broken = ("a/000.png", "a/128.png", "a/200.png", "a/299.png")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +17,17 @@ from improved_diffusion.serving.worker import Worker
 from tests.personalize.conftest import scripts  # noqa: F401
 
 CLASSES = ["apple_pie", "creme_brulee", "waffles"]
-OFFER = {"kinds": ["class", "text", "image"], "classes": CLASSES, "can_be_guided": True, "styles": ["dog"]}
+OFFER = {"kinds": ["class", "process", "text", "image"], "classes": CLASSES, "can_be_guided": True, "styles": ["dog"]}
 
 
 def a_job(seed: int = 0, **values: object) -> ClassRequest:
     return ClassRequest(**{"class_name": "waffles", "seed": seed, "steps": 2, **values})
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait_until(is_so: Callable[[], object], seconds: float = 60) -> None:
@@ -36,7 +43,8 @@ def make_server(tmp_path) -> Callable[..., ServingConfig]:
 
     def make(pixel: Path | str | None = "pretrained", models: dict | None = None, **limits: object) -> ServingConfig:
         chosen = ModelsConfig(pixel=None if pixel is None else str(pixel), device="cpu", **(models or {}))
-        config = ServingConfig(home=str(tmp_path / "home"), port=0, models=chosen, limits=LimitsConfig(**limits))
+        ports = {"port": 0, "page_port": free_port()}
+        config = ServingConfig(home=str(tmp_path / "home"), **ports, models=chosen, limits=LimitsConfig(**limits))
         make_home(config)
         return config
 

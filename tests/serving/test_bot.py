@@ -14,11 +14,11 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.bot import connection, courier
 from improved_diffusion.serving.bot.connection import RedactingFormatter, read_token
-from improved_diffusion.serving.bot.words import in_words
 from improved_diffusion.serving.commands.bot import serve_bot
 from improved_diffusion.serving.ledger import Ledger
 from improved_diffusion.serving.queue import JobQueue
 from improved_diffusion.serving.records import Records
+from improved_diffusion.serving.words import in_words
 from tests.serving.conftest import wait_until
 from tests.serving.fake_telegram import TOKEN, Call, FakeTelegram
 from tests.serving.test_uploads import JPEG, REFUSED, with_place

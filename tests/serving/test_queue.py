@@ -15,7 +15,7 @@ from improved_diffusion.serving.database import jobs
 from improved_diffusion.serving.ledger import Ledger
 from improved_diffusion.serving.queue import Busy, JobQueue
 from improved_diffusion.serving.records import Records
-from improved_diffusion.serving.requests import KINDS, ImageRequest, TextRequest, request_of
+from improved_diffusion.serving.requests import KINDS, ImageRequest, ProcessRequest, TextRequest, request_of
 from improved_diffusion.serving.upkeep import remove_expired
 from tests.serving.conftest import OFFER, a_job
 
@@ -201,6 +201,9 @@ def test_requests_are_checked_before_they_are_queued(make_server, open_queue):
         TextRequest(prompt=" "): "prompt is empty",
         TextRequest(prompt="a" * 501): "at most 500 letters",
         TextRequest(prompt="a dog", style="cat"): "no style 'cat'; there are: dog",
+        TextRequest(prompt="a dog", style="dog", unet_scale=3.0): "from 0 to 2, not 3",
+        TextRequest(prompt="a dog", text_encoder_scale=0.5): "choose one, or leave them at 1",
+        ProcessRequest(class_name="waffles", n=2): "one image at a time",
         ImageRequest(prompt="a dog", upload="x", strength=0.01): "raise one of them",
         ImageRequest(prompt="a dog", upload="x"): "send it again",
     }.items():
@@ -213,7 +216,8 @@ def test_requests_are_checked_before_they_are_queued(make_server, open_queue):
 
 
 def test_requests_survive_the_queue():
-    examples = (a_job(3, n=2), TextRequest(prompt="a dog", style="dog"), ImageRequest(prompt="a", upload="b"))
+    process = ProcessRequest(class_name="waffles", seed=4)
+    examples = (a_job(3, n=2), process, TextRequest(prompt="a dog", style="dog"), ImageRequest(prompt="a", upload="b"))
     assert {type(example) for example in examples} == set(KINDS.values())
     for example in examples:
         assert request_of(example.plain()) == example

@@ -12,6 +12,7 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import AdapterConfig, PersonalizeConfig, SubjectConfig
 from improved_diffusion.personalize.generate import Sampling, draw
+from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.trained import prepare
 from improved_diffusion.run_directory import RunDirectory
@@ -104,7 +105,9 @@ def test_texts_and_pictures_are_drawn_as_personalize_draws_them(
     config = make_server(None, {"base": base.name, "styles": {"dog": str(run.path)}, "batch_size": 4})
     queue = open_queue(config)
     upload = keep_upload(queue, "B", JPEG)
+    weaker = {"unet_scale": 0.5, "text_encoder_scale": 0.0}
     asked = {
+        "0": TextRequest(prompt="a {token} {class}", style="dog", seed=5, **weaker, **FEW),
         "A": TextRequest(prompt="a {token} {class}", style="dog", n=2, seed=5, **FEW),
         "B": ImageRequest(prompt="a lawn", upload=upload, strength=0.7, seed=6, **FEW),
         "C": TextRequest(prompt="a lawn", seed=7, **FEW),
@@ -117,6 +120,9 @@ def test_texts_and_pictures_are_drawn_as_personalize_draws_them(
     drawn = {user: arrays(map(Image.open, queue.files(queue.job(job.id)))) for user, job in jobs.items()}
     sampling = Sampling(**FEW)
     np.testing.assert_array_equal(drawn["A"], arrays(draw(tuned, ["a sks dog"] * 2, [5, 6], sampling)))
+    set_scales(tuned, 0.5, 0.0)
+    np.testing.assert_array_equal(drawn["0"], arrays(draw(tuned, ["a sks dog"], [5], sampling)))
+    assert np.abs(drawn["0"][0].astype(int) - drawn["A"][0]).max() > 0
     start = Image.open(config.uploads / upload)
     how = Sampling(**FEW, strength=0.7)
     np.testing.assert_array_equal(drawn["B"], arrays(draw(base, ["a lawn"], [6], how, start=start)))

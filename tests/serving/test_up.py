@@ -1,4 +1,4 @@
-"""`serve.py up`, as somebody tries it out: a worker that dies is started again, and Ctrl-C ends all."""
+"""`serve.py up`, as somebody tries it out: a worker that dies is started again, and what ends it ends all."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def test_everything_at_once(make_server, open_queue, tiny_run, tmp_path):
         up = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
 
-        def workers() -> list[int]:
-            return [int(pid) for pid in re.findall(r"worker: process (\d+)", log.read_text())]
+        def started(command: str = ".*") -> list[int]:
+            return [int(pid) for pid in re.findall(rf"{command}: process (\d+)", log.read_text())]
 
-        wait_until(workers)
-        os.kill(workers()[0], signal.SIGKILL)
-        wait_until(lambda: len(workers()) == 2)
+        wait_until(lambda: started("worker"))
+        os.kill(started("worker")[0], signal.SIGKILL)
+        wait_until(lambda: len(started("worker")) == 2)
         wait_until(lambda: queue.job(job.id).state == "done")
         address = re.search(r"status: (http\S+)", log.read_text())[1]
         assert "1 done" in urllib.request.urlopen(address).read().decode()
-        up.send_signal(signal.SIGINT)
+        up.send_signal(signal.SIGTERM)
         assert up.wait(60) == 0
         assert "is started again" in log.read_text()
-        assert not any(Path(f"/proc/{pid}").exists() for pid in workers())
+        assert not any(Path(f"/proc/{pid}").exists() for pid in started())
     finally:
         up.kill()

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from improved_diffusion.data.photo import clean
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import LimitsConfig
 from improved_diffusion.serving.queue import Busy
-from improved_diffusion.serving.uploads import clean, keep_upload
+from improved_diffusion.serving.uploads import keep_upload
 
 LIMITS = LimitsConfig(upload_bytes=300_000, upload_pixels=1_000_000, upload_side=256)
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8)).resize((120, 80))
@@ -132,14 +133,14 @@ USED = {
 def test_what_cannot_be_used_is_refused_in_a_clear_answer(name):
     data, answer = REFUSED[name]
     with pytest.raises(UserError, match=answer) as refusal:
-        clean(data, LIMITS)
+        clean(data, LIMITS.photo)
     assert len(str(refusal.value).splitlines()) == 1
     assert len(str(refusal.value)) < 120
 
 
 @pytest.mark.parametrize("name", USED)
 def test_what_is_kept_is_pixels_alone(name):
-    kept = clean(USED[name], LIMITS)
+    kept = clean(USED[name], LIMITS.photo)
     assert kept.mode == "RGB"
     assert max(kept.size) <= LIMITS.upload_side
     again = Image.open(io.BytesIO(encoded(kept)))
@@ -149,13 +150,13 @@ def test_what_is_kept_is_pixels_alone(name):
 
 
 def test_pictures_are_turned_upright():
-    assert clean(with_place(), LIMITS).size == (80, 120)
+    assert clean(with_place(), LIMITS.photo).size == (80, 120)
 
 
 def test_transparency_is_shown_on_white():
     sticker = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     ImageDraw.Draw(sticker).ellipse((16, 16, 48, 48), fill="red")
-    kept = clean(encoded(sticker), LIMITS)
+    kept = clean(encoded(sticker), LIMITS.photo)
     assert (kept.getpixel((0, 0)), kept.getpixel((32, 32))) == ((255, 255, 255), (255, 0, 0))
 
 
@@ -163,7 +164,7 @@ def test_transparency_is_shown_on_white():
 def test_damage_is_never_more_than_an_answer(damage, place, whole):
     data = whole[: place % len(whole)] + damage + whole[place % len(whole) + len(damage) :]
     with contextlib.suppress(UserError):
-        assert clean(data, LIMITS).mode == "RGB"
+        assert clean(data, LIMITS.photo).mode == "RGB"
 
 
 def test_the_same_picture_is_kept_once(make_server, open_queue):

@@ -58,7 +58,7 @@ def test_classes_are_drawn_as_sample_draws_them(make_server, open_queue, start_w
     config = make_server(tiny_run, {"batch_size": 4})
     queue = open_queue(config)
     drawers, offer = open_drawers(config)
-    assert offer == {"kinds": ["class"], "classes": CLASSES, "can_be_guided": True, "styles": []}
+    assert offer == {"kinds": ["class", "process"], "classes": CLASSES, "can_be_guided": True, "styles": []}
     asked = [a_job(seed, n=n, class_name=name, steps=5) for seed, n, name in ((1, 1, CLASSES[0]), (2, 2, CLASSES[2]))]
     asked.append(a_job(1, class_name=CLASSES[1], steps=5, guidance_scale=2.0))
     jobs = [queue.submit(f"user {number}", request).job for number, request in enumerate(asked)]

@@ -45,14 +45,15 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.personalize.measuring.sheet import contact_sheet
     from improved_diffusion.personalize.models.adapters import set_scales
     from improved_diffusion.personalize.models.trained import resolution_of
-    from improved_diffusion.personalize.pictures import claim, draw_missing
+    from improved_diffusion.personalize.pictures import draw_missing, model_settings
+    from improved_diffusion.results import claim, holds_something
     from improved_diffusion.sampling.grids import save_png
 
     how = (options.steps, options.guidance_scale, options.negative_prompt)
     sampling = Sampling(*how, options.height, options.width, options.strength)
     start = load_image(options.image) if options.image is not None else None
     manifest = options.out / MANIFEST
-    if not manifest.is_file() and _holds_something(options.out):
+    if not manifest.is_file() and holds_something(options.out):
         raise UserError(f"{options.out} is not empty: choose another --out")
     base, config = open_model(parser, options)
     side = resolution_of(config, base)
@@ -66,11 +67,7 @@ def run(arguments: list[str]) -> None:
         "seed": options.seed,
         **dataclasses.asdict(sampling),
         "image": file_sha256(options.image) if options.image is not None else None,
-        "scales": list(scales),
-        "precision": str(base.unet.dtype).removeprefix("torch."),
-        "base": base.name,
-        "adapter": file_sha256(options.adapter) if options.adapter is not None else None,  # its alpha is no weight
-        "weights": base.fingerprint(),
+        **model_settings(base, scales, options.adapter),
     }
     claim(manifest, request, "choose another --out")
     texts = [prompt for prompt in prompts for _ in range(options.n)]
@@ -89,8 +86,3 @@ def run(arguments: list[str]) -> None:
     save_png(contact_sheet(rows, prompts, [f"seed {seed}" for seed in seeds[: options.n]]), sheet)
     kept = f" ({len(files) - drawn} were there)" if drawn < len(files) else ""
     print(f"{len(pictures)} pictures in {options.out}{kept}, all on {sheet}")
-
-
-def _holds_something(out: Path) -> bool:
-    """Whether anything is at `out` but an empty folder, and hidden files, which a kill leaves half-written."""
-    return out.exists() and not (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()))

@@ -89,14 +89,17 @@ def adapter_config(part: nn.Module) -> LoraConfig:
     return part.peft_config[ADAPTER]
 
 
-def set_scales(base: Base, unet: float, text_encoder: float, text_encoder_2: float | None = None) -> None:
-    """Weigh the adapters; 0 is the base as it was. Without a third number, both text encoders have the second.
+def set_scales(
+    base: Base, unet: float, text_encoder: float, text_encoder_2: float | None = None, name: str = ADAPTER
+) -> None:
+    """Weigh the adapters of this name; 0 is the base as it was. Without a third number, both text encoders have the
+    second.
 
     Raises:
         UserError: a scale other than 1 where there is no adapter, or between 0 and 1 of DoRA, which has no such thing:
             its magnitudes are not scaled with the update.
     """
-    parts = adapted_parts(base)
+    parts = {key: part for key, part in adapted_parts(base).items() if name in part.peft_config}
     if not parts and {unet, text_encoder, text_encoder_2} - {1.0, None}:
         raise UserError("the scales weigh adapters, and this model has none: leave them at 1")
     scales = {
@@ -104,11 +107,11 @@ def set_scales(base: Base, unet: float, text_encoder: float, text_encoder_2: flo
         "text_encoder": text_encoder,
         "text_encoder_2": text_encoder if text_encoder_2 is None else text_encoder_2,
     }
-    for name, part in parts.items():
-        scale = scales[name]
-        if scale not in (0, 1) and adapter_config(part).use_dora:
+    for key, part in parts.items():
+        scale = scales[key]
+        if scale not in (0, 1) and part.peft_config[name].use_dora:
             raise UserError(f"DoRA cannot be weighed by {scale:g}: it is there (1) or not (0)")
         for module in part.modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, BaseTunerLayer) and name in module._all_available_adapter_names():
                 module.enable_adapters(scale != 0)  # for DoRA a scale of 0 would leave its magnitudes
-                module.set_scale(ADAPTER, scale)
+                module.set_scale(name, scale)

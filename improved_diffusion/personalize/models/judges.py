@@ -1,4 +1,4 @@
-"""Opening the models that judge pictures: CLIP, DINO and BLIP, each with what prepares its input.
+"""Opening the models that judge pictures: CLIP, DINO, ViT and BLIP, each with what prepares its input.
 
 metrics/similarity.py measures with the first two, data/captioning.py describes images with the third.
 """
@@ -19,6 +19,7 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     Dinov2Model,
+    ViTForImageClassification,
     ViTModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
@@ -71,6 +72,17 @@ def load_blip(
     """
     openers = {"blip": BlipForConditionalGeneration.from_pretrained}
     return _load(name, device, setting, "BLIP model", openers, BlipProcessor)
+
+
+def load_vit_classifier(
+    name: str, device: torch.device | str = "cpu", setting: str = "--features"
+) -> tuple[ViTForImageClassification, BaseImageProcessor]:
+    """A ViT (Dosovitskiy et al. 2020, arXiv:2010.11929) that tells classes apart, and its processor.
+
+    Arguments and errors: see `load_clip`.
+    """
+    openers = {"vit": ViTForImageClassification.from_pretrained}
+    return _load(name, device, setting, "ViT classifier", openers, AutoImageProcessor)
 
 
 def _load(

@@ -10,8 +10,6 @@ OUT/pareto.png       likeness against prompt match
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.choice import on_front
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.personalize.studies.sweep import Drawn, Point
+from improved_diffusion.results import write_csv
 from improved_diffusion.sampling.grids import save_png
 
 SCORES = ("clip_t", "clip_i", "likeness", "copying")
@@ -85,20 +84,11 @@ def write_results(drawn: Sequence[Drawn], summary: Sequence[dict[str, Any]], out
         }
         for p in drawn
     ]
-    _write_csv(out / "scores.csv", rows)
-    _write_csv(out / "summary.csv", summary)
+    write_csv(out / "scores.csv", rows)
+    write_csv(out / "summary.csv", summary)
     _draw_sheets(drawn, [f"{number}: {_title(row)}" for number, row in enumerate(summary)], out)
     if "on_front" in summary[0]:
         _plot_front(summary, out / "pareto.png")
-
-
-def _write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(file) as temporary:
-        temporary.write_text(text.getvalue())
 
 
 def _draw_sheets(drawn: Sequence[Drawn], titles: Sequence[str], out: Path) -> None:

@@ -12,7 +12,8 @@ from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captioned import CaptionedSet, open_captioned_set
 from improved_diffusion.personalize.generate import Sampling
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.personalize.pictures import claim, draw_missing
+from improved_diffusion.personalize.pictures import draw_missing
+from improved_diffusion.results import claim
 
 DESCRIPTION = "prior.json"
 

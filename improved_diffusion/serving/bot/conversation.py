@@ -13,12 +13,13 @@ from aiogram import Bot, F, Router
 from aiogram.filters import Command, CommandObject, CommandStart
 from aiogram.types import BotCommand, CallbackQuery, Message, TelegramObject
 
+from improved_diffusion.data.photo import require_size
 from improved_diffusion.errors import UserError
-from improved_diffusion.serving.bot.courier import Courier
-from improved_diffusion.serving.bot.words import CANCEL, answer_of, cancel_button, describe
+from improved_diffusion.serving.bot.courier import CANCEL, Courier, cancel_button
 from improved_diffusion.serving.queue import UNFINISHED, JobQueue
 from improved_diffusion.serving.requests import ClassRequest, ImageRequest, Request, TextRequest
-from improved_diffusion.serving.uploads import keep_upload, require_size
+from improved_diffusion.serving.uploads import keep_upload
+from improved_diffusion.serving.words import answer_of, describe
 
 USERS = "telegram:"  # begins their names in the queue
 COMMANDS = {
@@ -101,7 +102,7 @@ class _Conversation:
     async def draw_from_picture(self, message: Message, bot: Bot) -> None:
         prompt = self._caption(message)
         file = message.document or message.photo[-1]  # the largest of its sizes
-        require_size(file.file_size or 0, self.queue.config.limits)
+        require_size(file.file_size or 0, self.queue.config.limits.photo)
         if not prompt:
             raise UserError("what shall I make of it? Send the picture with a caption that says so")
         data = io.BytesIO()

@@ -17,18 +17,27 @@ from aiogram.exceptions import (
     TelegramNotFound,
     TelegramRetryAfter,
 )
-from aiogram.types import FSInputFile, InlineKeyboardMarkup, InputMediaPhoto
+from aiogram.types import FSInputFile, InlineKeyboardButton, InlineKeyboardMarkup, InputMediaPhoto
 
-from improved_diffusion.serving.bot.words import answer_of, cancel_button, describe
 from improved_diffusion.serving.ledger import Ledger
 from improved_diffusion.serving.queue import UNFINISHED, Job, JobQueue
+from improved_diffusion.serving.words import answer_of, describe
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_FINISH = 10.0
 SECONDS_BETWEEN_EDITS = 3.0  # in a chat: Telegram allows about one message a second
 REFUSALS = (TelegramBadRequest, TelegramForbiddenError, TelegramNotFound)  # Telegram has surely not sent it
 
+CANCEL = "cancel:"  # begins what pressing the button sends
+
 log = logging.getLogger(__name__)
+
+
+def cancel_button(job_id: str) -> InlineKeyboardMarkup:
+    """What stands under the message of a job that is under way."""
+    return InlineKeyboardMarkup(
+        inline_keyboard=[[InlineKeyboardButton(text="Cancel", callback_data=f"{CANCEL}{job_id}")]]
+    )
 
 
 class Courier:

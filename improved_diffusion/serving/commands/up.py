@@ -1,17 +1,16 @@
-"""Everything at once: the worker with its status page, and the bot if there is a token. What dies is started again."""
+"""Everything at once: worker, status page, page, and the bot if there is a token. What dies is started again."""
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
 import os
-import signal
 import time
 from multiprocessing.process import BaseProcess
 
 from improved_diffusion.errors import UserError, user_errors_exit
 from improved_diffusion.serving.commands.init import make_home
-from improved_diffusion.serving.commands.options import command_parser
+from improved_diffusion.serving.commands.options import command_parser, stop_signal
 from improved_diffusion.serving.config import ServingConfig, config_file, load_serving_config
 
 SECONDS_TO_STOP = 30.0
@@ -25,13 +24,12 @@ def run(arguments: list[str]) -> None:
     if not config_file(home).is_file():
         make_home(ServingConfig(home=home))
     load_serving_config(home)
-    commands = ["worker", *(["bot"] if any(name in os.environ for name in TOKENS) else [])]
-    stop = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+    commands = ["worker", "page", *(["bot"] if any(name in os.environ for name in TOKENS) else [])]
+    stop = stop_signal()
     started = {command: _start(command, home) for command in commands}
     print("Ctrl-C stops, and what is queued stays queued", flush=True)
     try:
-        while signal.sigtimedwait(stop, SECONDS_BETWEEN_LOOKS) is None:
+        while not stop.wait(SECONDS_BETWEEN_LOOKS):
             for command, process in started.items():
                 if process.exitcode == MISTAKE:
                     raise UserError(f"the {command} could not start, as it says above")
@@ -51,7 +49,6 @@ def _start(command: str, home: str) -> BaseProcess:
 
 def _run(command: str, home: str) -> None:
     """In a process of its own."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     with user_errors_exit():
         importlib.import_module(f"improved_diffusion.serving.commands.{command}").run(["--home", home])
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-
 from improved_diffusion.personalize.quiet import quieten_libraries
-from improved_diffusion.serving.commands.options import command_parser
+from improved_diffusion.serving.commands.options import command_parser, stop_signal
 from improved_diffusion.serving.config import load_serving_config
 
 
@@ -25,12 +23,11 @@ def run(arguments: list[str]) -> None:
 
     with only_worker(config, options.name):
         worker = Worker(config, *open_drawers(config), options.name)
-        stop = {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before threads are started, which inherit it
+        stop = stop_signal()
         status = StatusServer(worker.queue, config.host, config.port if options.port is None else options.port)
         worker.start()
         print(f"drawing {', '.join(worker.offer['kinds'])} jobs; status: {status.address}", flush=True)
-        signal.sigwait(stop)
+        stop.wait()
         print("stopping", flush=True)
         status.close()
         worker.stop()

@@ -1,26 +1,15 @@
-"""How the bot speaks of jobs."""
+"""How bot and page speak of jobs."""
 
 from __future__ import annotations
 
-from aiogram.types import InlineKeyboardButton, InlineKeyboardMarkup
-
 from improved_diffusion.serving.queue import Ticket
-from improved_diffusion.serving.requests import ClassRequest, Request, TextRequest
-
-CANCEL = "cancel:"  # begins what pressing the button sends
-
-
-def cancel_button(job_id: str) -> InlineKeyboardMarkup:
-    """What stands under the message of a job that is under way."""
-    return InlineKeyboardMarkup(
-        inline_keyboard=[[InlineKeyboardButton(text="Cancel", callback_data=f"{CANCEL}{job_id}")]]
-    )
+from improved_diffusion.serving.requests import ClassRequest, ProcessRequest, Request, TextRequest
 
 
 def describe(request: Request) -> str:
     """What was asked for, in a few words."""
     if isinstance(request, ClassRequest):
-        what = request.class_name.replace("_", " ")
+        what = request.class_name.replace("_", " ") + (", step by step" if isinstance(request, ProcessRequest) else "")
     elif isinstance(request, TextRequest):
         what = request.prompt if len(request.prompt) <= 60 else f"{request.prompt[:57]}..."
     else:

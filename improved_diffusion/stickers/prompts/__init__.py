@@ -1,0 +1,1 @@
+"""Which prompt tells good stickers from bad ones best."""
