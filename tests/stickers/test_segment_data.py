@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -109,6 +111,11 @@ def test_a_picture_is_a_function_of_seed_and_index(pictures):
 
     assert drawn(0, 5) == drawn(0, 5)
     assert len({drawn(0, 5), drawn(0, 6), drawn(1, 5), drawn(0, 5 + len(pictures))}) == 4
+
+
+def test_another_process_draws_the_same_picture(pictures, tmp_path, tiny_set):
+    data = TrainingPictures(pictures.pictures, Photographs((str(tiny_set),)), 32, 0)
+    assert torch.equal(pickle.loads(pickle.dumps(data))[5][0], data[5][0])
 
 
 def test_an_epoch_has_every_subject_once(pictures, monkeypatch):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
+from improved_diffusion.stickers.matte import load_matter
 from improved_diffusion.stickers.segment import load_cutout
 from improved_diffusion.stickers.segment.config import ModelConfig, SegmentConfig
 from improved_diffusion.stickers.segment.loop import SegmentLoop
@@ -46,6 +47,10 @@ def train(run_script, icons, tmp_path):
         return tmp_path / out
 
     return train
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    return Image.effect_noise(size, 80).convert("RGB")
 
 
 def metrics(run: Path) -> list[dict]:
@@ -138,13 +143,15 @@ def test_a_run_is_measured_exported_and_loaded(train, run_script, tmp_path):
     assert Image.open(tmp_path / "results" / "masks.png").size[0] > 4 * 32
 
     file = tmp_path / "shipped" / "cutout.safetensors"
-    outcome = run_script("stickers.py", "segment", "export", first, "--out", file)
+    checkpoint = first / "checkpoints" / "step_0000010.pt"
+    outcome = run_script("stickers.py", "segment", "export", checkpoint, "--out", file)
     assert outcome.code == 0, outcome.err
-    cutout, exported, of_folder = load_cutout(first), load_cutout(file), load_cutout(file.parent)
+    cutout, exported, of_folder = load_cutout(checkpoint), load_cutout(file), load_matter(file.parent)
+    assert np.array_equal(load_matter(first)(exact := noise((64, 48))), exported(exact))  # which the run has already
     assert exported.config == cutout.config
     assert exported.images_seen == cutout.images_seen == 80
     for size in ((32, 32), (100, 37), (5, 90), (1, 1)):
-        picture = Image.effect_noise(size, 80).convert("RGB")
+        picture = noise(size)
         alpha = cutout(picture)
         assert alpha.dtype == np.float32
         assert alpha.shape == size[::-1]

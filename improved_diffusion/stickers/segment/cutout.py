@@ -18,9 +18,14 @@ from improved_diffusion.runtime.devices import usable_device
 from improved_diffusion.sampling.model_file import SUFFIX, read_described, write_described
 from improved_diffusion.settings import settings_of, to_plain
 from improved_diffusion.stickers.segment.config import SegmentConfig
+from improved_diffusion.stickers.segment.drawing import HELD_OUT, seeded
 from improved_diffusion.stickers.segment.models import CutoutNetwork, build_network, learned, set_learned
+from improved_diffusion.stickers.segment.pictures import Photographs
+from improved_diffusion.stickers.segment.scenery import background
 
 KIND = "cutout"  # what the description in a file says that it is
+FILE = f"cutout{SUFFIX}"  # in a finished run
+COMPARED, TOLERANCE = 8, 0.02  # scenes, and by how much half precision may change an alpha
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +62,8 @@ class Cutout:
 
 
 def load_cutout(path: str | Path, device: str | torch.device | None = None) -> Cutout:
-    """The cut-out at `path`: an exported file, or a folder with one; a run of `stickers.py segment train`, of which the
-    latest checkpoint is taken, or another of its checkpoints.
+    """The cut-out at `path`: an exported file, or a folder with one, such as a finished run of `stickers.py segment
+    train`; of a run that is not finished the latest checkpoint; or a checkpoint.
 
     Args:
         path: of the run or the file.
@@ -68,7 +73,7 @@ def load_cutout(path: str | Path, device: str | torch.device | None = None) -> C
         UserError: nothing there, a damaged file, or something else than a cut-out; a device that cannot be used.
     """
     path, device = Path(path), usable_device(device)
-    if path.is_dir() and not is_run_directory(path):
+    if path.is_dir():
         path = next(iter(sorted(path.glob(f"*{SUFFIX}"))), path)
     if path.suffix == SUFFIX:
         description, weights = read_described(path)
@@ -100,11 +105,15 @@ def _from_run(path: Path) -> tuple[SegmentConfig, dict[str, Any], dict[str, Tens
     return config, {**known, "provenance": run.read_provenance()}, weights
 
 
-def export(cutout: Cutout, path: Path) -> None:
-    """Write `cutout` to a .safetensors file, its weights in half precision (float16).
+def export(cutout: Cutout, path: Path) -> float:
+    """Write `cutout` to a .safetensors file, its weights in half precision (float16), read it back, and compare.
+
+    Returns:
+        By how much an alpha of a few drawn scenes differs at most.
 
     Raises:
-        UserError: there is a file already, another ending, or a disk that cannot be written.
+        UserError: there is a file already, another ending, a disk that cannot be written, or a cut-out that half
+            precision would change by more than TOLERANCE; then there is no file.
     """
     if path.suffix != SUFFIX:
         raise UserError(f"{path}: the name must end in {SUFFIX}")
@@ -119,3 +128,10 @@ def export(cutout: Cutout, path: Path) -> None:
         "provenance": cutout.provenance,
     }
     write_described(path, description, weights)
+    written = load_cutout(path, cutout.network.mean.device)
+    scenes = [background(cutout.config.image_size, Photographs(()), seeded(0, HELD_OUT, n)) for n in range(COMPARED)]
+    difference = max(float(np.abs(cutout(scene) - written(scene)).max()) for scene in scenes)
+    if not difference <= TOLERANCE:
+        path.unlink()
+        raise UserError(f"in half precision alpha differs by {difference:.3f}, more than {TOLERANCE}: not written")
+    return difference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -90,11 +90,6 @@ def table(scores: Sequence[Score]) -> str:
             cells = (f"{s.mean:.3f} ({s.low:.3f} to {s.high:.3f})" for s in (of_model[name] for name in MEASURES))
             lines.append(f"| {name}, {style} | {of_set[0].n} | {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def to_json(scores: Sequence[Score]) -> list[dict[str, object]]:
-    """The scores as plain values."""
-    return [asdict(score) for score in scores]
 
 
 def sheet(models: Mapping[str, Matter], sets: Mapping[str, Sequence[Drawn]]) -> np.ndarray:

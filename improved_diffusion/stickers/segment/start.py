@@ -68,11 +68,9 @@ def _look(config: SegmentConfig, held_out: tuple[Picture, ...], photographs: Pho
     drawn = draw_held_out(held_out, photographs, LOOKED_AT, config.image_size, config.seed)
 
     def look(network: CutoutNetwork) -> tuple[dict[str, Any], np.ndarray]:
-        was_training = network.training
         cutout = Cutout(network.eval(), config)
         means = {name: float(values.mean()) for name, values in measure_all(cutout, drawn).items()}
         shown = sheet({config.model.kind: cutout}, {"held out": drawn})
-        network.train(was_training)
         record = {"metric": "IoU", "value": means["IoU"], "scores": means, "pictures": len(drawn)}
         return record, shown
 

@@ -34,11 +34,12 @@ def run(arguments: list[str]) -> None:
 
     # Imported only now: torch takes seconds, and typos are answered at once.
     import json
+    from dataclasses import asdict
 
     from improved_diffusion.files import atomic_write
     from improved_diffusion.sampling.grids import save_png
     from improved_diffusion.stickers.segment.cutout import load_cutout
-    from improved_diffusion.stickers.segment.evaluation import compare, draw_held_out, sheet, table, to_json
+    from improved_diffusion.stickers.segment.evaluation import compare, draw_held_out, sheet, table
     from improved_diffusion.stickers.segment.pictures import Photographs, open_pictures
 
     models = {_name(path, options.cutouts): load_cutout(path, options.device) for path in options.cutouts}
@@ -60,7 +61,7 @@ def run(arguments: list[str]) -> None:
     if options.out is not None:
         with atomic_write(options.out / "table.md") as temporary:
             temporary.write_text(text + "\n")
-        result = {"scores": to_json(scores), "models": trained, "differences": differences}
+        result = {"scores": [asdict(score) for score in scores], "models": trained, "differences": differences}
         with atomic_write(options.out / "scores.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
         save_png(sheet(models, sets), options.out / "masks.png")

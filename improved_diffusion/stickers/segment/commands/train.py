@@ -42,6 +42,7 @@ def run(arguments: list[str]) -> None:
 
     from improved_diffusion.runtime.devices import usable_device
     from improved_diffusion.stickers.segment import start
+    from improved_diffusion.stickers.segment.cutout import FILE, export, load_cutout
     from improved_diffusion.stickers.segment.models import sized_by_checkpoint
     from improved_diffusion.training.start import new_run, require_same_run, run_to_resume, state_to_resume
 
@@ -61,11 +62,15 @@ def run(arguments: list[str]) -> None:
     with opened as run:
         state = state_to_resume(run, options.resume, start.TRAINING_STATE) if options.resume is not None else None
         print(f"run: {run.path}" + (f", going on at step {state['step']}" if state else ""))
-        finished = start.build(config, run, state, usable_device()).train()
+        loop = start.build(config, run, state, usable_device())
+        (run.path / FILE).unlink(missing_ok=True)  # of fewer steps
+        finished = loop.train()
+        if finished:
+            export(load_cutout(run.latest_checkpoint()), run.path / FILE)
     if not finished:
         print(f"stopped; go on with: python stickers.py segment train --resume {run.path}")
         sys.exit(130)
-    print(f"finished: {run.path}")
+    print(f"finished: {run.path / FILE}")
 
 
 def in_full(arguments: list[str]) -> list[str]:
