@@ -114,8 +114,11 @@ def test_what_a_resumed_run_computes_cannot_be_changed_nor_its_pictures(train, r
     outcome = run_script("stickers.py", "segment", "train", "--resume", run, "--seed", 1)
     assert outcome.is_one_clear_line()
     assert "seed from 0 to 1" in outcome.err
-    (icons / "things" / "3.png").unlink()
     outcome = run_script("stickers.py", "segment", "train", "--resume", run, "--steps", 20)
+    assert outcome.is_one_clear_line()
+    assert "turn back to a checkpoint of at most 8 steps" in outcome.err  # the rate fell over the last three
+    (icons / "things" / "3.png").unlink()
+    outcome = run_script("stickers.py", "segment", "train", "--resume", run)
     assert outcome.is_one_clear_line()
     assert "does not hold the pictures" in outcome.err
 

@@ -44,7 +44,13 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.stickers.segment import start
     from improved_diffusion.stickers.segment.cutout import FILE, export, load_cutout
     from improved_diffusion.stickers.segment.models import sized_by_checkpoint
-    from improved_diffusion.training.start import new_run, require_same_run, run_to_resume, state_to_resume
+    from improved_diffusion.training.start import (
+        new_run,
+        require_same_learning_rates,
+        require_same_run,
+        run_to_resume,
+        state_to_resume,
+    )
 
     settings, source = {}, ""
     if options.resume is not None:
@@ -54,13 +60,17 @@ def run(arguments: list[str]) -> None:
         settings, source = read_settings(options.config), options.config
     config = to_settings(SegmentConfig, parser, parse_arguments(parser, arguments, settings, source))
     if options.resume is not None:
-        require_same_run(resumed.read_config(SegmentConfig), config, start.CHANGEABLE)
+        before = resumed.read_config(SegmentConfig)
+        require_same_run(before, config, start.CHANGEABLE)
         opened = resumed.held()
     else:
         config = dataclasses.replace(config, model=sized_by_checkpoint(config.model))
         opened = new_run(options.out, f"cutout-{config.model.kind}")
     with opened as run:
-        state = state_to_resume(run, options.resume, start.TRAINING_STATE) if options.resume is not None else None
+        state = None
+        if options.resume is not None:
+            state = state_to_resume(run, options.resume, start.TRAINING_STATE)
+            require_same_learning_rates(before.training, config.training, state["step"])
         print(f"run: {run.path}" + (f", going on at step {state['step']}" if state else ""))
         loop = start.build(config, run, state, usable_device())
         (run.path / FILE).unlink(missing_ok=True)  # of fewer steps
