@@ -20,6 +20,7 @@ COMMANDS = {  # each is a module of improved_diffusion.stickers.commands
     "finish": "from a cut-out to a file that Telegram takes",
     "measure": "Inception Score, FID, LPIPS and ERGAS of sets of stickers",
     "prompts": "which prompt tells good stickers from bad ones best",
+    "segment": "train the cut-out, measure it, write it to a file",
 }
 
 
