@@ -81,11 +81,20 @@ class SubjectConfig:
     """What kind of thing it is: dog, sticker, ..."""
     prompt: str = "a photo of {token} {class}"
     """Text of the images that have no caption."""
+    caption_prompt: str | None = None
+    """Text of those that have one, which stands for {caption} in it, so that every caption names the subject:
+    "{token} {class}, {caption}"; null for the caption as it is."""
+    allow_split_token: bool = False
+    """Take a token that a tokenizer splits, a name say, though its pieces have meanings of their own."""
     vectors: int = 1
     """Textual inversion: embeddings that the new word stands for."""
 
     def __post_init__(self) -> None:
         require(self.vectors >= 1, f"subject.vectors must be at least 1, not {self.vectors}")
+        require(
+            self.caption_prompt is None or "{caption}" in self.caption_prompt,
+            f"subject.caption_prompt {self.caption_prompt!r} has no {{caption}} for the caption",
+        )
 
     def fill(self, template: str) -> str:
         """The prompt, with the token and the class in their places.

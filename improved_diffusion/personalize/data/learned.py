@@ -64,7 +64,10 @@ def _with_texts(images: tuple[CaptionedImage, ...], config: PersonalizeConfig) -
     def text(image: CaptionedImage) -> str:
         if image.caption is None or not config.images.captions:
             return subject.fill(subject.prompt)
-        return image.caption if subject.token is None else subject.fill(image.caption)
+        caption = image.caption
+        if subject.caption_prompt is not None:
+            caption = subject.caption_prompt.replace("{caption}", caption)
+        return caption if subject.token is None else subject.fill(caption)
 
     return Captioned(images, tuple(text(image) for image in images))
 

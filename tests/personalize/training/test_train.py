@@ -186,3 +186,11 @@ def test_a_gpu_too_small_is_said_before_anything_starts(train, tiny_bases, tmp_p
     needs = r"a training step needs about 5\d\d MB, a look at the run 5\d\d MB, and cpu has 400 MB free"
     assert re.search(needs + "; to need less: .*method lora", outcome.err)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_of_several_tokens_is_taken_where_that_is_wanted(train, tiny_bases):
+    flags = ("--subject.token=cinnamoroll", "--subject.class_name=ball")
+    outcome = train(tiny_bases["sd"], "refused", *flags, steps=1)
+    assert outcome.is_one_clear_line()
+    assert "subject.allow_split_token" in outcome.err
+    assert train(tiny_bases["sd"], "taken", *flags, "--subject.allow_split_token=true", steps=1).code == 0
