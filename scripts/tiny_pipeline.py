@@ -53,16 +53,16 @@ def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-def make_tokenizer(pad_token: str):
+def make_tokenizer(pad_token: str, vocabulary: dict[str, int], merges: list[str], length: int = 77):
+    """CLIP's tokenizer, for texts of at most `length` tokens with those of their start and end."""
     from transformers import CLIPTokenizer
 
-    vocabulary, merges = clip_vocabulary()
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
         files[1].write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad_token})
+            json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "pad_token": pad_token})
         )
         return CLIPTokenizer.from_pretrained(folder)
 
@@ -156,7 +156,7 @@ def make_pipeline(kind: str, taesd: Path | None = None, seed: int = 0):
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(PAD[kind])
+    tokenizer = make_tokenizer(PAD[kind], *clip_vocabulary())
     parts = {
         "vae": make_vae(kind, taesd),
         "text_encoder": make_text_encoder(kind, len(tokenizer)),
@@ -166,7 +166,7 @@ def make_pipeline(kind: str, taesd: Path | None = None, seed: int = 0):
     if kind == "sdxl":
         second = "sdxl, second"
         text_encoder = make_text_encoder(second, len(tokenizer))
-        parts |= {"text_encoder_2": text_encoder, "tokenizer_2": make_tokenizer(PAD[second])}
+        parts |= {"text_encoder_2": text_encoder, "tokenizer_2": make_tokenizer(PAD[second], *clip_vocabulary())}
         return StableDiffusionXLPipeline(**parts, unet=make_unet(kind))
     unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(**parts, unet=make_unet(kind), **unchecked)

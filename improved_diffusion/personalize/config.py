@@ -30,6 +30,8 @@ class ImagesConfig:
 
     captions: bool = True
     """Use the captions that come with the images; an image without one gets the subject's prompt."""
+    caption_dropout: float = 0.0
+    """Probability of learning an image under an empty text, which classifier-free guidance draws away from."""
     caption_column: str | None = None
     """Column of the captions in metadata or parquet; by default a usual name is looked for."""
     background: str = "white"
@@ -52,6 +54,8 @@ class ImagesConfig:
     def __post_init__(self) -> None:
         for name in ("crops", "repeats"):
             require(getattr(self, name) >= 1, f"images.{name} must be at least 1, not {getattr(self, name)}")
+        dropout = self.caption_dropout
+        require(0 <= dropout < 1, f"images.caption_dropout must be in [0, 1), not {dropout}")
         require(self.held_out >= 0, f"images.held_out must not be negative, not {self.held_out}")
         require(
             self.resolution is None or (self.resolution >= 8 and self.resolution % 8 == 0),
@@ -166,6 +170,8 @@ class TrainingConfig:
     """Learning rate of SDXL's second text encoder; by default that of the first."""
     warmup_steps: int = 0
     """Updates over which the learning rates rise linearly from 0."""
+    cooldown_steps: int = 0
+    """The last updates of training.steps, over which the learning rates fall linearly to 0."""
     weight_decay: float = 0.01
     """Decoupled weight decay of AdamW."""
     grad_clip: float | None = 1.0
@@ -204,10 +210,14 @@ class TrainingConfig:
         for name in ("lr", "lr_text_encoder", "lr_text_encoder_2", "grad_clip", "min_snr_gamma"):
             value = getattr(self, name)
             require(value is None or value > 0, f"training.{name} must be positive, not {value}")
-        for name in ("warmup_steps", "weight_decay", "noise_offset"):
+        for name in ("warmup_steps", "cooldown_steps", "weight_decay", "noise_offset"):
             require(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")
         require(
             self.ema_rate is None or 0 <= self.ema_rate < 1, f"training.ema_rate must be in [0, 1), not {self.ema_rate}"
+        )
+        require(
+            not self.cooldown_steps or self.steps is not None,
+            "training.cooldown_steps counts back from training.steps: give these instead of training.epochs",
         )
         require(
             self.steps is None or self.epochs is None,

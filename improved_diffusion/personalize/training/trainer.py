@@ -32,15 +32,15 @@ from improved_diffusion.personalize.training.losses import (
 from improved_diffusion.personalize.training.running_means import RunningMeans
 
 # Generators of a run are keyed (seed, purpose, micro-batch): resuming draws what an unbroken run would have drawn.
-DRAWS, DROPOUT = range(100, 102)
+DRAWS, DROPOUT, TEXTS = range(100, 103)
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedSet:
-    """Encoded images, with the text that each is learned with."""
+    """Encoded images, with the texts that each is learned with."""
 
     examples: Examples
-    texts: Sequence[str]
+    wordings: Sequence[Sequence[str]]
 
 
 class Trainer:
@@ -98,7 +98,7 @@ class Trainer:
         training, accelerator = self.config.training, self.accelerator
         parameters = list(self.trained.parameters.values())
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * min(1.0, (self.step + 1) / max(1, training.warmup_steps))
+            group["lr"] = group["peak_lr"] * self._share_of_peak()
         for part in self.trained.parts:
             getattr(self.base.pipeline, part).train()
         means: dict[str, Tensor] = {}
@@ -123,6 +123,14 @@ class Trainer:
         self.step += 1
         return accelerator.reduce(means, "mean")
 
+    def _share_of_peak(self) -> float:
+        """Of the learning rates, at this update: they rise from 0, and fall to 0 at the end."""
+        training = self.config.training
+        risen = min(1.0, (self.step + 1) / max(1, training.warmup_steps))
+        if not training.cooldown_steps:
+            return risen
+        return min(risen, max(0, training.steps - self.step) / training.cooldown_steps)
+
     def is_sound(self, terms: dict[str, Tensor]) -> bool:
         """Whether loss and gradient of an update are finite. In fp16 the gradient may overflow: then the scaler leaves
         the update out, and lowers its scale."""
@@ -146,11 +154,12 @@ class Trainer:
         config, device = self.config, self.accelerator.device
         generator = seeded_generator(config.seed, DRAWS, number)
         indices = self.stream.micro_batch(number)
-        draws = [self._draw(self.source, indices, generator)]
+        of_texts = seeded_generator(config.seed, TEXTS, number)
+        draws = [self._draw(self.source, indices, generator, of_texts)]
         if self.prior:
             prior = self.prior[self.source.examples.sizes[indices[0]]]
             of_prior = self.prior_stream.images(self.stream.images_in(number), len(indices))
-            draws.append(self._draw(prior, of_prior, generator))
+            draws.append(self._draw(prior, of_prior, generator, of_texts))
         latents = Latents(*(torch.cat(tensors) for tensors in zip(*(latents for latents, _ in draws), strict=True)))
         texts = [text for _, of_source in draws for text in of_source]
         x_0 = latents.mean + latents.std * torch.randn(latents.mean.shape, generator=generator)
@@ -173,12 +182,19 @@ class Trainer:
             terms |= {"mse": losses.mean()}
         return terms
 
-    @staticmethod
-    def _draw(source: EncodedSet, indices: list[int], generator: torch.Generator) -> tuple[Latents, list[str]]:
-        """The images `indices` in crops drawn at random, and their texts."""
+    def _draw(
+        self, source: EncodedSet, indices: list[int], generator: torch.Generator, of_texts: torch.Generator
+    ) -> tuple[Latents, list[str]]:
+        """The images `indices` in crops drawn at random, each with one of its texts, or with none."""
         count = len(source.examples.variants)
         variant = torch.randint(count, (len(indices),), generator=generator).tolist()
-        return source.examples(indices, variant), [source.texts[i] for i in indices]
+        which, dropped = torch.rand(2, len(indices), generator=of_texts).tolist()
+        rate = self.config.images.caption_dropout
+        texts = [
+            "" if drop < rate else source.wordings[i][int(share * len(source.wordings[i]))]
+            for i, share, drop in zip(indices, which, dropped, strict=True)
+        ]
+        return source.examples(indices, variant), texts
 
     def denoising_losses(self, x_0: Tensor, noise: Tensor, t: Tensor, texts: Sequence[str], size_ids: Tensor) -> Tensor:
         """(N,): the mean-square error of each of N latents (N, 4, h, w), noised to t (N,), under its text.
