@@ -1,9 +1,8 @@
-"""The embedded base, a small Stable Diffusion that draws stickers: what it is trained on, what it is, how it is measured.
+"""The embedded base, a small Stable Diffusion that draws stickers: its data, its network, and its measures.
 
     python scripts/sticker_base.py prepare data/noto-128.zip data/fluent-128.zip --taesd DIR --out data/sticker-base
     python personalize.py train --config configs/sticker_base.yaml --out runs/sticker-base
     python scripts/sticker_base.py export --run runs/sticker-base --out pretrained/stickers-128
-    python scripts/sticker_base.py measure pretrained/stickers-128 --held-out data/sticker-base/held-out --out sheets
 
 The icons are rendered by `python -m improved_diffusion.data icons`. TAESD's weights are those of `madebyollin/taesd`.
 """
@@ -52,7 +51,7 @@ def icons(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 
 def write_images(sets: list[Path], out: Path) -> list[str]:
-    """Write the icons of `sets` into `out`/train and `out`/held-out, as personalize.py reads them. Returns all texts."""
+    """Write the icons of `sets` into `out`/train and `out`/held-out, as personalize.py reads them. Returns texts."""
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "held-out": []}
     for path in sets:
         for row, picture in icons(path):
@@ -120,7 +119,7 @@ def make_base(texts: list[str], taesd: Path, seed: int = 0):
     )
     # A schedule that ends in pure noise (Lin et al. 2023, arXiv:2305.08891): icons are mostly white.
     scheduler = DDIMScheduler(
-        **{**SCHEDULE, "steps_offset": 0},
+        **SCHEDULE,
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
