@@ -129,7 +129,7 @@ def measure(base: Base, config: PersonalizeConfig) -> tuple[int, int]:
         images = open_captioned_set(folder).images * config.training.batch_size
         resolution = config.images.resolution or base.resolution
         examples = Examples(base, images, [(resolution, resolution)] * len(images), config.images)
-        source = EncodedSet(examples, ["a picture"] * len(images))
+        source = EncodedSet(examples, [("a picture",)] * len(images))
         prior = {(resolution, resolution): source} if config.prior.images else None
         trainer = Trainer(base, trained, config, source, prior, Accelerator(cpu=True, mixed_precision="no"))
         trainer.train_step()

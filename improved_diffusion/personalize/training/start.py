@@ -203,7 +203,7 @@ def choose_sizes(images: Sequence[CaptionedImage], sizes: list[tuple[int, int]])
 
 
 def _encode(base: Base, found: Captioned, sizes: Sequence[tuple[int, int]], config: PersonalizeConfig) -> EncodedSet:
-    return EncodedSet(Examples(base, found.images, sizes, config.images), found.texts)
+    return EncodedSet(Examples(base, found.images, sizes, config.images), found.wordings)
 
 
 def _prior(
@@ -219,7 +219,7 @@ def _prior(
         return None
     with accelerator.main_process_first():
         found = prior_images(base, fingerprint, config, resolution)
-    texts = [config.subject.fill(config.prior.prompt)] * len(found)
+    texts = [(config.subject.fill(config.prior.prompt),)] * len(found)
     plain = dataclasses.replace(config.images, crops=1, flip=False)
     return {size: EncodedSet(Examples(base, found.images, [size] * len(found), plain), texts) for size in set(sizes)}
 

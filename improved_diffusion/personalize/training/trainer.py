@@ -38,10 +38,10 @@ DRAWS, DROPOUT, CAPTIONS = range(100, 103)
 
 @dataclass(frozen=True, eq=False)
 class EncodedSet:
-    """Encoded images, with the text that each is learned with."""
+    """Encoded images, with the texts that each is learned with."""
 
     examples: Examples
-    texts: Sequence[str]
+    wordings: Sequence[Sequence[str]]
 
 
 class Trainer:
@@ -145,12 +145,13 @@ class Trainer:
         config, device = self.config, self.accelerator.device
         generator = seeded_generator(config.seed, DRAWS, number)
         indices = self.stream.micro_batch(number)
-        latents, texts = self._draw(self.source, indices, generator)
-        draws = [(latents, vary(texts, config.images, seeded_generator(config.seed, CAPTIONS, number)))]
+        of_texts = seeded_generator(config.seed, CAPTIONS, number)
+        latents, texts = self._draw(self.source, indices, generator, of_texts)
+        draws = [(latents, vary(texts, config.images, of_texts))]
         if self.prior:
             prior = self.prior[self.source.examples.sizes[indices[0]]]
             of_prior = self.prior_stream.images(self.stream.images_in(number), len(indices))
-            draws.append(self._draw(prior, of_prior, generator))
+            draws.append(self._draw(prior, of_prior, generator, of_texts))
         latents = Latents(*(torch.cat(tensors) for tensors in zip(*(latents for latents, _ in draws), strict=True)))
         texts = [text for _, of_source in draws for text in of_source]
         x_0 = latents.mean + latents.std * torch.randn(latents.mean.shape, generator=generator)
@@ -174,11 +175,15 @@ class Trainer:
         return terms
 
     @staticmethod
-    def _draw(source: EncodedSet, indices: list[int], generator: torch.Generator) -> tuple[Latents, list[str]]:
-        """The images `indices` in crops drawn at random, and their texts."""
+    def _draw(
+        source: EncodedSet, indices: list[int], generator: torch.Generator, of_texts: torch.Generator
+    ) -> tuple[Latents, list[str]]:
+        """The images `indices` in crops drawn at random, each with one of its texts."""
         count = len(source.examples.variants)
         variant = torch.randint(count, (len(indices),), generator=generator).tolist()
-        return source.examples(indices, variant), [source.texts[i] for i in indices]
+        wordings = [source.wordings[i] for i in indices]
+        texts = [of_one[torch.randint(len(of_one), (), generator=of_texts)] for of_one in wordings]
+        return source.examples(indices, variant), texts
 
     def denoising_losses(self, x_0: Tensor, noise: Tensor, t: Tensor, texts: Sequence[str], size_ids: Tensor) -> Tensor:
         """(N,): the mean-square error of each of N latents (N, 4, h, w), noised to t (N,), under its text.
