@@ -62,6 +62,8 @@ def write_images(sets: list[Path], out: Path) -> list[str]:
             file.write_bytes(picture)
             rows[split].append({"file_name": name, "text": wordings(row)})
     for split, lines in rows.items():
+        if not lines:
+            raise UserError(f"none of the icons is for {split}: give more of them")
         (out / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         print(f"{split}: {len(lines):,} icons")
     return [text for lines in rows.values() for line in lines for text in line["text"]]
