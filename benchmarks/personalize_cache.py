@@ -56,12 +56,13 @@ def make_trainer(kind: str, config: PersonalizeConfig) -> tuple[Trainer, float]:
     examples = Examples(base, images, [(RESOLUTION, RESOLUTION)] * len(images), config.images)
     seconds = time.perf_counter() - started
     return Trainer(
-        base, trained, config, EncodedSet(examples, [i.caption for i in images]), None, Accelerator()
+        base, trained, config, EncodedSet(examples, [(i.caption,) for i in images]), None, Accelerator()
     ), seconds
 
 
 def compare(kind: str) -> None:
-    config = PersonalizeConfig(training=TrainingConfig(batch_size=BATCH), images=ImagesConfig(resolution=RESOLUTION))
+    training = TrainingConfig(steps=1, batch_size=BATCH)
+    config = PersonalizeConfig(training=training, images=ImagesConfig(resolution=RESOLUTION))
     trainers = {}
     for cache in (True, False):
         images = dataclasses.replace(config.images, cache=cache)

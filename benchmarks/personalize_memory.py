@@ -129,7 +129,7 @@ def measure(base: Base, config: PersonalizeConfig) -> tuple[int, int]:
         images = open_captioned_set(folder).images * config.training.batch_size
         resolution = config.images.resolution or base.resolution
         examples = Examples(base, images, [(resolution, resolution)] * len(images), config.images)
-        source = EncodedSet(examples, ["a picture"] * len(images))
+        source = EncodedSet(examples, [("a picture",)] * len(images))
         prior = {(resolution, resolution): source} if config.prior.images else None
         trainer = Trainer(base, trained, config, source, prior, Accelerator(cpu=True, mixed_precision="no"))
         trainer.train_step()
@@ -172,7 +172,7 @@ def compare_with_measurement() -> None:
             config = PersonalizeConfig(
                 method=method,
                 images=ImagesConfig(resolution=TINY_RESOLUTION),
-                training=TrainingConfig(precision="float32", gradient_checkpointing=checkpointing),
+                training=TrainingConfig(steps=1, precision="float32", gradient_checkpointing=checkpointing),
             )
             base = Base(f"tiny {kind}", TINY["make_pipeline"](kind))
             estimate = estimate_memory(base, config, "float32")
@@ -188,11 +188,11 @@ def published_runs() -> Iterator[tuple[str, PersonalizeConfig, str]]:
     """Names, settings and precisions."""
     adapter = AdapterConfig(rank=16, alpha=16)
     for method, text, checkpointing in itertools.product(("full", "lora"), (False, True), (False, True)):
-        training = TrainingConfig(gradient_checkpointing=checkpointing)
+        training = TrainingConfig(steps=1, gradient_checkpointing=checkpointing)
         name = f"{method}{', text' * text}{', checkpointing' * checkpointing}"
         config = PersonalizeConfig(method=method, train_text_encoder=text, adapter=adapter, training=training)
         yield name, config, "bf16"
-    checkpointing = PersonalizeConfig(adapter=adapter, training=TrainingConfig(gradient_checkpointing=True))
+    checkpointing = PersonalizeConfig(adapter=adapter, training=TrainingConfig(steps=1, gradient_checkpointing=True))
     yield "lora, checkpointing, 4 bits", replace(checkpointing, base_bits=4), "bf16"
     yield "lora, checkpointing, float32", checkpointing, "float32"
 

@@ -53,16 +53,18 @@ def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-def make_tokenizer(pad_token: str):
+def make_tokenizer(pad_token: str, words: tuple[dict[str, int], list[str]] | None = None, length: int = 77):
+    """CLIP's tokenizer, with its vocabulary and merges or with other `words`, for texts of at most `length` tokens with
+    those of their start and end."""
     from transformers import CLIPTokenizer
 
-    vocabulary, merges = clip_vocabulary()
+    vocabulary, merges = words or clip_vocabulary()
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
         files[1].write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad_token})
+            json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "pad_token": pad_token})
         )
         return CLIPTokenizer.from_pretrained(folder)
 

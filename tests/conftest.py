@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -32,6 +33,8 @@ from improved_diffusion.models.build import build_network
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.settings import parse_arguments, settings_parser, to_settings
+from improved_diffusion.training import loop
+from improved_diffusion.training.curves import draw_curves
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.loop import TrainingLoop
 from improved_diffusion.training.trainer import Trainer
@@ -49,12 +52,38 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the arithmetic of the CPU, bit for bit
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # see `small_collections`; libraries look at the end whether something was leaked
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> Iterator[None]:
     """A cache directory of the tests' own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMPROVED_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_collections() -> None:
+    """What is there before a module's tests is not looked through again whenever garbage is collected: the modules that
+    are imported make millions of objects, and it would take a fifth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves() -> Iterator[None]:
+    """Runs leave out curves.png, which takes longer to draw than a tiny network to train: see `curves`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_curves", lambda run: None)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch) -> None:
+    """Runs draw curves.png."""
+    monkeypatch.setattr(loop, "draw_curves", draw_curves)
 
 
 @dataclass(frozen=True)

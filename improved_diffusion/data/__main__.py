@@ -1,5 +1,5 @@
-"""Pack an image set, `python -m improved_diffusion.data {food101,folder,synthetic} --out DIR`; `verify DIR` it; or
-`shard` it into files to stream from."""
+"""Pack an image set, `python -m improved_diffusion.data {food101,folder,synthetic} --out DIR`; `verify DIR` it; `shard`
+it into files to stream from; or render `icons` into a zip of captioned pictures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from improved_diffusion.data.icons import open_icons, write_icons
 from improved_diffusion.data.image_set import CHANNELS, is_image_set, open_image_set
 from improved_diffusion.data.labelled_files import labelled_folder, labelled_food101, with_validation
 from improved_diffusion.data.packing import VALIDATION_PER_CLASS, PackedSplit, check_free, pack, pack_synthetic
 from improved_diffusion.data.shards import require_webdataset, write_shards
-from improved_diffusion.errors import ArgumentParser, user_errors_exit
+from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 
 LISTED_BROKEN = 10
 
@@ -47,7 +48,8 @@ def sides(text: str) -> tuple[int, int]:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     about = "Pack images into one memory-mapped array."
     parser = ArgumentParser(prog="python -m improved_diffusion.data", description=about)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{food101,folder,synthetic,shard,verify}")
+    names = "{food101,folder,synthetic,shard,verify,icons}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     food101 = commands.add_parser("food101", help="Food101 from torchvision, with its official train and test splits")
     food101.add_argument("--source", type=Path, help="folder that holds food-101/ (default: download it beside --out)")
@@ -85,6 +87,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     verify = commands.add_parser("verify", help="read a packed set and its splits whole and compare their SHA-256")
     verify.add_argument("path", type=Path, help="the packed set")
+
+    icons = commands.add_parser(
+        "icons", help="an icon set of npm, `npm pack @iconify-json/noto`, as captioned pictures"
+    )
+    icons.add_argument("path", type=Path, help="the .tgz, or its unpacked folder")
+    icons.add_argument("--out", type=Path, required=True, help="a new zip")
+    icons.add_argument("--image-size", type=positive, default=128, help="pixels a side (default: %(default)s)")
+    icons.add_argument("--style", help="word of the captions, WORD sticker of birthday cake (default: noto of noto)")
     return parser.parse_args(arguments)
 
 
@@ -132,6 +142,19 @@ def shard(arguments: argparse.Namespace) -> None:
     print(f"{len(written):,} images in {len(written.shards):,} shards: train with --data {arguments.out}, or its URL")
 
 
+def render(arguments: argparse.Namespace) -> None:
+    """Write an icon set's zip, and say under which licence its pictures are."""
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out} exists already: choose another --out, or remove it")
+    icons = open_icons(arguments.path)
+    count, skipped = write_icons(icons, arguments.out, arguments.image_size, arguments.style)
+    print(
+        f"{count:,} pictures of {icons.prefix} in {arguments.out}, under the licence {icons.licence} (see source.json)"
+    )
+    for reason in skipped[:LISTED_BROKEN]:
+        print(f"  left out: {reason}")
+
+
 def main() -> None:
     arguments = parse_arguments()
     if arguments.command == "verify":
@@ -139,6 +162,9 @@ def main() -> None:
         return
     if arguments.command == "shard":
         shard(arguments)
+        return
+    if arguments.command == "icons":
+        render(arguments)
         return
     check_free(arguments.out, arguments.overwrite)  # before a long download, too
     start = time.perf_counter()

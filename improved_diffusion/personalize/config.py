@@ -16,6 +16,7 @@ from improved_diffusion.settings import require
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"
 
+LEAST_FACTOR = 0.1  # of Prodigy's own learning rate
 FILLED = ("token", "class")  # what stands in braces in a prompt
 
 
@@ -46,12 +47,23 @@ class ImagesConfig:
     """Times that each image is seen in an epoch."""
     held_out: int = 0
     """Images kept from training, to measure the loss on."""
+    caption_dropout: float = 0.0
+    """Probability that an image is learned without its caption. 0.05 to 0.1 is usual."""
+    shuffle_tags: bool = False
+    """Bring what stands between the commas of a caption into another order at each sight."""
+    keep_tags: int = 1
+    """Of these, how many stay in front."""
     cache: bool = True
     """Keep latents and text embeddings in memory instead of encoding at every step."""
 
     def __post_init__(self) -> None:
         for name in ("crops", "repeats"):
             require(getattr(self, name) >= 1, f"images.{name} must be at least 1, not {getattr(self, name)}")
+        require(
+            0 <= self.caption_dropout <= 1,
+            f"images.caption_dropout must be between 0 and 1, not {self.caption_dropout}",
+        )
+        require(self.keep_tags >= 0, f"images.keep_tags must not be negative, not {self.keep_tags}")
         require(self.held_out >= 0, f"images.held_out must not be negative, not {self.held_out}")
         require(
             self.resolution is None or (self.resolution >= 8 and self.resolution % 8 == 0),
@@ -69,11 +81,20 @@ class SubjectConfig:
     """What kind of thing it is: dog, sticker, ..."""
     prompt: str = "a photo of {token} {class}"
     """Text of the images that have no caption."""
+    caption_prompt: str | None = None
+    """Text of those that have one, which stands for {caption} in it, so that every caption names the subject:
+    "{token} {class}, {caption}"; null for the caption as it is."""
+    allow_split_token: bool = False
+    """Take a token that a tokenizer splits, a name say, though its pieces have meanings of their own."""
     vectors: int = 1
     """Textual inversion: embeddings that the new word stands for."""
 
     def __post_init__(self) -> None:
         require(self.vectors >= 1, f"subject.vectors must be at least 1, not {self.vectors}")
+        require(
+            self.caption_prompt is None or "{caption}" in self.caption_prompt,
+            f"subject.caption_prompt {self.caption_prompt!r} has no {{caption}} for the caption",
+        )
 
     def fill(self, template: str) -> str:
         """The prompt, with the token and the class in their places.
@@ -166,12 +187,20 @@ class TrainingConfig:
     """Learning rate of SDXL's second text encoder; by default that of the first."""
     warmup_steps: int = 0
     """Updates over which the learning rates rise linearly from 0."""
+    lr_schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """After that: constant, half a cosine down to 0, or constant with a linear cool-down to 0 at the end."""
+    cooldown: float = 0.2
+    """Share of the updates that wsd's cool-down takes; 1 is a linear fall."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "prodigy"] = "adamw"
+    """AdamW; with its state in 8 bits (bitsandbytes, on a GPU), or besides moved to the CPU when memory is short;
+    Adafactor, with next to no state; Lion, which wants a third to a tenth of AdamW's rate; or Prodigy, which finds the
+    rate itself: set lr to 1."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     grad_clip: float | None = 1.0
     """Largest allowed norm of the gradient; null for no clipping."""
     adam_8bit: bool = False
-    """Keep the optimizer's state in 8 bits (bitsandbytes, on a GPU)."""
+    """The former name of `optimizer: adamw_8bit`."""
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     """Arithmetic of the networks; auto is bf16 on a GPU that has hardware for it. What is trained stays float32."""
     vae_precision: Literal["bf16", "fp16", "float32"] = "float32"
@@ -204,6 +233,13 @@ class TrainingConfig:
         for name in ("lr", "lr_text_encoder", "lr_text_encoder_2", "grad_clip", "min_snr_gamma"):
             value = getattr(self, name)
             require(value is None or value > 0, f"training.{name} must be positive, not {value}")
+        require(0 < self.cooldown <= 1, f"training.cooldown must be above 0 and at most 1, not {self.cooldown}")
+        if self.adam_8bit:
+            object.__setattr__(self, "optimizer", "adamw_8bit")
+        require(
+            self.optimizer != "prodigy" or self.lr >= LEAST_FACTOR,
+            f"prodigy finds the learning rate itself, and training.lr is a factor of it: set it to 1, not {self.lr:g}",
+        )
         for name in ("warmup_steps", "weight_decay", "noise_offset"):
             require(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")
         require(

@@ -27,8 +27,13 @@ DESCRIPTION, SUM = "improved_diffusion", "improved_diffusion_sha256"  # in the m
 
 def write_model_file(path: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
     """Write a model, whole or not at all. Raises UserError where it cannot be written."""
+    write_described(path, {**_fields(card), "config": to_plain(card.config)}, weights)
+
+
+def write_described(path: Path, description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write `weights`, with a `description` of plain values and the sum of both in the file's metadata, whole or not at
+    all. Raises UserError where it cannot be written."""
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-    description = {**_fields(card), "config": to_plain(card.config)}
     text = json.dumps(description)
     with atomic_write(path) as temporary:
         try:
@@ -42,6 +47,22 @@ def read_model_file(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
 
     Raises:
         UserError: no such file, a damaged one, or one that is no model of this project.
+    """
+    description, weights = read_described(path)
+    try:
+        settings = description.pop("config")
+        config = settings_of(run_type(settings), settings, str(path))
+        names = tuple(description.pop("class_names"))
+        return ModelCard(config=config, class_names=names, **description), weights
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} was written by another version of this project ({error})") from error
+
+
+def read_described(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_described` wrote: the description, and the weights on the CPU.
+
+    Raises:
+        UserError: no such file, a damaged one, or one that is none of this project.
     """
     if not path.is_file():
         raise UserError(f"no model at {path}")
@@ -58,12 +79,8 @@ def read_model_file(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
     if metadata.get(SUM) != content_sha256(metadata[DESCRIPTION], weights):
         raise UserError(f"{path} is damaged: what it holds is not what was written")
     try:
-        description = json.loads(metadata[DESCRIPTION])
-        settings = description.pop("config")
-        config = settings_of(run_type(settings), settings, str(path))
-        names = tuple(description.pop("class_names"))
-        return ModelCard(config=config, class_names=names, **description), weights
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return dict(json.loads(metadata[DESCRIPTION])), weights
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path} was written by another version of this project ({error})") from error
 
 

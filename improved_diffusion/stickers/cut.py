@@ -12,7 +12,7 @@ from PIL import Image
 
 from improved_diffusion.data.decode import to_rgb
 from improved_diffusion.errors import UserError
-from improved_diffusion.stickers.matte import Matter, identity, load_matter, own_alpha
+from improved_diffusion.stickers.matte import Matter, own_alpha
 from improved_diffusion.stickers.photos import Outcome, Photo, make_each, png
 
 LEAST = 0.02  # of alpha, that is taken for none; a sigmoid is never quite 0 or 1
@@ -71,17 +71,18 @@ def foreground(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.rint(255 * estimate_foreground_ml(colours / 255, alpha.astype(np.float64))).astype(np.uint8)
 
 
-def cut_photos(photos: Sequence[Photo], out: Path, matting: str) -> Outcome:
+def cut_photos(photos: Sequence[Photo], out: Path, matter: Matter, name: str) -> Outcome:
     """Write out/NAME.png, the foreground of each picture; see `make_each`.
 
     Args:
-        matting: name of a matter; see `load_matter`.
+        matter: what tells it from the background.
+        name: what tells the matter from others; see `identity`.
 
     Raises:
-        UserError: as `load_matter` and `make_each` do.
+        UserError: as `make_each` does.
     """
-    matter = load_matter(matting)
-    settings = {"matting": identity(matting)}
-    return make_each(
-        photos, out, ".png", settings, lambda photo: png(cut_out(photo.load_transparent(), matter)), "cutting out"
-    )
+
+    def make(photo: Photo) -> bytes:
+        return png(cut_out(photo.load_transparent(), matter))
+
+    return make_each(photos, out, ".png", {"matting": name}, make, "cutting out")

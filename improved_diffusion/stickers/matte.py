@@ -55,11 +55,16 @@ def load_matter(name: str | Path = SHIPPED) -> Matter:
 
 
 def identity(name: str | Path) -> str:
-    """What tells a matter from others: its name, or of a trained cut-out the SHA-256 of its weights."""
+    """What tells a matter from others: its name, or of a trained cut-out, which `load_matter` has opened, the SHA-256
+    of its weights."""
     if str(name) in NAMES:
         return str(name)
     path = Path(name)
-    return " ".join(file_sha256(file) for file in sorted(path.glob("*.safetensors")) or [path])
+    if path.is_dir():  # of a run that is not finished, the latest checkpoint
+        path = next(
+            iter(sorted(path.glob("*.safetensors")) or sorted(path.glob("checkpoints/*.pt"), reverse=True)), path
+        )
+    return file_sha256(path)
 
 
 def own_alpha(image: Image.Image) -> np.ndarray:

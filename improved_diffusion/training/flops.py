@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from improved_diffusion.config import ModelConfig
 from improved_diffusion.models.backbone import Backbone
+from improved_diffusion.runtime.meta import KnownLayouts
 
 # Dense TFLOP/s in bfloat16 with float32 sums, and in float32 without TF32, as NVIDIA's data sheets give them.
 PEAKS: dict[str, dict[torch.dtype, float]] = {
@@ -40,7 +41,7 @@ def flops_per_image(network: Backbone, model: ModelConfig) -> int:
     y = torch.empty(1, dtype=torch.int64, device="meta") if model.class_conditional else None
     twice, network.gradient_checkpointing = network.gradient_checkpointing, False
     try:
-        with FlopCounterMode(display=False) as counter:
+        with KnownLayouts(), FlopCounterMode(display=False) as counter:
             torch.func.functional_call(network, weights, (x_t, t, y)).sum().backward()
     finally:
         network.gradient_checkpointing = twice

@@ -41,18 +41,24 @@ def make_optimizers(training: TrainingConfig, network: Backbone, *, divided: boo
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
-    """The learning rate of optimizer step `step`, counted from 0.
+    """The learning rate of optimizer step `step`, counted from 0."""
+    schedule = (training.lr_schedule, step, training.steps, training.warmup_steps, training.cooldown)
+    return training.lr * rate_factor(*schedule)
+
+
+def rate_factor(schedule: str, step: int, steps: int, warmup_steps: int, cooldown: float) -> float:
+    """The share of the highest learning rate that step `step` of `steps`, counted from 0, has.
 
     It rises linearly over the first `warmup_steps`. Then it is constant; or falls to 0 along half a cosine (Loshchilov
     & Hutter 2017, arXiv:1608.03983); or is constant up to the last share `cooldown` of all steps, in which it falls
     linearly (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395). The last step's is the last above 0.
     """
-    warm = min(1.0, (step + 1) / max(1, training.warmup_steps))
-    if training.lr_schedule == "cosine":
-        done = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    if schedule == "cosine":
+        done = (step - warmup_steps) / max(1, steps - warmup_steps)
         decayed = (1 + math.cos(math.pi * max(0.0, done))) / 2
-    elif training.lr_schedule == "wsd":
-        decayed = min(1.0, (training.steps - step) / (training.cooldown * training.steps))
+    elif schedule == "wsd":
+        decayed = min(1.0, (steps - step) / (cooldown * steps))
     else:
         decayed = 1.0
-    return training.lr * min(warm, decayed)
+    return min(warm, decayed)

@@ -34,13 +34,14 @@ def test_the_cartoon_character():
     assert (config.training.epochs, config.training.batch_size, config.seed) == (500, 1, 123)
     assert (config.training.lr, config.training.lr_text_encoder) == (3e-4, 1e-5)
     assert (config.watch.unet_scale, config.watch.text_encoder_scale, config.images.resolution) == (0.5, 0.1, 512)
+    assert (config.subject.token, config.subject.allow_split_token, config.adapter.rank) == ("cinnamoroll", True, 4)
 
 
 def test_the_pokemon():
     config = load("pokemon_sdxl_lora")
     training = config.training
     assert "xl" in config.base
-    assert training.steps * training.accumulation == 5000
+    assert (training.steps, config.watch.every, config.images.held_out) == (5000, 209, 0)
     assert (training.batch_size, training.accumulation, training.lr) == (1, 4, 1e-5)
     assert (training.precision, training.tf32, training.vae_precision) == ("fp16", True, "float32")
     assert config.images.caption_column == "en_text"
@@ -52,20 +53,27 @@ def test_the_stickers():
     assert config.prior.images > 0
 
 
-@pytest.mark.parametrize("flags", [[], ["--runs=[x]"]], ids=["rare_tokens", "cartoon_scales"])
-def test_the_studies(flags):
-    file = CONFIGS / ("cartoon_scales.yaml" if flags else "rare_tokens.yaml")
-    parser = settings_parser(SweepConfig)
-    config = to_settings(SweepConfig, parser, parse_arguments(parser, flags, read_settings(file), str(file)))
-    if flags:
-        assert (min(config.draw.guidance_scales), max(config.draw.guidance_scales)) == (9, 15)
-        assert (min(config.draw.unet_scales), max(config.draw.unet_scales)) == (0.5, 0.9)
-        assert (min(config.draw.text_encoder_scales), max(config.draw.text_encoder_scales)) == (0.1, 0.5)
-    else:
-        grid = {"subject.token": ["sks", "http", "hta", "oue"], "train_text_encoder": [True, False]}
-        assert config.train.grid == grid
-        assert (file.parent / config.train.config).is_file()
-        assert (len(config.draw.seeds), config.draw.guidance_scales) == (4, (6.4,))
+def load_sweep(name: str, *flags: str) -> SweepConfig:
+    file, parser = CONFIGS / f"{name}.yaml", settings_parser(SweepConfig)
+    config = to_settings(SweepConfig, parser, parse_arguments(parser, list(flags), read_settings(file), str(file)))
+    assert config.train.config is None or (file.parent / config.train.config).is_file()
+    return config
+
+
+@pytest.mark.parametrize(("name", "scales"), [("rare_tokens", [0.4, 0.6, 0.64]), ("rare_tokens_5", [0.6, 0.64])])
+def test_which_rare_token(name, scales):
+    config = load_sweep(name)
+    assert config.train.grid == {"subject.token": ["sks", "http", "hta", "oue"], "train_text_encoder": [True, False]}
+    assert len(config.train.combinations()) == 8
+    assert [tuple(point.values()) for point in config.draw.points()] == [(scale, scale, 6.4) for scale in scales]
+    assert (len(config.draw.seeds), "A {token} {class} in red t-shorts." in config.draw.prompts) == (4, True)
+
+
+def test_the_cartoon_characters_runs_and_scales():
+    assert len(load_sweep("cartoon_runs").train.combinations()) == 16
+    points = [tuple(point.values()) for point in load_sweep("cartoon_scales", "--runs=[x]").draw.points()]
+    assert len(points) == 9
+    assert ((0.5, 0.1, 9) in points, (0.9, 0.5, 15) in points) == (True, True)
 
 
 @pytest.mark.parametrize(

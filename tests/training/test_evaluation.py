@@ -42,6 +42,7 @@ def validated_set(tiny_set, tmp_path) -> Path:
 
 
 @needs_weights
+@pytest.mark.usefixtures("curves")
 def test_evaluations_of_a_run(run_script, tiny_config_file, tiny_set, tmp_path):
     out = tmp_path / "run"
     outcome = run_script("train.py", "--config", tiny_config_file, "--out", out, *EVERY_FIVE)
@@ -61,6 +62,7 @@ def test_evaluations_of_a_run(run_script, tiny_config_file, tiny_set, tmp_path):
         grid = np.asarray(Image.open(run.samples / f"step_{step:07d}.png"))
         assert grid.shape[0] == 3 * 16  # a row for each class
         assert grid.shape[1] > 2 * 16  # two columns, and the names
+    assert run.curves_file.stat().st_size > 0
 
     def measure(*flags: object) -> tuple[dict, str]:
         common = ("--features", 64, "--weights", WEIGHTS, "--per-class", 4, "--json", tmp_path / "fid.json")
@@ -113,6 +115,7 @@ def test_evaluations_of_a_run(run_script, tiny_config_file, tiny_set, tmp_path):
 
 
 @needs_weights
+@pytest.mark.usefixtures("curves")
 def test_another_protocol_begins_another_series(run_script, tiny_config_file, validated_set, tmp_path, monkeypatch):
     labels = []
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes: labels.extend(axes.get_legend_handles_labels()[1]))

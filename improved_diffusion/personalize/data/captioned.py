@@ -2,7 +2,7 @@
 
 A caption is found in one of these, in this order:
 
-    metadata.jsonl     a line for each image: {"file_name": "a.png", "text": "..."}
+    metadata.jsonl     a line for each image: {"file_name": "a.png", "text": "..."}, or a list of several texts
     metadata.csv       the same as columns
     a.txt              beside a.png
     *.parquet          a column of image bytes and one of captions, as the Hugging Face hub stores data sets
@@ -43,6 +43,7 @@ class CaptionedImage:
     caption: str | None
     read: Callable[[], bytes]
     size: tuple[int, int] | None = None  # (width, height), upright; known once the image was found to be whole
+    other_captions: tuple[str, ...] = ()  # that say the same in other words
 
     def load(self, background: str = "white") -> Image.Image:
         """RGB, upright, of its own size; raises whatever Pillow raises for a damaged file."""
@@ -144,11 +145,12 @@ def _of_folder(path: Path, caption_column: str | None, skipped: list[str]) -> It
             if name not in (*METADATA, MANIFEST) and suffix != ".txt":
                 skipped.append(f"{name}: not an image")
             continue
-        caption = captions.pop(name, None)
+        caption, *others = captions.pop(name, ("",))
         beside = str(PurePosixPath(name).with_suffix(".txt"))
         if not caption and beside in texts:
             caption = _read_text(path / beside)
-        yield CaptionedImage(name, caption or None, lambda name=name: folder.read(name))
+        read = functools.partial(folder.read, name)
+        yield CaptionedImage(name, caption or None, read, other_captions=tuple(others))
     skipped += [f"{name}: listed in the metadata, but not there" for name in captions]
 
 
@@ -159,8 +161,8 @@ def _read_text(file: Path) -> str:
         raise UserError(f"cannot read the caption {file}: {error}") from error
 
 
-def _metadata(path: Path, caption_column: str | None) -> dict[str, str]:
-    """{file name: caption} of metadata.jsonl or metadata.csv; empty where there is neither."""
+def _metadata(path: Path, caption_column: str | None) -> dict[str, list[str]]:
+    """{file name: captions} of metadata.jsonl or metadata.csv; empty where there is neither."""
     file = next((path / name for name in METADATA if (path / name).is_file()), None)
     if file is None and caption_column is not None:
         raise UserError(
@@ -182,9 +184,10 @@ def _metadata(path: Path, caption_column: str | None) -> dict[str, str]:
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise UserError(f"{file}, entry {number}: there is no file_name")
         column = caption_column or next((name for name in CAPTION_COLUMNS if name in row), CAPTION_COLUMNS[0])
-        if not isinstance(row.get(column), str):
+        texts = row[column] if isinstance(row.get(column), list) else [row.get(column)]
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{file}, entry {number} ({row['file_name']}): there is no text in {column!r}")
-        captions[row["file_name"]] = " ".join(row[column].split())
+        captions[row["file_name"]] = [" ".join(text.split()) for text in texts]
     return captions
 
 

@@ -17,10 +17,15 @@ HELD_OUT = 300  # purpose of a generator, see training/trainer.py
 
 @dataclass(frozen=True)
 class Captioned:
-    """Images, and the text that each is learned with."""
+    """Images, and the texts that each is learned with, as a rule one."""
 
     images: tuple[CaptionedImage, ...]
-    texts: tuple[str, ...]
+    wordings: tuple[tuple[str, ...], ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The first text of each image."""
+        return tuple(texts[0] for texts in self.wordings)
 
 
 @dataclass(frozen=True)
@@ -58,20 +63,24 @@ def open_images(config: PersonalizeConfig) -> Learned:
 
 
 def _with_texts(images: tuple[CaptionedImage, ...], config: PersonalizeConfig) -> Captioned:
-    """Each with its caption, or else with the subject's prompt."""
+    """Each with its captions, or else with the subject's prompt."""
     subject = config.subject
 
-    def text(image: CaptionedImage) -> str:
+    def texts(image: CaptionedImage) -> tuple[str, ...]:
         if image.caption is None or not config.images.captions:
-            return subject.fill(subject.prompt)
-        return image.caption if subject.token is None else subject.fill(image.caption)
+            return (subject.fill(subject.prompt),)
+        captions = (image.caption, *image.other_captions)
+        if subject.caption_prompt is not None:
+            captions = tuple(subject.caption_prompt.replace("{caption}", caption) for caption in captions)
+        return captions if subject.token is None else tuple(map(subject.fill, captions))
 
-    return Captioned(images, tuple(text(image) for image in images))
+    return Captioned(images, tuple(texts(image) for image in images))
 
 
 def _content_hash(found: CaptionedSet) -> str:
     digest = hashlib.sha256()
     for image in found.images:
         digest.update(hashlib.sha256(image.read()).digest())
-        digest.update((image.caption or "").encode() + b"\0")
+        for caption in (image.caption or "", *image.other_captions):
+            digest.update(caption.encode() + b"\0")
     return digest.hexdigest()

@@ -62,7 +62,8 @@ def require_single_token(candidate: str, tokenizers: Sequence[Any]) -> None:
             others = ", ".join(report.candidate for report in suggest_tokens(tokenizer, 5))
             raise UserError(
                 f"the token {candidate!r} splits into {' '.join(report.pieces)}, so no one embedding would carry the "
-                f"subject: use a single rare one, {others} say (personalize.py tokens tells more)"
+                f"subject: use a single rare one, {others} say (personalize.py tokens tells more), or take it all the "
+                "same, subject.allow_split_token true"
             )
 
 

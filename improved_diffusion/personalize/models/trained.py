@@ -65,9 +65,12 @@ def require_token(config: PersonalizeConfig, tokenizers: Sequence[Any]) -> None:
     """Raise UserError where the subject's token will not do: one that a tokenizer splits, or, for textual inversion,
     knows already."""
     token = config.subject.token
-    if token is not None:
-        require = require_new_word if config.method == "textual_inversion" else require_single_token
-        require(token, tokenizers)
+    if token is None:
+        return
+    if config.method == "textual_inversion":
+        require_new_word(token, tokenizers)
+    elif not config.subject.allow_split_token:
+        require_single_token(token, tokenizers)
 
 
 def prepare(base: Base, config: PersonalizeConfig) -> Trained:

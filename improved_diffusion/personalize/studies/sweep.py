@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
 import subprocess
 import sys
@@ -80,8 +79,7 @@ def train_runs(train: TrainGrid, folder: Path, sweep_file: Path, flags: Sequence
     """
     config = sweep_file.parent / train.config
     runs = []
-    for values in itertools.product(*train.grid.values()):
-        settings = dict(zip(train.grid, values, strict=True))
+    for settings in train.combinations():
         name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items()) or config.stem
         run = folder / re.sub(r"[^\w.-]+", "-", name)
         grid = [
@@ -108,7 +106,7 @@ def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str,
     judge = Judge(config.clip, config.vision, device)
     all_swept = [_open_run(config, run) for run in runs]
     checkpoints = sum(len(swept.checkpoints) for swept in all_swept)
-    total = checkpoints * len(_points(config.draw)) * len(config.draw.prompts) * len(config.draw.seeds)
+    total = checkpoints * len(config.draw.points()) * len(config.draw.prompts) * len(config.draw.seeds)
     drawn: list[Drawn] = []
     known: dict[tuple, References] = {}
     with progress(total=total, desc="sweep", unit="picture") as bar:
@@ -134,14 +132,9 @@ def _open_run(config: SweepConfig, path: Path) -> SweptRun:
     checkpoints = tuple(dict.fromkeys(run.choose_checkpoint(name).name for name in config.draw.checkpoints))
     for checkpoint in checkpoints:
         tuned = load_run(run, checkpoint, config.base)
-        for unet, text, _ in _points(config.draw):
-            set_scales(tuned.base, unet, text)
+        for scales in config.draw.points():
+            set_scales(tuned.base, scales["unet_scales"], scales["text_encoder_scales"])
     return SweptRun(run, settings, checkpoints, images)
-
-
-def _points(grid: DrawGrid) -> list[tuple[float, float, float]]:
-    """Scales of the UNet and the text encoders, and guidance, in the order of the grid."""
-    return list(itertools.product(grid.unet_scales, grid.text_encoder_scales, grid.guidance_scales))
 
 
 def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iterator[list[Drawn]]:
@@ -150,7 +143,7 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
     weights = tuned.checkpoint.stat()
     what = (weights.st_size, weights.st_mtime_ns, tuned.base.name, side, grid.steps, grid.negative_prompt)
     prompts = [(number, subject.fill(prompt)) for number, prompt in enumerate(grid.prompts)]
-    for unet, text, guidance in _points(grid):
+    for unet, text, guidance in (point.values() for point in grid.points()):
         point = Point(run, tuned.checkpoint.name, unet, text, guidance)
         folder = out / "pictures" / point.name
         pictures = [

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from improved_diffusion.personalize.config import CLIP, DINO, is_seed
 from improved_diffusion.personalize.measuring.prompts import SHORT
 from improved_diffusion.settings import require
+
+SCALES = ("unet_scales", "text_encoder_scales", "guidance_scales")
+
+
+def combinations(axes: Mapping[str, Sequence[Any]], together: Sequence[str]) -> list[dict[str, Any]]:
+    """All combinations of the values of `axes`, of which those named in `together` go in step."""
+    groups = [[{name: value} for value in values] for name, values in axes.items() if name not in together]
+    if together:
+        rows = zip(*(axes[name] for name in together), strict=True)
+        groups.append([dict(zip(together, row, strict=True)) for row in rows])
+    merged = ({name: value for part in parts for name, value in part.items()} for parts in itertools.product(*groups))
+    return [{name: values[name] for name in axes} for values in merged]
+
+
+def require_equal_lengths(axes: Mapping[str, Any], together: Sequence[str], group: str) -> None:
+    """Raise UserError where axes that go together are missing, alone, or have different numbers of values."""
+    for name in together:
+        require(name in axes, f"{group}.zip names {name}, which is not in the grid")
+    require(len(together) != 1, f"{group}.zip names {' '.join(together)} alone: name what it goes with, too")
+    lengths = {name: len(axes[name]) for name in together}
+    said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+    require(len(set(lengths.values())) <= 1, f"{group}.zip: axes that go together need as many values each: {said}")
 
 
 @dataclass(frozen=True)
@@ -18,6 +42,15 @@ class TrainGrid:
     """YAML file of a run, relative to the sweep's own; null where runs are there already."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Settings of a run, `subject.token` say, each with the values to try."""
+    zip: tuple[str, ...] = ()
+    """Of these, which go together: the first value of each, the second of each, and so on."""
+
+    def __post_init__(self) -> None:
+        require_equal_lengths(self.grid, self.zip, "train")
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """The settings of each run."""
+        return combinations(self.grid, self.zip)
 
 
 @dataclass(frozen=True)
@@ -36,6 +69,8 @@ class DrawGrid:
     """Weights of the text encoders' adapters."""
     guidance_scales: tuple[float, ...] = (7.5,)
     """Classifier-free guidance."""
+    zip: tuple[Literal["unet_scales", "text_encoder_scales", "guidance_scales"], ...] = ()
+    """Of these three, which go together: the first value of each, the second of each, and so on."""
     steps: int = 30
     """Sampling steps."""
     negative_prompt: str = ""
@@ -47,10 +82,17 @@ class DrawGrid:
         for name in ("prompts", "seeds", "checkpoints", "unet_scales", "text_encoder_scales", "guidance_scales"):
             values = getattr(self, name)
             require(len(values) > 0, f"draw.{name} must not be empty")
-            require(len(set(values)) == len(values), f"draw.{name} names something twice")
+            require(name in self.zip or len(set(values)) == len(values), f"draw.{name} names something twice")
+        require_equal_lengths(vars(self), self.zip, "draw")
+        points = self.points()
+        require(len({tuple(point.values()) for point in points}) == len(points), "draw.zip: a point is there twice")
         require(all(is_seed(seed) for seed in self.seeds), "draw.seeds must be from 0 to 2^63 - 1")
         for name in ("steps", "batch_size"):
             require(getattr(self, name) >= 1, f"draw.{name} must be at least 1, not {getattr(self, name)}")
+
+    def points(self) -> list[dict[str, float]]:
+        """The scales of the UNet and the text encoders and the guidance of each point, in the order of the grid."""
+        return combinations({name: getattr(self, name) for name in SCALES}, self.zip)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ OUT/runs/            runs that the sweep trained
 OUT/pictures/        one for each point of the grid, prompt and seed; what is there is not drawn again
 OUT/scores.csv       a row for each picture
 OUT/summary.csv      a row for each point of the grid, with intervals, and whether it is on the Pareto front
+OUT/prompts.csv        a row for each point and prompt
 OUT/sheet.png        a row for each point, a column for each prompt (first seed); OUT/sheets/: all seeds of a prompt
 OUT/pareto.png       likeness against prompt match
 """
@@ -40,20 +41,34 @@ def summarise(drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
     """A row for each point: its settings, the mean of each score with its interval, and whether it is on the front.
 
     A score that a point lacks and others have (copying, of a run with one training image) is None."""
-    rows = []
-    for point, pictures in by_point(drawn).items():
-        row: dict[str, Any] = {**_settings(point), "n": len(pictures)}
-        for name in _scores_of(drawn):
-            row |= dict.fromkeys((name, f"{name}_low", f"{name}_high"))
-            if values := [picture.scores[name] for picture in pictures if name in picture.scores]:
-                score = scores.mean_score(torch.tensor(values))
-                row |= {name: score.mean, f"{name}_low": score.low, f"{name}_high": score.high}
-        rows.append(row)
+    names = _scores_of(drawn)
+    rows = [{**_settings(point), **_means(pictures, names)} for point, pictures in by_point(drawn).items()]
     fidelity = "likeness" if "likeness" in rows[0] else "clip_i"
     if "clip_t" in rows[0] and fidelity in rows[0]:
         front = on_front([(row[fidelity], row["clip_t"]) for row in rows])
         rows = [{**row, "on_front": bool(is_on)} for row, is_on in zip(rows, front, strict=True)]
     return rows
+
+
+def summarise_prompts(drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
+    """A row for each point and prompt, with the means over its seeds."""
+    names, rows = _scores_of(drawn), []
+    for point, pictures in by_point(drawn).items():
+        for prompt in dict.fromkeys(picture.prompt for picture in pictures):
+            of_prompt = [picture for picture in pictures if picture.prompt == prompt]
+            rows.append({**_settings(point), "prompt": prompt, **_means(of_prompt, names)})
+    return rows
+
+
+def _means(pictures: Sequence[Drawn], names: Sequence[str]) -> dict[str, Any]:
+    """How many pictures, and the mean of each score with its interval; None where no picture has it."""
+    row: dict[str, Any] = {"n": len(pictures)}
+    for name in names:
+        row |= dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+        if values := [picture.scores[name] for picture in pictures if name in picture.scores]:
+            score = scores.mean_score(torch.tensor(values))
+            row |= {name: score.mean, f"{name}_low": score.low, f"{name}_high": score.high}
+    return row
 
 
 def _scores_of(drawn: Sequence[Drawn]) -> list[str]:
@@ -86,6 +101,7 @@ def write_results(drawn: Sequence[Drawn], summary: Sequence[dict[str, Any]], out
     ]
     write_csv(out / "scores.csv", rows)
     write_csv(out / "summary.csv", summary)
+    write_csv(out / "prompts.csv", summarise_prompts(drawn))
     _draw_sheets(drawn, [f"{number}: {_title(row)}" for number, row in enumerate(summary)], out)
     if "on_front" in summary[0]:
         _plot_front(summary, out / "pareto.png")

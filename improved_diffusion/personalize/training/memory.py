@@ -27,10 +27,11 @@ from improved_diffusion.personalize.models.base import DTYPES, Base
 from improved_diffusion.personalize.models.encoding import encode_texts, latent_moments
 from improved_diffusion.personalize.models.trained import Trained, prepare, resolution_of
 from improved_diffusion.personalize.training.emulation import GPUArithmetic, LiveBytes
+from improved_diffusion.personalize.training.optimizers import STATE_BYTES
 from improved_diffusion.runtime.devices import bf16_hardware
+from improved_diffusion.runtime.meta import KnownLayouts
 
 ALLOWANCE = 500_000_000  # bytes, of CUDA itself above all; a round figure, as it differs by GPU and driver
-MOMENTS = {False: 2 * 4, True: 2 * 1}  # bytes of Adam's two for each parameter, by whether they are kept in 8 bits
 # Bytes of a weight by its bits; in 4 bits, blocks of 64 share a float32 scale (Dettmers et al. 2023, arXiv:2305.14314).
 QUANTIZED = {8: 1, 4: 1 / 2 + 4 / 64}
 
@@ -116,9 +117,10 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
     training = config.training
     model.to("meta", precision, training.vae_precision)
     trained = prepare(model, config)
-    denoising, decoding = _peaks_of_look(model, config)
-    encoding = 0 if config.images.cache else _peak_of_encoding(model, config)
-    peak = _peak_of_step(model, trained, config, DTYPES[precision])
+    with KnownLayouts():
+        denoising, decoding = _peaks_of_look(model, config)
+        encoding = 0 if config.images.cache else _peak_of_encoding(model, config)
+        peak = _peak_of_step(model, trained, config, DTYPES[precision])
     # The last layer of SDXL's first text encoder, for one, is not used, and has neither gradient nor moments.
     learning = sum(parameter.numel() for parameter in trained.parameters.values() if parameter.grad is not None)
 
@@ -129,7 +131,7 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
         weights=sum(_weight_bytes(part, config.base_bits if part is model.unet else None) for part in on_gpu),
         judges=judges,
         gradients=4 * learning,
-        optimizer=MOMENTS[training.adam_8bit] * learning,
+        optimizer=round(STATE_BYTES[training.optimizer] * learning),
         averages=averages,
         activations=peak - 4 * learning,
         encodes=encoding > 0 and encoding + (4 * learning if training.accumulation > 1 else 0) >= peak,
@@ -179,7 +181,7 @@ def _remedies(
         "training.vae_precision bf16": decodes and fast_at_bf16 and training.vae_precision == "float32",
         "watch.batch_size 1": look and not decodes and watch.batch_size > 1,
         "base_bits 4": not is_full and config.base_bits != 4,
-        "training.adam_8bit true": is_full and not training.adam_8bit,
+        "training.optimizer adafactor": is_full and STATE_BYTES[training.optimizer] > 0,
         "training.ema_rate null": is_full and training.ema_rate is not None,
         "train_text_encoder false": config.train_text_encoder,
         "method lora": is_full,

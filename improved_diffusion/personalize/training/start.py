@@ -27,6 +27,7 @@ from improved_diffusion.personalize.models.trained import prepare, require_token
 from improved_diffusion.personalize.training.budget import plan, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
+from improved_diffusion.personalize.training.optimizers import NEEDS_CUDA
 from improved_diffusion.personalize.training.prior import prior_images
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 from improved_diffusion.personalize.training.watch import Watch, watched_prompts
@@ -86,7 +87,7 @@ def start_accelerator(config: PersonalizeConfig) -> Accelerator:
     precision = config.training.precision
     needs_cuda = {
         "training.precision fp16": precision == "fp16",
-        "training.adam_8bit": config.training.adam_8bit,
+        f"training.optimizer {config.training.optimizer}": config.training.optimizer in NEEDS_CUDA,
         f"base_bits {config.base_bits}": config.base_bits is not None,
     }
     for setting, is_set in needs_cuda.items():
@@ -202,7 +203,7 @@ def choose_sizes(images: Sequence[CaptionedImage], sizes: list[tuple[int, int]])
 
 
 def _encode(base: Base, found: Captioned, sizes: Sequence[tuple[int, int]], config: PersonalizeConfig) -> EncodedSet:
-    return EncodedSet(Examples(base, found.images, sizes, config.images), found.texts)
+    return EncodedSet(Examples(base, found.images, sizes, config.images), found.wordings)
 
 
 def _prior(
@@ -218,7 +219,7 @@ def _prior(
         return None
     with accelerator.main_process_first():
         found = prior_images(base, fingerprint, config, resolution)
-    texts = [config.subject.fill(config.prior.prompt)] * len(found)
+    texts = [(config.subject.fill(config.prior.prompt),)] * len(found)
     plain = dataclasses.replace(config.images, crops=1, flip=False)
     return {size: EncodedSet(Examples(base, found.images, [size] * len(found), plain), texts) for size in set(sizes)}
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from improved_diffusion.checkpoint_file import DAMAGE
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.errors import UserError
-from improved_diffusion.models.build import set_moments
 from improved_diffusion.models.ema import EMA
-from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig
+from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.data.captions import vary
 from improved_diffusion.personalize.data.examples import Conditions, Examples, Latents
 from improved_diffusion.personalize.data.stream import MicroBatchStream, PriorStream
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.trained import Trained
-from improved_diffusion.personalize.training.budget import Counters
+from improved_diffusion.personalize.training.budget import Counters, plan
 from improved_diffusion.personalize.training.losses import (
     add_noise,
     dreambooth_loss,
@@ -29,18 +29,19 @@ from improved_diffusion.personalize.training.losses import (
     per_sample_loss,
     target,
 )
+from improved_diffusion.personalize.training.optimizers import make_optimizer, restore, set_rates
 from improved_diffusion.personalize.training.running_means import RunningMeans
 
 # Generators of a run are keyed (seed, purpose, micro-batch): resuming draws what an unbroken run would have drawn.
-DRAWS, DROPOUT = range(100, 102)
+DRAWS, DROPOUT, CAPTIONS = range(100, 103)
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedSet:
-    """Encoded images, with the text that each is learned with."""
+    """Encoded images, with the texts that each is learned with."""
 
     examples: Examples
-    texts: Sequence[str]
+    wordings: Sequence[Sequence[str]]
 
 
 class Trainer:
@@ -72,13 +73,12 @@ class Trainer:
         self.source, self.prior = source, prior
         self.stream = MicroBatchStream(source.examples.sizes, config.images.repeats, training.batch_size, config.seed)
         self.prior_stream = PriorStream(config.prior.images, config.seed) if prior else None
-        self.conditions = Conditions(base, keep=config.images.cache and not config.trains_text)
+        keeps_texts = config.images.cache and not config.trains_text and not config.images.shuffle_tags
+        self.conditions = Conditions(base, keep=keeps_texts)
         self.alphas_cumprod = base.alphas_cumprod.to(accelerator.device)
-        groups = [
-            {"params": list(named.values()), "peak_lr": learning_rate(config, part)}
-            for part, named in trained.parts.items()
-        ]
-        self.optimizer = accelerator.prepare_optimizer(_adamw(groups, training), device_placement=True)
+        self.updates = plan(self.stream, training, accelerator.num_processes, with_prior=bool(prior)).total.updates
+        optimizer = make_optimizer({part: list(named.values()) for part, named in trained.parts.items()}, config)
+        self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=True)
         self.ema = EMA(trained.parameters, (training.ema_rate,)) if training.ema_rate is not None else None
         if training.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
@@ -97,8 +97,7 @@ class Trainer:
         processes."""
         training, accelerator = self.config.training, self.accelerator
         parameters = list(self.trained.parameters.values())
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * min(1.0, (self.step + 1) / max(1, training.warmup_steps))
+        set_rates(self.optimizer, training, self.step, self.updates)
         for part in self.trained.parts:
             getattr(self.base.pipeline, part).train()
         means: dict[str, Tensor] = {}
@@ -146,11 +145,13 @@ class Trainer:
         config, device = self.config, self.accelerator.device
         generator = seeded_generator(config.seed, DRAWS, number)
         indices = self.stream.micro_batch(number)
-        draws = [self._draw(self.source, indices, generator)]
+        of_texts = seeded_generator(config.seed, CAPTIONS, number)
+        latents, texts = self._draw(self.source, indices, generator, of_texts)
+        draws = [(latents, vary(texts, config.images, of_texts))]
         if self.prior:
             prior = self.prior[self.source.examples.sizes[indices[0]]]
             of_prior = self.prior_stream.images(self.stream.images_in(number), len(indices))
-            draws.append(self._draw(prior, of_prior, generator))
+            draws.append(self._draw(prior, of_prior, generator, of_texts))
         latents = Latents(*(torch.cat(tensors) for tensors in zip(*(latents for latents, _ in draws), strict=True)))
         texts = [text for _, of_source in draws for text in of_source]
         x_0 = latents.mean + latents.std * torch.randn(latents.mean.shape, generator=generator)
@@ -174,11 +175,15 @@ class Trainer:
         return terms
 
     @staticmethod
-    def _draw(source: EncodedSet, indices: list[int], generator: torch.Generator) -> tuple[Latents, list[str]]:
-        """The images `indices` in crops drawn at random, and their texts."""
+    def _draw(
+        source: EncodedSet, indices: list[int], generator: torch.Generator, of_texts: torch.Generator
+    ) -> tuple[Latents, list[str]]:
+        """The images `indices` in crops drawn at random, each with one of its texts."""
         count = len(source.examples.variants)
         variant = torch.randint(count, (len(indices),), generator=generator).tolist()
-        return source.examples(indices, variant), [source.texts[i] for i in indices]
+        wordings = [source.wordings[i] for i in indices]
+        texts = [of_one[torch.randint(len(of_one), (), generator=of_texts)] for of_one in wordings]
+        return source.examples(indices, variant), texts
 
     def denoising_losses(self, x_0: Tensor, noise: Tensor, t: Tensor, texts: Sequence[str], size_ids: Tensor) -> Tensor:
         """(N,): the mean-square error of each of N latents (N, 4, h, w), noised to t (N,), under its text.
@@ -223,10 +228,7 @@ class Trainer:
         try:
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
-            if self.config.training.adam_8bit:
-                self.optimizer.load_state_dict(state["optimizer"])
-            else:
-                set_moments(self.optimizer.optimizer, state["optimizer"])
+            restore(self.optimizer.optimizer, self.config.training.optimizer, state["optimizer"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             if "running_means" in state:  # older checkpoints have none
@@ -234,21 +236,3 @@ class Trainer:
         except DAMAGE as error:
             raise UserError(f"the checkpoint does not fit the settings of the run: {error}") from error
         self.step, self.images_seen, self.prior_seen = (state[n] for n in ("step", "images_seen", "prior_seen"))
-
-
-def learning_rate(config: PersonalizeConfig, part: str) -> float:
-    """That of a component; with textual inversion `training.lr`, as embeddings are all that is trained."""
-    training = config.training
-    if config.method == "textual_inversion":
-        return training.lr
-    second = training.lr_text_encoder if training.lr_text_encoder_2 is None else training.lr_text_encoder_2
-    return {"unet": training.lr, "text_encoder": training.lr_text_encoder, "text_encoder_2": second}[part]
-
-
-def _adamw(groups: list[dict[str, Any]], training: TrainingConfig) -> torch.optim.Optimizer:
-    settings = {"lr": training.lr, "weight_decay": training.weight_decay}
-    if not training.adam_8bit:
-        return torch.optim.AdamW(groups, **settings, fused=True)
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(groups, **settings)

@@ -188,14 +188,14 @@ def fixed_loss(trainer: Trainer, source: EncodedSet, timesteps: Sequence[int]) -
     """The mean-square error over all images of `source`, in their first crop, at `timesteps`, with the same noise each
     time: unlike the loss of a step, it can be compared between steps."""
     total = 0.0
-    for index, text in enumerate(source.texts):
+    for index, (text, *_) in enumerate(source.wordings):
         latents = source.examples([index], [0])
         noise = torch.randn(latents.mean.shape, generator=seeded_generator(HELD_OUT_NOISE, index))
         x_0, noise = (tensor.to(trainer.accelerator.device) for tensor in (latents.mean, noise))
         for t in timesteps:
             at = torch.tensor([t], device=x_0.device)
             total += trainer.denoising_losses(x_0, noise, at, [text], latents.size_ids).item()
-    return total / (len(source.texts) * len(timesteps))
+    return total / (len(source.wordings) * len(timesteps))
 
 
 def _require_pictures(pictures: Sequence[Image.Image], step: int) -> None:

@@ -17,7 +17,9 @@ def run(arguments: list[str]) -> None:
 
     # Imported only now: torch takes seconds, and typos are answered at once.
     from improved_diffusion.stickers.cut import cut_photos
+    from improved_diffusion.stickers.matte import identity, load_matter
     from improved_diffusion.stickers.photos import find_photos
 
     photos = find_photos(options.photos)
-    report(cut_photos(photos, options.out, options.matting), options.out)
+    matter = load_matter(options.matting)
+    report(cut_photos(photos, options.out, matter, identity(options.matting)), options.out)

@@ -38,20 +38,20 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.stickers.caption import caption_photos
     from improved_diffusion.stickers.cut import cut_photos
     from improved_diffusion.stickers.finish import finish_photos, require_outline
-    from improved_diffusion.stickers.matte import load_matter
+    from improved_diffusion.stickers.matte import identity, load_matter
     from improved_diffusion.stickers.prompt import read_captions
     from improved_diffusion.stickers.restyle import restyle_photos
     from improved_diffusion.stickers.sheet import Stages, stages_sheet
 
     require_outline(options.outline)  # before minutes are spent
-    load_matter(options.matting)
+    matter = load_matter(options.matting)
     out = options.out
     captioned = caption_photos(photos, out / "captions", options.blip, options.prefix, device)
     usable = [photo for photo in photos if photo.name in captioned.made]
     captions = read_captions(usable, out / "captions")
     style, model = open_style(parser, options)
     restyled = restyle_photos(usable, out / "restyled", style, captions, model)
-    cut = cut_photos(restyled.photos(), out / "cut", options.matting)
+    cut = cut_photos(restyled.photos(), out / "cut", matter, identity(options.matting))
     finished = finish_photos(cut.photos(), out / "stickers", options.outline, options.format)
     if finished.made:
         rows = []

@@ -2,19 +2,25 @@
 
 OUT/prompts.csv    a row for each prompt, the best first, with all means, margins and intervals
 OUT/prompts.md     the first and the last of them, for people
-OUT/prompts.png    what the scorers make of the sets with the first and the last of them
+OUT/prompts.png    what the scorers make of the sets with the first and the last of them; or, where the prompts were
+                   drawn from, pictures of the first
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from improved_diffusion.files import atomic_write
+from improved_diffusion.personalize.measuring.scores import Score
+from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.results import write_csv
+from improved_diffusion.sampling.grids import save_png
+from improved_diffusion.stickers.prompts.halving import Standing
 from improved_diffusion.stickers.prompts.ranking import Ranked
 
 SHOWN = 12  # of the first prompts, in the table for people and the plot
@@ -43,7 +49,7 @@ def _with_ends(name: str, value: np.ndarray) -> dict[str, float]:
     return dict(zip((name, f"{name}, low", f"{name}, high"), value.tolist(), strict=True))
 
 
-def _shown(ranked: Sequence[Ranked]) -> list[int]:
+def _shown(ranked: Sequence[Any]) -> list[int]:
     """Indices of the first and the last."""
     return sorted({*range(len(ranked))[:SHOWN], *range(len(ranked))[-LAST:]})
 
@@ -98,3 +104,45 @@ def _plot(ranked: Sequence[Ranked], sets: Sequence[str], file: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(sets))
     with atomic_write(file) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+def write_standings(standings: Sequence[Standing], out: Path) -> None:
+    """The two tables, of prompts that were drawn from."""
+    rows = [
+        {
+            "rank": i,
+            "prompt": standing.prompt,
+            "pictures": standing.pictures,
+            **standing.means,
+            "behind": standing.behind.mean,
+            "behind, low": standing.behind.low,
+            "behind, high": standing.behind.high,
+        }
+        for i, standing in enumerate(standings, 1)
+    ]
+    write_csv(out / "prompts.csv", rows)
+    with atomic_write(out / "prompts.md") as temporary:
+        temporary.write_text(standings_table(standings) + "\n", encoding="utf-8")
+
+
+def standings_table(standings: Sequence[Standing]) -> str:
+    """In Markdown: pictures, the mean of each scorer, and how far behind the first of its round each is."""
+    scorers = list(standings[0].means)
+    lines = [_line(["", "prompt", "pictures", *scorers, "behind"]), _line(["---"] * (len(scorers) + 4))]
+    for i in _shown(standings):
+        standing = standings[i]
+        means = [f"{standing.means[scorer]:.2f}" for scorer in scorers]
+        behind = "" if i == 0 else _score(standing.behind)
+        lines.append(_line([str(i + 1), standing.prompt, str(standing.pictures), *means, behind]))
+    return "\n".join(lines)
+
+
+def _score(score: Score) -> str:
+    return _interval(np.array([score.mean, score.low, score.high]))
+
+
+def write_first_pictures(pictures: Mapping[str, Sequence[Path]], out: Path) -> None:
+    """A sheet with a row for each prompt."""
+    columns = min(map(len, pictures.values()))
+    rows = [[Image.open(file) for file in files[:columns]] for files in pictures.values()]
+    save_png(contact_sheet(rows, list(pictures), [f"seed {seed}" for seed in range(columns)]), out / "prompts.png")

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, file_sha256
 from improved_diffusion.metrics.similarity import image_embeddings, text_embeddings
 from improved_diffusion.personalize.data.captioned import CaptionedImage, open_captioned_set
 from improved_diffusion.personalize.models.base import fingerprint
@@ -84,6 +84,12 @@ def open_sets(folders: Sequence[Path]) -> list[PictureSet]:
             raise UserError(f"two sets are called {name}: rename a folder")
         sets.append(PictureSet(name, images, tuple(sha256(image.read()).hexdigest() for image in images)))
     return sets
+
+
+def set_of_files(name: str, files: Sequence[Path]) -> PictureSet:
+    """Pictures that were drawn."""
+    images = tuple(CaptionedImage(file.name, None, file.read_bytes) for file in files)
+    return PictureSet(name, images, tuple(file_sha256(file) for file in files))
 
 
 def score_sets(scorer: Scorer, sets: Sequence[PictureSet], prompts: Sequence[str], out: Path) -> list[np.ndarray]:

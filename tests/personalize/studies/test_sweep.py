@@ -19,11 +19,13 @@ pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState  # noqa: E402
 
+from improved_diffusion.errors import UserError  # noqa: E402
 from improved_diffusion.personalize.generate import Sampling, draw  # noqa: E402
 from improved_diffusion.personalize.measuring.choice import on_front  # noqa: E402
 from improved_diffusion.personalize.models.adapters import set_scales  # noqa: E402
 from improved_diffusion.personalize.models.tuned import load_run  # noqa: E402
 from improved_diffusion.personalize.studies import sweep as sweep_module  # noqa: E402
+from improved_diffusion.personalize.studies.sweep_config import TrainGrid  # noqa: E402
 from improved_diffusion.run_directory import RunDirectory  # noqa: E402
 
 GRID = (
@@ -71,6 +73,48 @@ def test_every_point_is_drawn_scored_and_shown(sweep, trained_run, tmp_path):
     assert [row["on_front"] == "True" for row in summary] == front.tolist()
     for picture in ("sheet.png", "pareto.png", "sheets/00.png", "sheets/01.png"):
         assert Image.open(out / picture).size > (100, 100)
+
+
+def test_axes_that_go_together(sweep, tmp_path):
+    """Two points, not four; and the means of each prompt."""
+    outcome = sweep("--draw.zip=[unet_scales,guidance_scales]", "--draw.seeds=[4]")
+    assert outcome.code == 0, outcome.err
+    rows = rows_of(tmp_path / "sweep" / "prompts.csv")
+    points = [(row["unet_scale"], row["guidance_scale"], row["prompt"], row["n"]) for row in rows]
+    prompts = ("a sks ball", "a ball in the snow")
+    assert points == [(*point, prompt, "1") for point in (("0.0", "3.0"), ("1.0", "7.5")) for prompt in prompts]
+    scores = rows_of(tmp_path / "sweep" / "scores.csv")
+    found, expected = ([float(row["clip_t"]) for row in table] for table in (rows, scores))
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--draw.zip=[unet_scales,text_encoder_scales]",),
+            "as many values each: unet_scales 2, text_encoder_scales 1",
+        ),
+        (("--draw.zip=[unet_scales]",), "names unet_scales alone"),
+        (
+            ("--draw.zip=[unet_scales,guidance_scales]", "--draw.unet_scales=[1,1]", "--draw.guidance_scales=[3,3]"),
+            "twice",
+        ),
+    ],
+)
+def test_axes_that_cannot_go_together(sweep, flags, message):
+    outcome = sweep(*flags)
+    assert outcome.is_one_clear_line()
+    assert message in outcome.err
+
+
+def test_settings_of_runs_that_go_together():
+    grid = {"seed": [1, 2], "training.lr": [0.1, 0.2], "subject.token": ["sks", "hta"]}
+    found = [tuple(values.values()) for values in TrainGrid(None, grid, ("seed", "subject.token")).combinations()]
+    assert found == [(1, 0.1, "sks"), (2, 0.1, "hta"), (1, 0.2, "sks"), (2, 0.2, "hta")]
+    assert len(TrainGrid(None, grid).combinations()) == 8
+    with pytest.raises(UserError, match="which is not in the grid"):
+        TrainGrid(None, grid, ("seed", "rank"))
 
 
 def test_a_picture_can_be_drawn_again_from_its_row(sweep, trained_run, tmp_path):

@@ -35,8 +35,8 @@ from improved_diffusion.personalize.training.memory import ALLOWANCE, MemoryEsti
 
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "personalize_memory.py"
 LARGE = ImagesConfig(resolution=64)  # at which activations count
-FLOAT32 = TrainingConfig(precision="float32")
-CHECKPOINTING = TrainingConfig(precision="float32", gradient_checkpointing=True)
+FLOAT32 = TrainingConfig(steps=1, precision="float32")
+CHECKPOINTING = TrainingConfig(steps=1, precision="float32", gradient_checkpointing=True)
 WORD = SubjectConfig(token="<subject>", class_name="dog", vectors=2)
 
 
@@ -184,7 +184,7 @@ def test_every_type_has_its_bytes(base):
     full = estimate(config=replace(config, method="full"))
     assert (full.weights, full.gradients) == (4 * unet + rest, 4 * unet)
 
-    in_8_bits = replace(config, base_bits=8, training=replace(config.training, adam_8bit=True))
+    in_8_bits = replace(config, base_bits=8, training=replace(config.training, optimizer="adamw_8bit"))
     small = estimate(config=in_8_bits)
     assert (small.optimizer, small.weights) == (2 * adapters, lora.weights - linear)
     in_4_bits = estimate(config=replace(config, base_bits=4))
@@ -241,7 +241,7 @@ def test_a_run_that_does_not_fit_is_told_what_would_need_less(gpu):
         require_memory(FULL, int(11.8e9), config, "bf16", GPU)
     assert str(error.value) == (
         "a training step needs about 45.6 GB, a look at the run 40.0 GB, and cuda:0 has 11.8 GB free; to need less: "
-        "training.adam_8bit true, method lora, watch.clip null, a smaller images.resolution"
+        "training.optimizer adafactor, method lora, watch.clip null, a smaller images.resolution"
     )
 
 
@@ -276,8 +276,8 @@ def test_where_only_the_look_does_not_fit_nothing_is_suggested_for_the_step(gpu)
             {"method": "full", "train_text_encoder": True, "training": replace(CHECKPOINTING, ema_rate=0.9)},
             "float32",
             True,
-            "training.precision bf16, training.vae_precision bf16, training.adam_8bit true, training.ema_rate null, "
-            "train_text_encoder false, method lora, watch.clip null",
+            "training.precision bf16, training.vae_precision bf16, training.optimizer adafactor, "
+            "training.ema_rate null, train_text_encoder false, method lora, watch.clip null",
         ),
     ],
 )

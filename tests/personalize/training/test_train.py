@@ -111,7 +111,7 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--adapter.rank=0",), "adapter.rank must be at least 1, not 0"),
         (("--training.steps=null",), "how long to train? give training.steps"),
         (("--training.precision=fp16",), "training.precision fp16 needs a CUDA device"),
-        (("--training.adam_8bit=true",), "training.adam_8bit needs a CUDA device"),
+        (("--training.adam_8bit=true",), "training.optimizer adamw_8bit needs a CUDA device"),
         (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
         (("--training.epochs=3",), "both given: set one of them to null"),
         (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),
@@ -186,3 +186,11 @@ def test_a_gpu_too_small_is_said_before_anything_starts(train, tiny_bases, tmp_p
     needs = r"a training step needs about 5\d\d MB, a look at the run 5\d\d MB, and cpu has 400 MB free"
     assert re.search(needs + "; to need less: .*method lora", outcome.err)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_of_several_tokens_is_taken_where_that_is_wanted(train, tiny_bases):
+    flags = ("--subject.token=cinnamoroll", "--subject.class_name=ball")
+    outcome = train(tiny_bases["sd"], "refused", *flags, steps=1)
+    assert outcome.is_one_clear_line()
+    assert "subject.allow_split_token" in outcome.err
+    assert train(tiny_bases["sd"], "taken", *flags, "--subject.allow_split_token=true", steps=1).code == 0

@@ -26,15 +26,16 @@ from improved_diffusion.personalize.models.trained import prepare  # noqa: E402
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer  # noqa: E402
 
 TEXTS = ("a photo of a sks ball", "a sks ball on a lawn", "red", "green", "blue")
+WORDINGS = [(text,) for text in TEXTS]
 SIZE = (64, 64)
 
 
 def make_trainer(base: Base, photos, **settings) -> Trainer:
     images = settings.pop("images", ImagesConfig())
-    config = PersonalizeConfig(images=images, training=TrainingConfig(steps=9, **settings))
+    config = PersonalizeConfig(images=images, training=TrainingConfig(**{"steps": 9, **settings}))
     found = open_captioned_set(photos).images
     trained = prepare(base, config)
-    source = EncodedSet(Examples(base, found, [SIZE] * len(found), images), TEXTS)
+    source = EncodedSet(Examples(base, found, [SIZE] * len(found), images), WORDINGS)
     return Trainer(base, trained, config, source, None, Accelerator(cpu=True))
 
 
@@ -85,7 +86,7 @@ def test_each_part_has_its_own_learning_rate_and_warms_up(base, photos):
     )
     found = open_captioned_set(photos).images
     trained = prepare(base, config)
-    source = EncodedSet(Examples(base, found, [SIZE] * len(found), images), TEXTS)
+    source = EncodedSet(Examples(base, found, [SIZE] * len(found), images), WORDINGS)
     trainer = Trainer(base, trained, config, source, None, Accelerator(cpu=True))
     trainer.train_step()
     peaks = {"unet": 3e-4, "text_encoder": 1e-4, "text_encoder_2": 5e-5}
@@ -114,9 +115,9 @@ def test_prior_and_min_snr_by_hand(base, photos, batch_size, monkeypatch):
     )
     found = open_captioned_set(photos).images
     examples = Examples(base, found, [SIZE] * len(found), config.images)
-    prior = EncodedSet(Examples(base, found[:3], [SIZE] * 3, config.images), ["a photo of a ball"] * 3)
+    prior = EncodedSet(Examples(base, found[:3], [SIZE] * 3, config.images), [("a photo of a ball",)] * 3)
     trained = prepare(base, config)
-    trainer = Trainer(base, trained, config, EncodedSet(examples, TEXTS), {SIZE: prior}, Accelerator(cpu=True))
+    trainer = Trainer(base, trained, config, EncodedSet(examples, WORDINGS), {SIZE: prior}, Accelerator(cpu=True))
     errors = torch.linspace(0.2, 1.1, 2 * batch_size, requires_grad=True)
     seen = {}
 

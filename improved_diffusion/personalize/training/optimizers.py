@@ -1,0 +1,81 @@
+"""The optimizers of a run, from their libraries, and the learning rate at each update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from improved_diffusion.models.build import set_moments
+from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig
+from improved_diffusion.training.optimization import rate_factor
+
+# Bytes of an optimizer's state for each parameter that is trained. Adafactor keeps a row and a column of a matrix.
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 0.0, "adafactor": 0.0, "lion": 4.0, "prodigy": 16.0}
+NEEDS_CUDA = ("adamw_8bit", "paged_adamw_8bit")
+
+
+def make_optimizer(parts: dict[str, Sequence[nn.Parameter]], config: PersonalizeConfig) -> torch.optim.Optimizer:
+    """The optimizer of a run, with a group for each part, whose `peak_lr` is what its learning rate is a share of.
+
+    Args:
+        parts: {component: its parameters}.
+        config: of the run.
+
+    Raises:
+        ModuleNotFoundError: the optimizer's library is not installed.
+    """
+    training = config.training
+    groups = [
+        {"params": list(parameters), "lr": rate, "peak_lr": rate}
+        for parameters, rate in ((parameters, learning_rate(config, part)) for part, parameters in parts.items())
+    ]
+    decay = {"weight_decay": training.weight_decay}
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **decay, fused=True)
+    if training.optimizer == "adafactor":  # Shazeer & Stern 2018, arXiv:1804.04235
+        return torch.optim.Adafactor(groups, **decay)
+    if training.optimizer == "lion":  # Chen et al. 2023, arXiv:2302.06675
+        from lion_pytorch import Lion
+
+        return Lion(groups, **decay)
+    if training.optimizer == "prodigy":  # Mishchenko & Defazio 2023, arXiv:2306.06101
+        from prodigyopt import Prodigy
+
+        # As its authors advise for diffusion models.
+        return Prodigy(groups, **decay, use_bias_correction=True, safeguard_warmup=training.warmup_steps > 0)
+    import bitsandbytes
+
+    kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kinds[training.optimizer](groups, **decay)
+
+
+def restore(optimizer: torch.optim.Optimizer, kind: str, state: dict[str, Any]) -> None:
+    """Give an optimizer of this kind the `state` that its state_dict was.
+
+    Raises:
+        ValueError, KeyError, RuntimeError: it is that of other parameters or of another kind.
+    """
+    if kind == "adamw":
+        set_moments(optimizer, state)
+    else:
+        optimizer.load_state_dict(state)
+
+
+def learning_rate(config: PersonalizeConfig, part: str) -> float:
+    """The highest of a component; with textual inversion `training.lr`, as embeddings are all that is trained, and with
+    Prodigy, which knows one for all."""
+    training = config.training
+    if config.method == "textual_inversion" or training.optimizer == "prodigy":
+        return training.lr
+    second = training.lr_text_encoder if training.lr_text_encoder_2 is None else training.lr_text_encoder_2
+    return {"unet": training.lr, "text_encoder": training.lr_text_encoder, "text_encoder_2": second}[part]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, training: TrainingConfig, step: int, updates: int) -> None:
+    """Give all groups their learning rates of update `step`, counted from 0, of so many `updates`."""
+    factor = rate_factor(training.lr_schedule, step, updates, training.warmup_steps, training.cooldown)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

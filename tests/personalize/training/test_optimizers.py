@@ -1,0 +1,105 @@
+"""Every optimizer learns, is resumed bit for bit, and has the learning rates of its schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+from transformers.optimization import get_cosine_schedule_with_warmup, get_wsd_schedule  # noqa: E402
+
+from improved_diffusion.errors import UserError  # noqa: E402
+from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig  # noqa: E402
+from improved_diffusion.personalize.training.optimizers import (  # noqa: E402
+    STATE_BYTES,
+    learning_rate,
+    make_optimizer,
+    set_rates,
+)
+from tests.personalize.training.test_trainer import make_trainer  # noqa: E402
+
+SETTINGS = {
+    "adamw": {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 3},
+    "adafactor": {"lr": 1e-2, "lr_schedule": "wsd", "cooldown": 0.5},
+    "lion": {"lr": 1e-4, "lr_schedule": "constant"},
+    "prodigy": {"lr": 1.0, "lr_schedule": "cosine", "warmup_steps": 2},
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_twenty_updates_and_a_resume(kind, fresh_base, photos):
+    settings = {"optimizer": kind, "steps": 20, **SETTINGS[kind]}
+    unbroken = make_trainer(fresh_base("sd"), photos, **settings)
+    weights = [parameter.detach().clone() for parameter in unbroken.trained.parameters.values()]
+    for _ in range(20):
+        unbroken.train_step()
+        if unbroken.step == 17:
+            file = io.BytesIO()
+            torch.save(unbroken.state_dict(), file)
+    moved = [(new - old).abs().max() for new, old in zip(unbroken.trained.parameters.values(), weights, strict=True)]
+    assert min(moved) > 0
+    assert all(torch.isfinite(parameter).all() for parameter in unbroken.trained.parameters.values())
+    file.seek(0)
+    resumed = make_trainer(fresh_base("sd"), photos, **settings)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for _ in range(3):
+        resumed.train_step()
+    for name, parameter in unbroken.trained.parameters.items():
+        assert torch.equal(parameter, resumed.trained.parameters[name]), name
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_its_state_takes_what_memory_estimates_say(kind):
+    width = 128
+    parameters = [torch.nn.Parameter(torch.randn(width, width))]
+    optimizer = make_optimizer({"unet": parameters}, settings_of(kind))
+    parameters[0].grad = torch.randn(width, width)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[parameters[0]].values() if isinstance(value, torch.Tensor)]
+    bytes_each = sum(tensor.nbytes for tensor in tensors) / width**2
+    assert bytes_each == pytest.approx(STATE_BYTES[kind], abs=0.2)  # Adafactor's rows and columns
+
+
+def settings_of(kind: str, **training) -> PersonalizeConfig:
+    return PersonalizeConfig(training=TrainingConfig(**{"optimizer": kind, "steps": 20, **SETTINGS[kind], **training}))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_learning_rates_are_those_of_transformers(schedule):
+    """Up to the place of a step: ours ends a step before 0, theirs begins at it."""
+    steps, warm = 40, 8
+    config = settings_of("adamw", lr_schedule=schedule, steps=steps, warmup_steps=warm, cooldown=0.25)
+    optimizer = make_optimizer({"unet": [torch.nn.Parameter(torch.zeros(1))]}, config)
+    ours = []
+    for step in range(steps):
+        set_rates(optimizer, config.training, step, steps)
+        ours.append(optimizer.param_groups[0]["lr"])
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.training.lr)
+    if schedule == "cosine":
+        theirs = get_cosine_schedule_with_warmup(other, warm, steps)
+    else:
+        theirs = get_wsd_schedule(other, warm, 10, num_training_steps=steps, decay_type="linear")
+    expected = []
+    for _ in range(steps):
+        expected.append(theirs.get_last_lr()[0])
+        other.step()
+        theirs.step()
+    assert ours[warm:] == pytest.approx(expected[warm:], abs=1e-12)
+    assert ours[: warm - 1] == pytest.approx(expected[1:warm], abs=1e-12)
+
+
+def test_parts_have_their_rates_but_for_prodigy():
+    config = dataclasses.replace(settings_of("lion", lr_text_encoder=2e-5), train_text_encoder=True)
+    assert (learning_rate(config, "unet"), learning_rate(config, "text_encoder_2")) == (1e-4, 2e-5)
+    config = dataclasses.replace(settings_of("prodigy", lr_text_encoder=2e-5), train_text_encoder=True)
+    assert learning_rate(config, "text_encoder") == 1.0
+
+
+def test_prodigy_wants_no_rate_of_adamw():
+    with pytest.raises(UserError, match="prodigy finds the learning rate itself"):
+        settings_of("prodigy", lr=1e-4)
+    assert TrainingConfig(adam_8bit=True).optimizer == "adamw_8bit"
