@@ -15,21 +15,21 @@ from improved_diffusion.sampling.loading import load
 from improved_diffusion.sampling.model import Model, change_sampling
 from improved_diffusion.sampling.strip import reverse_process
 from improved_diffusion.serving.config import ServingConfig
-from improved_diffusion.serving.device import Drawer, OnProgress, release_memory
+from improved_diffusion.serving.device import Drawer, Learner, OnProgress, release_memory
 from improved_diffusion.serving.requests import ClassRequest, ProcessRequest
 
 SAMPLER = "dpmpp_2m"
 MOMENTS = 25  # of a reverse process that are shown
 
 
-def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer], dict[str, Any]]:
+def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer | Learner], dict[str, Any]]:
     """{kind: what draws it}, of the models of the settings; and what clients are told of them.
 
     Raises:
         UserError: a model that cannot be loaded, or none at all.
     """
     models = config.models
-    drawers: dict[str, Drawer] = {}
+    drawers: dict[str, Drawer | Learner] = {}
     offer: dict[str, Any] = {"classes": [], "can_be_guided": False, "styles": []}
     if models.pixel is not None:
         model = load(models.pixel, device=models.device)
@@ -41,6 +41,10 @@ def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer], dict[str, An
 
         drawers["text"] = drawers["image"] = open_text_drawer(config)
         offer["styles"] = list(models.styles)
+        if models.tunes:
+            from improved_diffusion.serving.tuner import Tuner
+
+            drawers["tune"] = Tuner(config)
     if not drawers:
         raise UserError("there is nothing to draw with: name models.pixel, models.base, or both (serve.py init)")
     return drawers, {"kinds": list(drawers), **offer}

@@ -17,7 +17,7 @@ from improved_diffusion.data.photo import require_size
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.bot.courier import CANCEL, Courier, cancel_button
 from improved_diffusion.serving.queue import UNFINISHED, JobQueue
-from improved_diffusion.serving.requests import ClassRequest, ImageRequest, Request, TextRequest
+from improved_diffusion.serving.requests import ClassRequest, ImageRequest, Request, TextRequest, TuneRequest
 from improved_diffusion.serving.uploads import keep_upload
 from improved_diffusion.serving.words import answer_of, describe
 
@@ -26,6 +26,8 @@ COMMANDS = {
     "class": "pictures of a class: /class waffles 4",
     "prompt": "a picture of a text: /prompt a dog in the snow",
     "style": "choose a style, or see which there are",
+    "tune": "learn a style from pictures that you have sent: /tune rex dog",
+    "forget": "remove a style of your own: /forget rex",
     "status": "your jobs, and how long they take",
     "cancel": "cancel all that is under way",
     "result": "send again what may not have arrived",
@@ -62,6 +64,8 @@ class _Conversation:
             "class": self.draw_class,
             "prompt": self.draw_text,
             "style": self.style,
+            "tune": self.tune,
+            "forget": self.forget,
             "status": self.status,
             "cancel": self.cancel,
             "result": self.result,
@@ -83,6 +87,8 @@ class _Conversation:
             lines.append(f"Classes: {', '.join(offer['classes'][:50])}")
         if "image" in offer["kinds"]:
             lines.append("Or send a photo, with a caption that says what to make of it.")
+        if "tune" in offer["kinds"]:
+            lines.append("For a style of your own send pictures, an album say, with the caption /tune NAME WHAT-IT-IS.")
         await message.answer("\n".join(lines))
 
     async def draw_class(self, message: Message, command: CommandObject) -> None:
@@ -100,15 +106,17 @@ class _Conversation:
         return await self._draw_prompt(message, message.text)
 
     async def draw_from_picture(self, message: Message, bot: Bot) -> None:
+        is_first = message.media_group_id not in self._captions
         prompt = self._caption(message)
-        file = message.document or message.photo[-1]  # the largest of its sizes
-        require_size(file.file_size or 0, self.queue.config.limits.photo)
-        if not prompt:
+        offer = await asyncio.to_thread(self.queue.offer)
+        if not prompt and "tune" not in offer["kinds"]:
             raise UserError("what shall I make of it? Send the picture with a caption that says so")
-        data = io.BytesIO()
-        await bot.download(file, destination=data)
+        upload = await self._keep(message, bot)
+        if not prompt and is_first:
+            await message.answer("I keep it for /tune. To make something of it now, send it with a caption.")
+        if not prompt or prompt.startswith("/tune"):
+            return
         user = user_of(message)
-        upload = await asyncio.to_thread(keep_upload, self.queue, user, data.getvalue())
         style = await asyncio.to_thread(self.queue.style_of, user)
         await self._submit(message, ImageRequest(prompt=prompt, upload=upload, style=style, seed=_seed(message)))
 
@@ -117,9 +125,32 @@ class _Conversation:
         if chosen:
             await asyncio.to_thread(self.queue.choose_style, user, None if chosen == "none" else chosen)
         present = await asyncio.to_thread(self.queue.style_of, user)
-        styles = (await asyncio.to_thread(self.queue.offer))["styles"]
+        styles = (await asyncio.to_thread(self.queue.offer, user))["styles"]
         choice = f"Choose with /style NAME: {', '.join([*styles, 'none'])}" if styles else "There are no others."
         await message.answer(f"Your style: {present or 'none'}. {choice}")
+
+    async def tune(self, message: Message, command: CommandObject, bot: Bot) -> Awaitable[None] | None:
+        """Learn a style from the pictures that were sent before, with this as their caption, or in its album."""
+        name, _, class_name = (command.args or "").strip().partition(" ")
+        if not class_name.strip():
+            raise UserError("which name shall the style have, and what do the pictures show? For one: /tune rex dog")
+        if message.photo or message.document:
+            self._caption(message)
+            await self._keep(message, bot)
+        learning = _answer_mistakes(lambda *_: self._learn(message, name, class_name.strip()), message, {})
+        if message.media_group_id is not None:
+            return learning  # for when the album's other pictures have come
+        return await learning
+
+    async def _learn(self, message: Message, name: str, class_name: str) -> None:
+        unused = await asyncio.to_thread(self.queue.unused_uploads, user_of(message))
+        newest = tuple(unused[-self.queue.config.limits.tune_pictures :])
+        await self._submit(message, TuneRequest(name=name, class_name=class_name, uploads=newest, seed=_seed(message)))
+
+    async def forget(self, message: Message, command: CommandObject) -> None:
+        name = (command.args or "").strip()
+        await asyncio.to_thread(self.queue.forget_style, user_of(message), name)
+        await message.answer(f"The style {name} is gone.")
 
     async def status(self, message: Message) -> None:
         mine = await asyncio.to_thread(self.queue.jobs_of, user_of(message), UNFINISHED)
@@ -159,6 +190,14 @@ class _Conversation:
             return
         answer = await message.answer(answer_of(ticket), reply_markup=cancel_button(job_id))
         await asyncio.to_thread(self.queue.set_origin, job_id, {**origin, "answer": answer.message_id})
+
+    async def _keep(self, message: Message, bot: Bot) -> str:
+        """Keep a message's picture; returns the name of the upload."""
+        file = message.document or message.photo[-1]  # the largest of its sizes
+        require_size(file.file_size or 0, self.queue.config.limits.photo)
+        data = io.BytesIO()
+        await bot.download(file, destination=data)
+        return await asyncio.to_thread(keep_upload, self.queue, user_of(message), data.getvalue())
 
     def _caption(self, message: Message) -> str:
         """That of the picture, or of the album that it is in."""

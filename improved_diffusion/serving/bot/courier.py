@@ -21,7 +21,7 @@ from aiogram.types import FSInputFile, InlineKeyboardButton, InlineKeyboardMarku
 
 from improved_diffusion.serving.ledger import Ledger
 from improved_diffusion.serving.queue import UNFINISHED, Job, JobQueue
-from improved_diffusion.serving.words import answer_of, describe
+from improved_diffusion.serving.words import answer_of, caption_of, describe
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_FINISH = 10.0
@@ -124,7 +124,7 @@ class Courier:
             self._in_hand.discard(job.id)
 
     async def _send_pictures(self, job: Job) -> None:
-        chat, caption = job.origin["chat"], f"{describe(job.request)}, seed {job.request.seed}"
+        chat, caption = job.origin["chat"], caption_of(job)
         files = [FSInputFile(file) for file in self.queue.files(job)]
         if len(files) == 1:
             await self.bot.send_photo(chat, files[0], caption=caption)

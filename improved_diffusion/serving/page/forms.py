@@ -11,11 +11,19 @@ import streamlit as st
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import LimitsConfig
 from improved_diffusion.serving.queue import JobQueue
-from improved_diffusion.serving.requests import ClassRequest, ImageRequest, ProcessRequest, Request, TextRequest
+from improved_diffusion.serving.requests import (
+    NO_STYLE,
+    ClassRequest,
+    ImageRequest,
+    ProcessRequest,
+    Request,
+    TextRequest,
+    TuneRequest,
+)
 from improved_diffusion.serving.uploads import keep_upload
 
-NO_STYLE = "none"
 MOST_SEEDS = 2**31
+PHOTOS = ["jpg", "jpeg", "png", "webp"]
 
 
 def class_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
@@ -46,7 +54,7 @@ def picture_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
             text_encoder_scale = st.slider("Weight of the style in the text encoder", 0.0, 2.0, 1.0, 0.05)
         scale = st.slider("Guidance", 0.0, 20.0, 7.5, 0.5, help="1 is none; more is truer to the prompt")
         negative = st.text_input("What it should not show", max_chars=limits.text)
-        photo = st.file_uploader("A photo to start from, if wanted", type=["jpg", "jpeg", "png", "webp"])
+        photo = st.file_uploader("A photo to start from, if wanted", type=PHOTOS)
         strength = st.slider("Strength", 0.05, 1.0, 0.6, 0.05, help="with a photo: little keeps it, 1 forgets it")
         common = _common(limits)
         if not st.form_submit_button("Draw", type="primary"):
@@ -59,6 +67,26 @@ def picture_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
         if photo is None:
             return TextRequest(**values)
         return ImageRequest(**values, upload=keep_upload(queue, user, photo.getvalue()), strength=strength)
+
+    _submit(queue, user, request)
+
+
+def style_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
+    """A style of the visitor's own, from pictures."""
+    limits = queue.config.limits
+    with st.form("style"):
+        name = st.text_input("Name of the style", max_chars=30, placeholder="rex")
+        class_name = st.text_input("What the pictures show", max_chars=30, placeholder="dog")
+        photos = st.file_uploader(
+            f"Pictures, up to {limits.tune_pictures}", type=PHOTOS, accept_multiple_files=True, key="style-photos"
+        )
+        steps = st.slider("Updates", 1, limits.tune_steps, min(TuneRequest.steps, limits.tune_steps))
+        if not st.form_submit_button("Learn", type="primary"):
+            return
+
+    def request() -> Request:
+        uploads = dict.fromkeys(keep_upload(queue, user, photo.getvalue()) for photo in photos)
+        return TuneRequest(name=name.strip(), class_name=class_name.strip(), uploads=tuple(uploads), steps=steps)
 
     _submit(queue, user, request)
 

@@ -9,7 +9,7 @@ import streamlit as st
 from PIL import Image
 
 from improved_diffusion.serving.queue import UNFINISHED, Job, JobQueue
-from improved_diffusion.serving.requests import ProcessRequest
+from improved_diffusion.serving.requests import ProcessRequest, TuneRequest
 from improved_diffusion.serving.words import answer_of, describe
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -39,7 +39,10 @@ def _jobs(queue: JobQueue, user: str, under_way: bool) -> None:
 
 
 def _job(queue: JobQueue, user: str, job: Job) -> None:
-    settings = f"{job.request.steps} steps, guidance {job.request.guidance_scale:g}, seed {job.request.seed}"
+    if isinstance(job.request, TuneRequest):
+        settings = f"{job.request.steps} updates; {{token}} {{class}} in a prompt is what it shows"
+    else:
+        settings = f"{job.request.steps} steps, guidance {job.request.guidance_scale:g}, seed {job.request.seed}"
     st.markdown(f"**{_plain(describe(job.request))}** &nbsp; :gray[{settings}]")
     if job.state in UNFINISHED:
         st.progress(job.progress, text=answer_of(queue.ticket(job.id)))
@@ -52,6 +55,9 @@ def _job(queue: JobQueue, user: str, job: Job) -> None:
             _process(job, files)
         else:
             _pictures(job, files)
+        if isinstance(job.request, TuneRequest) and st.button("Remove this style", key=f"forget-{job.id}"):
+            queue.remove([job.id])
+            st.rerun()
     else:
         st.warning(f"{answer_of(queue.ticket(job.id))}{f': {job.error}' if job.error else ''}.")
 
