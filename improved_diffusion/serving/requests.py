@@ -172,6 +172,7 @@ class TuneRequest(Request):
 
     def check(self, limits: LimitsConfig, offer: Mapping[str, Any]) -> None:
         super().check(limits, offer)
+        require(self.n == 1, f"one style at a time is learned, not {self.n}")
         name, most = self.name, limits.tune_pictures
         require(
             name.isidentifier() and len(name) <= 30, f"a style's name is up to 30 letters, digits and _, not {name!r}"
