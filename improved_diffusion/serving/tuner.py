@@ -24,7 +24,7 @@ from improved_diffusion.serving.requests import TuneRequest
 from improved_diffusion.training.start import holds_run, state_to_resume
 
 RUN, PICTURES = "run", "pictures"  # in the folder of a job's results
-SHOWN = {"seeds": (0, 1), "steps": 20}  # pictures in the style, which are drawn when it is learned, and before
+SHOWN = {"seeds": (0, 1), "steps": 20}  # pictures in the style, when it is learned
 
 
 def run_of(results: Path, style: str) -> RunDirectory:
@@ -58,6 +58,7 @@ class Tuner:
 
     def __init__(self, config: ServingConfig):
         self.config = config
+        self.device = usable_device(config.models.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._kept: tuple[str, PersonalizeLoop] | None = None  # by its job
 
     def learn(self, job: Job, may_go_on: MayGoOn) -> list[Image.Image] | None:
@@ -69,7 +70,7 @@ class Tuner:
         run, steps = run_of(self.config.results, job.id), job.request.steps
         pictures = run.path.with_name(PICTURES)  # which go first when it is done
         if pictures.is_dir() or not holds_run(run.path):
-            with self._device():
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
                 loop = self._loop(job, run, pictures)
                 self._kept = None  # what breaks off is not gone on with
                 if not loop.train(lambda: not may_go_on(loop.trainer.step / steps)):
@@ -91,9 +92,14 @@ class Tuner:
             return self._kept[1]
         self.release()
         self._copy_pictures(job.request, pictures)
-        config, _ = start.with_precision(tune_config(job.request, self.config.models.base, pictures))
+        config = tune_config(job.request, self.config.models.base, pictures)
+        config, _ = start.with_precision(config, self.device)
         state = state_to_resume(run, str(run.path), start.TRAINING_STATE) if holds_run(run.path) else None
-        return start.build(config, run, state, start.start_accelerator(config), say=lambda _: None)
+        accelerator = start.start_accelerator(config, cpu=self.device.type == "cpu")
+        loop = start.build(config, run, state, accelerator, say=lambda _: None)
+        if state is None:
+            loop.looked_at = 0  # before anything was learned there is nothing to see
+        return loop
 
     def _copy_pictures(self, request: TuneRequest, folder: Path) -> None:
         for number, upload in enumerate(request.uploads):
@@ -101,11 +107,6 @@ class Tuner:
                 raise UserError("the pictures to learn from are gone: send them again")
             with atomic_write(folder / f"{number:03d}.png") as temporary:
                 shutil.copyfile(self.config.uploads / upload, temporary)
-
-    def _device(self) -> contextlib.AbstractContextManager:
-        """Within it CUDA is the device of the settings."""
-        device = usable_device(self.config.models.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _complete(run: RunDirectory, pictures: Path) -> None:

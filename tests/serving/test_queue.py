@@ -15,7 +15,14 @@ from improved_diffusion.serving.database import jobs
 from improved_diffusion.serving.ledger import Ledger
 from improved_diffusion.serving.queue import Busy, JobQueue
 from improved_diffusion.serving.records import Records
-from improved_diffusion.serving.requests import KINDS, ImageRequest, ProcessRequest, TextRequest, request_of
+from improved_diffusion.serving.requests import (
+    KINDS,
+    ImageRequest,
+    ProcessRequest,
+    TextRequest,
+    TuneRequest,
+    request_of,
+)
 from improved_diffusion.serving.upkeep import remove_expired
 from tests.serving.conftest import OFFER, a_job
 
@@ -218,6 +225,7 @@ def test_requests_are_checked_before_they_are_queued(make_server, open_queue):
 def test_requests_survive_the_queue():
     process = ProcessRequest(class_name="waffles", seed=4)
     examples = (a_job(3, n=2), process, TextRequest(prompt="a dog", style="dog"), ImageRequest(prompt="a", upload="b"))
+    examples += (TuneRequest(name="rex", class_name="dog", uploads=("b",)),)
     assert {type(example) for example in examples} == set(KINDS.values())
     for example in examples:
         assert request_of(example.plain()) == example

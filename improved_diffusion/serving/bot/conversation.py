@@ -112,9 +112,9 @@ class _Conversation:
         if not prompt and "tune" not in offer["kinds"]:
             raise UserError("what shall I make of it? Send the picture with a caption that says so")
         upload = await self._keep(message, bot)
-        if not prompt and is_first:
-            await message.answer("I keep it for /tune. To make something of it now, send it with a caption.")
-        if not prompt or prompt.startswith("/tune"):
+        if not prompt:
+            if is_first:  # of an album
+                await message.answer("I keep it for /tune. To make something of it now, send it with a caption.")
             return
         user = user_of(message)
         style = await asyncio.to_thread(self.queue.style_of, user)
@@ -131,16 +131,17 @@ class _Conversation:
 
     async def tune(self, message: Message, command: CommandObject, bot: Bot) -> Awaitable[None] | None:
         """Learn a style from the pictures that were sent before, with this as their caption, or in its album."""
-        name, _, class_name = (command.args or "").strip().partition(" ")
-        if not class_name.strip():
+        name, _, class_name = map(str.strip, (command.args or "").strip().partition(" "))
+        if not class_name:
             raise UserError("which name shall the style have, and what do the pictures show? For one: /tune rex dog")
         if message.photo or message.document:
-            self._caption(message)
             await self._keep(message, bot)
-        learning = _answer_mistakes(lambda *_: self._learn(message, name, class_name.strip()), message, {})
-        if message.media_group_id is not None:
-            return learning  # for when the album's other pictures have come
-        return await learning
+        learning = _answer_mistakes(lambda *_: self._learn(message, name, class_name), message, {})
+        album = message.media_group_id
+        if album is None:
+            return await learning
+        self._captions[album] = ""  # so that its other pictures are kept
+        return learning  # for when they have come
 
     async def _learn(self, message: Message, name: str, class_name: str) -> None:
         unused = await asyncio.to_thread(self.queue.unused_uploads, user_of(message))
