@@ -50,6 +50,8 @@ def queue(make_server, open_queue, fresh_base, monkeypatch) -> JobQueue:
     monkeypatch.setattr(start, "load_tokenizer", lambda _: base.tokenizers[0])
     monkeypatch.setattr(start, "estimate_memory", lambda *_: "not estimated")
     monkeypatch.setattr(tuner, "SHOWN", {"seeds": (0,), "steps": 1})
+    for module in (tuner, text_drawer):
+        monkeypatch.setattr(module, "release_memory", lambda: None)  # to search a test's garbage takes longer than all
     limits = {"chunk_seconds": ONE_UPDATE, "styles_per_user": 2, "tunes": 3, "styles_hours": 10, "results_hours": 1}
     opened = open_queue(make_server(None, {"base": base.name, "batch_size": 1}, **limits))
     Records(opened.config, opened.engine).publish({**OFFER, "kinds": ["text", "image", "tune"]})
