@@ -242,6 +242,7 @@ class Device:
             self.records.fail(job, BROKEN)
 
     def _drawing(self, jobs: list[Job]) -> OnProgress:
+        """As `_reporter`; and it raises Stopped when the worker is to end."""
         report = self._reporter(jobs)
 
         def on_progress(progress: float) -> None:

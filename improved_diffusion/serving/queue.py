@@ -33,7 +33,7 @@ from improved_diffusion.serving.database import (
     uploads,
     workers,
 )
-from improved_diffusion.serving.requests import Request, TextRequest, TuneRequest, request_of, uploads_in
+from improved_diffusion.serving.requests import Request, TuneRequest, request_of, uploads_in
 
 QUEUE, WORKFLOW, VERSION = "device", "draw", "1"  # of DBOS; the version is that of what the jobs mean
 PER_SECOND = 10  # of DBOS's whole-numbered priorities: 6.8 years fit
@@ -132,8 +132,8 @@ class JobQueue:
             known = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
             if known is None:
                 request.check(self.config.limits, offer)
-                if isinstance(request, TextRequest) and request.style in own:
-                    request = dataclasses.replace(request, style=own[request.style])  # another's may have that name
+                if (style := getattr(request, "style", None)) in own:
+                    request = dataclasses.replace(request, style=own[style])  # another's may have that name
                 self._require_room(connection, user, request)
                 self._require_uploads(connection, user, request)
                 cost = max(0.1, request.work * self._seconds_per_unit(connection, request.kind))
