@@ -32,6 +32,8 @@ class ModelsConfig:
     """Images drawn at once."""
     adapter_bytes: int = 2_000_000_000
     """Adapters of styles that are kept in memory."""
+    tunes: bool = True
+    """Whether users may have styles of their own learned on that base; meanwhile there is a second one in memory."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"models.batch_size must be at least 1, not {self.batch_size}")
@@ -71,7 +73,19 @@ class LimitsConfig:
     uploads_hours: float = 24.0
     """Time until an uploaded picture is removed."""
     attempts: int = 4
-    """Times that the worker may die while it draws a job, until the job is parked."""
+    """Times that the worker may die while it draws a job, until the job is parked; of a style, in the same chunk."""
+    tunes: int = 4
+    """Styles that wait to be learned or are being learned, of all users."""
+    tune_steps: int = 1000
+    """Updates of a style."""
+    tune_pictures: int = 20
+    """Pictures that a style is learned from."""
+    chunk_seconds: float = 20.0
+    """Seconds for which a style is learned at a time; then others have their turn."""
+    styles_per_user: int = 3
+    """Styles of one's own, the unfinished among them."""
+    styles_hours: float = 720.0
+    """Time until such a style is removed."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

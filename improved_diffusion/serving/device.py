@@ -18,7 +18,7 @@ from PIL import Image
 from improved_diffusion.errors import UserError, is_out_of_memory
 from improved_diffusion.serving.queue import Job
 from improved_diffusion.serving.records import Encoded, Records
-from improved_diffusion.serving.requests import Request
+from improved_diffusion.serving.requests import Request, TuneRequest
 
 SECONDS_BETWEEN_REPORTS = 0.5
 SECONDS_TO_GATHER = 0.05  # what is claimed at once comes one by one
@@ -26,6 +26,7 @@ NO_MEMORY = "the device has too little memory for this: ask for fewer or smaller
 BROKEN = "something went wrong while this was drawn; the operator's log says what"
 
 OnProgress = Callable[[float], None]
+MayGoOn = Callable[[float], bool]
 
 
 class Drawer(Protocol):
@@ -39,8 +40,27 @@ class Drawer(Protocol):
         """Give back all memory that can be got again."""
 
 
+class Learner(Protocol):
+    """What learns styles, a chunk at a time."""
+
+    def learn(self, job: Job, may_go_on: MayGoOn) -> list[Image.Image] | None:
+        """Go on with a job from where it was left, be it by a worker that was killed. Calls `may_go_on` with a number
+        from 0 to 1 before every update, which may raise; when it says no, what was learned is kept on disk.
+
+        Returns:
+            Pictures in the style; None while it is not done.
+        """
+
+    def release(self) -> None:
+        """Give back all memory that can be got again."""
+
+
 class _Abandoned(Exception):
     """Nobody waits for what is being drawn any more."""
+
+
+class _ChunkOver(Exception):
+    """It is others' turn."""
 
 
 class Stopped(BaseException):
@@ -54,12 +74,16 @@ class Device:
         drawers: {kind of request: what draws it}.
         records: where jobs are found and their ends written.
         batch_size: images drawn at once.
+        chunk_seconds: for which a style is learned at a time.
     """
 
-    def __init__(self, drawers: Mapping[str, Drawer], records: Records, batch_size: int):
+    def __init__(
+        self, drawers: Mapping[str, Drawer | Learner], records: Records, batch_size: int, chunk_seconds: float
+    ):
         self.drawers = drawers
         self.records = records
         self.batch_size = batch_size
+        self.chunk_seconds = chunk_seconds
         self._waiting: dict[str, tuple[Job, Future[None]]] = {}
         self._changed = threading.Condition()
         self._stopping = False
@@ -99,14 +123,16 @@ class Device:
                 if self._stopping:
                     return
                 chosen = self._choose()
-                done = [self._waiting.pop(job.id)[1] for job in chosen]
+                done = {job.id: self._waiting.pop(job.id)[1] for job in chosen}
             try:
-                self._draw_begun(self.records.begin([job.id for job in chosen]))
+                unfinished = self._draw_wanted(chosen)
             except (Stopped, Exception) as error:  # of the database, for one
-                for one in done:
+                for one in done.values():
                     one.set_exception(error)
             else:
-                for one in done:
+                with self._changed:
+                    self._waiting |= {job.id: (job, done.pop(job.id)) for job in unfinished}
+                for one in done.values():
                     one.set_result(None)
 
     def _choose(self) -> list[Job]:
@@ -121,11 +147,22 @@ class Device:
                 chosen.append(job)
         return chosen
 
-    def _draw_begun(self, jobs: list[Job]) -> None:
-        if not jobs:
-            return
+    def _draw_wanted(self, chosen: list[Job]) -> list[Job]:
+        """Draw those of the jobs that are still wanted; returns what is to be gone on with."""
+        jobs = self.records.begin([job.id for job in chosen])
+        if jobs:
+            return self._draw_begun(jobs)
+        if isinstance(chosen[0].request, TuneRequest) and chosen[0].request.kind in self.drawers:
+            self.drawers[chosen[0].request.kind].release()  # it was kept there for the next chunk
+        return []
+
+    def _draw_begun(self, jobs: list[Job]) -> list[Job]:
+        began = time.monotonic()
         try:
             self._draw_or_divide(jobs)
+        except _ChunkOver:
+            unfinished = self.records.put_back(jobs[0], time.monotonic() - began)
+            return [] if unfinished is None else [unfinished]
         except _Abandoned:
             pass
         except Stopped:
@@ -137,6 +174,7 @@ class Device:
             traceback.print_exc()
             for job in jobs:
                 self.records.fail(job, BROKEN)
+        return []
 
     def _draw_or_divide(self, jobs: list[Job], last_try: bool = False) -> None:
         """Draw jobs together; if that fails, in smaller parts, until it is clear which one cannot be drawn."""
@@ -147,21 +185,26 @@ class Device:
                 self.records.fail(job, f"this server draws no {kind} jobs any more")
             return
         try:
-            drawn = drawer.draw([job.request for job in jobs], self._reporter(jobs))
-        except (_Abandoned, Stopped, sa.exc.DBAPIError):
+            if kind == TuneRequest.kind:
+                drawn = [self._learn(jobs[0], drawer)]
+            else:
+                drawn = drawer.draw([job.request for job in jobs], self._drawing(jobs))
+        except (_Abandoned, _ChunkOver, Stopped, sa.exc.DBAPIError):
             raise
         except Exception as error:
             no_memory = is_out_of_memory(error)
             if no_memory:
-                drawer.release()
+                for one in self.drawers.values():
+                    one.release()
             elif not isinstance(error, UserError):
                 traceback.print_exc()
             reason = NO_MEMORY if no_memory else str(error) if isinstance(error, UserError) else BROKEN
         else:
             for job, images in zip(jobs, drawn, strict=True):
                 self._finish(job, images)
-            work = sum(job.request.work for job in jobs)
-            self.records.measured(kind, (time.monotonic() - began) / work)
+            if kind != TuneRequest.kind:
+                work = sum(job.request.work for job in jobs)
+                self.records.measured(kind, (time.monotonic() - began) / work)
             return
         # Outside of the handler: the error's traceback would hold on to what was being drawn.
         if len(jobs) > 1:
@@ -173,6 +216,24 @@ class Device:
         else:
             self.records.fail(jobs[0], reason)
 
+    def _learn(self, job: Job, learner: Learner) -> list[Image.Image]:
+        """A style's pictures. Raises _ChunkOver while it is not learned."""
+        report, moments = self._reporter([job]), []
+
+        def may_go_on(progress: float) -> bool:
+            report(progress)
+            moments.append((time.monotonic(), progress))
+            seconds = moments[-1][0] - moments[0][0]  # without what it took to begin
+            return not self._stopping and seconds < self.chunk_seconds
+
+        pictures = learner.learn(job, may_go_on)
+        if len(moments) > 1:
+            (began, first), (ended, last) = moments[0], moments[-1]
+            self.records.measured(TuneRequest.kind, (ended - began) / (job.request.work * (last - first)))
+        if pictures is None:
+            raise _ChunkOver
+        return pictures
+
     def _finish(self, job: Job, images: list[Image.Image | Encoded]) -> None:
         try:
             self.records.finish(job, images)
@@ -180,19 +241,29 @@ class Device:
             traceback.print_exc()
             self.records.fail(job, BROKEN)
 
-    def _reporter(self, jobs: list[Job]) -> OnProgress:
-        last = 0.0
+    def _drawing(self, jobs: list[Job]) -> OnProgress:
+        """As `_reporter`; and it raises Stopped when the worker is to end."""
+        report = self._reporter(jobs)
 
         def on_progress(progress: float) -> None:
-            nonlocal last
             if self._stopping:
                 raise Stopped
+            report(progress)
+
+        return on_progress
+
+    def _reporter(self, jobs: list[Job]) -> OnProgress:
+        """Writes progress down, not too often. It raises _Abandoned when nobody waits for the jobs any more."""
+        last = 0.0
+
+        def report(progress: float) -> None:
+            nonlocal last
             if time.monotonic() - last >= SECONDS_BETWEEN_REPORTS:
                 last = time.monotonic()
                 if not self.records.report([job.id for job in jobs], progress):
                     raise _Abandoned
 
-        return on_progress
+        return report
 
 
 def release_memory() -> None:

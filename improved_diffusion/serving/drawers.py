@@ -15,7 +15,7 @@ from improved_diffusion.sampling.loading import PRETRAINED, load
 from improved_diffusion.sampling.model import Model, change_sampling
 from improved_diffusion.sampling.strip import reverse_process
 from improved_diffusion.serving.config import ModelsConfig, ServingConfig
-from improved_diffusion.serving.device import Drawer, OnProgress, release_memory
+from improved_diffusion.serving.device import Drawer, Learner, OnProgress, release_memory
 from improved_diffusion.serving.requests import ClassRequest, ProcessRequest
 from improved_diffusion.stickers.matte import SHIPPED
 
@@ -23,14 +23,14 @@ SAMPLER = "dpmpp_2m"
 MOMENTS = 25  # of a reverse process that are shown
 
 
-def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer], dict[str, Any]]:
+def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer | Learner], dict[str, Any]]:
     """{kind: what draws it}, of the models of the settings; and what clients are told of them.
 
     Raises:
         UserError: a model that cannot be loaded, or none at all.
     """
     models = config.models
-    drawers: dict[str, Drawer] = {}
+    drawers: dict[str, Drawer | Learner] = {}
     offer: dict[str, Any] = {"classes": [], "can_be_guided": False, "styles": []}
     if models.pixel is not None:
         model = load(models.pixel, device=models.device)
@@ -42,6 +42,10 @@ def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer], dict[str, An
 
         drawers["text"] = drawers["image"] = open_text_drawer(config)
         offer["styles"] = list(models.styles)
+        if models.tunes:
+            from improved_diffusion.serving.tuner import Tuner
+
+            drawers["tune"] = Tuner(config)
     if cuts_out(models):
         from improved_diffusion.serving.sticker_drawer import open_sticker_drawer  # so does transformers
 

@@ -2,11 +2,12 @@
 
 Fairness is start-time fair queueing (Goyal, Vin & Cheng 1996): a job's virtual start is when its user's jobs before it
 would end if each user had a device of the same speed, and jobs are taken in that order. Who asks for ten things waits
-for nine of them behind everyone who asks for one.
+for nine of them behind everyone who asks for one. A style is learned in chunks, each with a start of its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 import uuid
@@ -33,13 +34,14 @@ from improved_diffusion.serving.database import (
     uploads,
     workers,
 )
-from improved_diffusion.serving.requests import Request, request_of
+from improved_diffusion.serving.requests import Request, TuneRequest, request_of, uploads_in
 
 QUEUE, WORKFLOW, VERSION = "device", "draw", "1"  # of DBOS; the version is that of what the jobs mean
 PER_SECOND = 10  # of DBOS's whole-numbered priorities: 6.8 years fit
 SECONDS_PER_UNIT = 0.05  # of a kind of work that has not been measured
 ALIVE = 60.0  # seconds since a worker's last sign of life
 UNFINISHED, FINISHED = ("queued", "running"), ("done", "failed", "parked", "cancelled")
+IS_TUNE = jobs.c.request["kind"].as_string() == TuneRequest.kind
 
 
 class Busy(UserError):
@@ -94,8 +96,8 @@ class JobQueue:
         self.client.destroy()
         self.engine.dispose()
 
-    def offer(self) -> Mapping[str, Any]:
-        """What the worker has said that it can draw.
+    def offer(self, user: str | None = None) -> Mapping[str, Any]:
+        """What the worker has said that it can draw; for a user, with the styles of one's own.
 
         Raises:
             UserError: none has been started yet.
@@ -103,7 +105,11 @@ class JobQueue:
         offer = self._fact("offer")
         if offer is None:
             raise UserError("no worker has been started here yet: python serve.py worker")
-        return offer
+        return offer if user is None else {**offer, "styles": [*offer["styles"], *self.styles_of(user)]}
+
+    def styles_of(self, user: str) -> dict[str, str]:
+        """{name: job that learned it} of a user's own styles."""
+        return {job.request.name: job.id for job in self._jobs(jobs.c.user == user, IS_TUNE, jobs.c.state == "done")}
 
     def submit(
         self, user: str, request: Request, job_id: str | None = None, origin: Mapping[str, Any] | None = None
@@ -120,14 +126,17 @@ class JobQueue:
             Busy: there is no room.
             UserError: a request that cannot be fulfilled.
         """
-        request.check(self.config.limits, self.offer())
+        offer, own = self.offer(user), self.styles_of(user)
         job_id = job_id or uuid.uuid4().hex
         with self.engine.begin() as connection:
             number = take_number(connection)
             known = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
             if known is None:
-                self._require_room(connection, user)
-                self._require_upload(connection, user, request)
+                request.check(self.config.limits, offer)
+                if (style := getattr(request, "style", None)) in own:
+                    request = dataclasses.replace(request, style=own[style])  # another's may have that name
+                self._require_room(connection, user, request)
+                self._require_uploads(connection, user, request)
                 cost = max(0.1, request.work * self._seconds_per_unit(connection, request.kind))
                 start = self._virtual_start(connection, user)
                 values = {"id": job_id, "number": number, "user": user, "request": request.plain(), "cost": cost}
@@ -147,7 +156,7 @@ class JobQueue:
         with self.engine.connect() as connection:
             order = sa.tuple_(jobs.c.start, jobs.c.number)
             ahead = sa.or_(jobs.c.state == "running", sa.and_(jobs.c.state == "queued", order < sa.tuple_(*mine)))
-            left = func.sum(jobs.c.cost * (1 - jobs.c.progress))
+            left = func.sum(self._turn(jobs.c.cost * (1 - jobs.c.progress)))
             others = sa.select(func.count(), left).where(ahead, jobs.c.id != job_id)
             count, seconds = connection.execute(others).one()
             alive = func.count(workers.c.id)
@@ -200,12 +209,28 @@ class JobQueue:
 
     def choose_style(self, user: str, style: str | None) -> None:
         """Remember a user's choice of style; None is the base without one. Raises UserError if there is no such."""
-        styles = self.offer()["styles"]
+        styles = self.offer(user)["styles"]
         if style is not None and style not in styles:
             raise UserError(f"there is no style {style!r}; there are: {', '.join(styles) or 'none'}")
         with self.engine.begin() as connection:
             connection.execute(preferences.delete().where(preferences.c.user == user))
             connection.execute(preferences.insert().values(user=user, style=style))
+
+    def forget_style(self, user: str, name: str) -> None:
+        """Remove a style of a user's own. Raises UserError if there is no such."""
+        own = self.styles_of(user)
+        if name not in own:
+            raise UserError(f"you have no style {name!r} of your own; you have: {', '.join(own) or 'none'}")
+        self.remove([own[name]])
+
+    def unused_uploads(self, user: str) -> list[str]:
+        """A user's pictures with which nothing was asked for since they were sent, in the order in which they came."""
+        used = {name: job.created for job in self.jobs_of(user) for name in uploads_in(job.request.plain())}
+        with self.engine.connect() as connection:
+            rows = connection.execute(
+                sa.select(uploads).where(uploads.c.user == user).order_by(uploads.c.created)
+            ).all()
+        return [row.id for row in rows if row.created > used.get(row.id, 0.0)]
 
     def purge(self, user: str) -> int:
         """Remove everything of a user: jobs, pictures, uploads, ledger, packs, preferences. Returns how many jobs."""
@@ -245,28 +270,45 @@ class JobQueue:
         measured = connection.scalar(sa.select(facts.c.value).where(facts.c.name == f"seconds of {kind}"))
         return SECONDS_PER_UNIT if measured is None else measured
 
-    @staticmethod
-    def _virtual_start(connection: sa.Connection, user: str) -> float:
+    def _turn(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[float]:
+        """For how much of the seconds that a job takes it keeps the device: of learning a style a chunk."""
+        chunk = self.config.limits.chunk_seconds
+        return sa.case((sa.and_(IS_TUNE, seconds > chunk), chunk), else_=seconds)
+
+    def _virtual_start(self, connection: sa.Connection, user: str) -> float:
         """When the user's jobs before would end, but not before now in virtual time."""
-        ends = sa.select(func.max(jobs.c.start + jobs.c.cost)).where(jobs.c.user == user, jobs.c.state != "cancelled")
+        end = func.max(jobs.c.start + self._turn(jobs.c.cost))
+        ends = sa.select(end).where(jobs.c.user == user, jobs.c.state != "cancelled")
         return max(connection.scalar(ends) or 0.0, connection.scalar(sa.select(counter.c.virtual)))
 
-    def _require_room(self, connection: sa.Connection, user: str) -> None:
+    def _require_room(self, connection: sa.Connection, user: str, request: Request) -> None:
         limits = self.config.limits
         unfinished = sa.select(func.count()).select_from(jobs).where(jobs.c.state.in_(UNFINISHED))
         if connection.scalar(unfinished.where(jobs.c.user == user)) >= limits.queued_per_user:
             raise Busy(f"you have {limits.queued_per_user} jobs under way already: wait for one, or cancel one")
         if connection.scalar(unfinished) >= limits.queued:
             raise Busy(f"busy: {limits.queued} jobs are under way already, please try again in some minutes")
+        if isinstance(request, TuneRequest):
+            self._require_room_to_learn(connection, user, request.name)
         require_disk(connection, self.config)
 
+    def _require_room_to_learn(self, connection: sa.Connection, user: str, name: str) -> None:
+        limits = self.config.limits
+        kept = sa.select(jobs.c.request["name"].as_string()).where(IS_TUNE, jobs.c.state.in_((*UNFINISHED, "done")))
+        own = connection.scalars(kept.where(jobs.c.user == user)).all()
+        if name in own:
+            raise UserError(f"there is a style {name!r} of yours already: choose another name, or remove it first")
+        if len(own) >= limits.styles_per_user:
+            raise Busy(f"you have {len(own)} styles already, {', '.join(own)}: remove one first")
+        if len(connection.scalars(kept.where(jobs.c.state != "done")).all()) >= limits.tunes:
+            raise Busy(f"busy: {limits.tunes} styles are being learned already, please try again later")
+
     @staticmethod
-    def _require_upload(connection: sa.Connection, user: str, request: Request) -> None:
-        upload = getattr(request, "upload", None)
-        if upload is not None:
-            mine = sa.and_(uploads.c.id == upload, uploads.c.user == user)
-            if connection.scalar(sa.select(uploads.c.id).where(mine)) is None:
-                raise UserError("the picture to start from is gone: send it again")
+    def _require_uploads(connection: sa.Connection, user: str, request: Request) -> None:
+        needed = uploads_in(request.plain())
+        mine = sa.and_(uploads.c.id.in_(needed), uploads.c.user == user)
+        if len(connection.scalars(sa.select(uploads.c.id).where(mine)).all()) < len(needed):
+            raise UserError("the picture to start from is gone: send it again")
 
 
 def require_disk(connection: sa.Connection, config: ServingConfig) -> None:

@@ -47,7 +47,7 @@ class Records:
         too_often = jobs.c.attempts >= self.config.limits.attempts
         wanted = sa.and_(jobs.c.id.in_(job_ids), jobs.c.state.in_(UNFINISHED))
         parked = {"state": "parked", "finished": now, "error": "the worker died of it again and again: it is put aside"}
-        running = {"state": "running", "attempts": jobs.c.attempts + 1, "progress": 0.0}
+        running = {"state": "running", "attempts": jobs.c.attempts + 1}
         running["started"] = sa.func.coalesce(jobs.c.started, now)
         with self.engine.begin() as connection:
             connection.execute(jobs.update().where(wanted, too_often).values(parked))
@@ -78,7 +78,7 @@ class Records:
                     temporary.write_bytes(image.content)
                 else:
                     image.save(temporary, format="png")
-        size = sum((folder / name).stat().st_size for name in files)
+        size = sum(file.stat().st_size for file in (folder / job.id).rglob("*") if file.is_file())
         if not self._end(job.id, state="done", progress=1.0, files=files, bytes=size) and not self._is_done(job.id):
             shutil.rmtree(folder / job.id, ignore_errors=True)
 
@@ -92,6 +92,15 @@ class Records:
         back = {"state": "queued", "progress": 0.0, "attempts": jobs.c.attempts - 1}
         with self.engine.begin() as connection:
             connection.execute(jobs.update().where(mine).values(back))
+
+    def put_back(self, job: Job, seconds: float) -> Job | None:
+        """Let a job that has had a turn of so many seconds wait for the next one; the worker did not die of this one.
+        None if the job is no longer wanted."""
+        mine = sa.and_(jobs.c.id == job.id, jobs.c.state == "running")
+        back = {"state": "queued", "start": jobs.c.start + seconds, "attempts": 0}
+        with self.engine.begin() as connection:
+            row = connection.execute(jobs.update().where(mine).values(back).returning(jobs)).one_or_none()
+        return None if row is None else job_of(row)
 
     def measured(self, kind: str, seconds_per_unit: float) -> None:
         """Let what was measured tell how long jobs of this kind take."""

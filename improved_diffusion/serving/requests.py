@@ -16,6 +16,8 @@ from improved_diffusion.settings import require
 from improved_diffusion.stickers.finish import require_outline
 from improved_diffusion.stickers.prompt import CAPTION
 
+NO_STYLE = "none"  # how users call the base without one
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -39,11 +41,15 @@ class Request:
         """What requests that can be drawn at once have in common."""
         return (self.kind, self.steps)
 
+    def most_steps(self, limits: LimitsConfig) -> int:
+        return limits.steps
+
     def check(self, limits: LimitsConfig, offer: Mapping[str, Any]) -> None:
         """Raise UserError where it is out of bounds, or asks for what the worker, by its `offer`, has not."""
         require(self.kind in offer.get("kinds", ()), f"this server draws no {self.kind} jobs")
         require(1 <= self.n <= limits.images, f"1 to {limits.images} images at a time, not {self.n}")
-        require(1 <= self.steps <= limits.steps, f"1 to {limits.steps} steps, not {self.steps}")
+        most = self.most_steps(limits)
+        require(1 <= self.steps <= most, f"1 to {most} steps, not {self.steps}")
         require(0 <= self.seed < 2**62, f"the seed must be from 0 to 2^62, not {self.seed}")
 
     def plain(self) -> dict[str, Any]:
@@ -186,8 +192,51 @@ class StickerRequest(Request):
             require(not self.prompt.strip(), "this server only cuts out: leave the prompt out")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuneRequest(Request):
+    """A style of the user's own, learned from pictures: a LoRA run of personalize.py on the base. It is the user's
+    alone, under its name, as long as the job is kept."""
+
+    kind = "tune"
+    name: str
+    """Under which prompts may then ask for it."""
+    uploads: tuple[str, ...]
+    """Of the pictures: see uploads.py."""
+    class_name: str
+    """What they show: dog, sticker, ...; in prompts {class}."""
+    token: str = "sks"
+    """A rare word, for what is special about it; in prompts {token}."""
+    steps: int = 400
+    """Updates."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uploads", tuple(self.uploads))  # a list, from the queue
+
+    @property
+    def group(self) -> Hashable:
+        return (self.kind, self.name, self.uploads)  # its own: a user has one style of a name
+
+    def most_steps(self, limits: LimitsConfig) -> int:
+        return limits.tune_steps
+
+    def check(self, limits: LimitsConfig, offer: Mapping[str, Any]) -> None:
+        super().check(limits, offer)
+        require(self.n == 1, f"one style at a time is learned, not {self.n}")
+        name, most = self.name, limits.tune_pictures
+        require(
+            name.isidentifier() and len(name) <= 30, f"a style's name is up to 30 letters, digits and _, not {name!r}"
+        )
+        require(
+            name != NO_STYLE and name not in offer["styles"], f"there is a style {name!r} already: choose another name"
+        )
+        for word in (self.class_name, self.token):
+            require(bool(word.strip()) and len(word) <= 30, f"what is it? A word like dog or sticker, not {word!r}")
+        count = len(self.uploads)
+        require(1 <= count <= most, f"a style is learned from 1 to {most} pictures, not {count}: send them first")
+
+
 KINDS: dict[str, type[Request]] = {
-    kind.kind: kind for kind in (ClassRequest, ProcessRequest, TextRequest, ImageRequest, StickerRequest)
+    kind.kind: kind for kind in (ClassRequest, ProcessRequest, TextRequest, ImageRequest, StickerRequest, TuneRequest)
 }
 
 
@@ -198,6 +247,11 @@ def request_of(plain: Mapping[str, Any]) -> Request:
     if kind not in KINDS:
         raise UserError(f"this version knows no jobs of the kind {kind!r}")
     return KINDS[kind](**values)
+
+
+def uploads_in(plain: Mapping[str, Any]) -> set[str]:
+    """The uploads that a request in its `plain` form needs."""
+    return {*plain.get("uploads", ()), *filter(None, [plain.get("upload")])}
 
 
 def _require_scale(scale: float) -> None:

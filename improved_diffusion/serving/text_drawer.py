@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ from improved_diffusion.personalize.models.adapters import choose_adapters, remo
 from improved_diffusion.personalize.models.base import Base, load_base
 from improved_diffusion.personalize.models.trained import resolution_of
 from improved_diffusion.personalize.models.tuned import attach_run, lora_config
-from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.run_directory import RunDirectory, is_run_directory
 from improved_diffusion.runtime.devices import drawing_precision, usable_device
 from improved_diffusion.serving.config import ServingConfig
 from improved_diffusion.serving.device import OnProgress, release_memory
 from improved_diffusion.serving.requests import ImageRequest, TextRequest
+from improved_diffusion.serving.tuner import run_of
 from improved_diffusion.serving.uploads import open_upload
 
 
@@ -32,15 +34,23 @@ class AdapterCache:
         base: without adapters.
         runs: {name: run of personalize.py}.
         limit: bytes that they may take together; the one in use stays whatever it takes.
+        find: gives the run of any other name, which may lie there or not.
 
     Raises:
         UserError: a run that is none, or trained no adapters.
     """
 
-    def __init__(self, base: Base, runs: Mapping[str, RunDirectory], limit: int):
+    def __init__(
+        self,
+        base: Base,
+        runs: Mapping[str, RunDirectory],
+        limit: int,
+        find: Callable[[str], RunDirectory] | None = None,
+    ):
         self.base = base
         self.runs = dict(runs)
         self.limit = limit
+        self.find = find
         self._kept: OrderedDict[str, tuple[PersonalizeConfig, int]] = OrderedDict()
         for run in self.runs.values():
             lora_config(run)
@@ -61,10 +71,13 @@ class AdapterCache:
         if name is None:
             choose_adapters(self.base, None)
             return PersonalizeConfig()
-        if name not in self.runs:  # the settings were changed since
+        run = self.runs.get(name)
+        if run is None and self.find is not None and is_run_directory(self.find(name).path):
+            run = self.find(name)
+        if run is None:  # it was removed, or the settings were changed since
             raise UserError(f"there is no style {name!r} any more")
         if name not in self._kept:
-            self._kept[name] = attach_run(self.base, self.runs[name], name)
+            self._kept[name] = attach_run(self.base, run, name)
         self._kept.move_to_end(name)
         while self.nbytes > self.limit and len(self._kept) > 1:
             self._remove(next(iter(self._kept)))
@@ -127,4 +140,5 @@ def open_text_drawer(config: ServingConfig) -> TextDrawer:
     device = usable_device(models.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     base = load_base(models.base).to(device, drawing_precision(device))
     runs = {name: RunDirectory(Path(path)) for name, path in models.styles.items()}
-    return TextDrawer(base, AdapterCache(base, runs, models.adapter_bytes), config)
+    own = functools.partial(run_of, config.results)
+    return TextDrawer(base, AdapterCache(base, runs, models.adapter_bytes, own), config)

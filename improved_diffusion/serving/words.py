@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from improved_diffusion.serving.queue import Ticket
-from improved_diffusion.serving.requests import ClassRequest, ProcessRequest, Request, StickerRequest, TextRequest
+from improved_diffusion.serving.queue import UNFINISHED, Job, Ticket
+from improved_diffusion.serving.requests import (
+    ClassRequest,
+    ProcessRequest,
+    Request,
+    StickerRequest,
+    TextRequest,
+    TuneRequest,
+)
 
 
 def describe(request: Request) -> str:
@@ -14,6 +21,8 @@ def describe(request: Request) -> str:
         what = _shortened(request.prompt)
     elif isinstance(request, StickerRequest):
         what = f"a sticker: {_shortened(request.prompt)}" if request.prompt else "a sticker"
+    elif isinstance(request, TuneRequest):
+        what = f"style {request.name}, {request.class_name}, from {len(request.uploads)} pictures"
     else:
         what = request.kind
     return f"{what} ({request.n} pictures)" if request.n > 1 else what
@@ -26,11 +35,23 @@ def _shortened(text: str) -> str:
 def answer_of(ticket: Ticket) -> str:
     """How far a job is."""
     job = ticket.job
+    if isinstance(job.request, TuneRequest) and job.state in UNFINISHED and job.progress > 0:
+        return f"Learning: {round(100 * job.progress)} %, about {in_words(ticket.seconds)}"  # takes turns with others
     if job.state == "running":
         return f"Drawing: {10 * round(10 * job.progress)} %"
     if job.state == "queued":
         return f"Place {ticket.place} in the queue, about {in_words(ticket.seconds)}"
     return {"done": "Done", "cancelled": "Cancelled"}.get(job.state, "It could not be drawn")
+
+
+def caption_of(job: Job) -> str:
+    """What is said with a job's pictures."""
+    request = job.request
+    if isinstance(request, TuneRequest):
+        return (
+            f"Your style {request.name} is ready: /style {request.name}, then /prompt {{token}} {{class}} in the snow"
+        )
+    return f"{describe(request)}, seed {request.seed}"
 
 
 def in_words(seconds: float) -> str:

@@ -20,7 +20,7 @@ from improved_diffusion.serving.database import quieten_dbos, workers
 from improved_diffusion.serving.device import Device, Drawer
 from improved_diffusion.serving.queue import ALIVE, QUEUE, VERSION, WORKFLOW, JobQueue
 from improved_diffusion.serving.records import Records
-from improved_diffusion.serving.upkeep import remove_expired
+from improved_diffusion.serving.upkeep import remove_expired, remove_leftovers
 
 SECONDS_BETWEEN_POLLS = 0.2  # of the queue
 SECONDS_BETWEEN_SIGNS = 5.0  # of life
@@ -44,7 +44,7 @@ class Worker:
         self.name = name
         self.queue = JobQueue(config)
         self.records = Records(config, self.queue.engine)
-        self.device = Device(drawers, self.records, config.models.batch_size)
+        self.device = Device(drawers, self.records, config.models.batch_size, config.limits.chunk_seconds)
         self.offer = offer
         self._ended = threading.Event()
         self._upkeep = threading.Thread(target=self._keep_up, name="upkeep", daemon=True)
@@ -52,8 +52,9 @@ class Worker:
     def start(self) -> None:
         """Begin to draw what is queued."""
         quieten_dbos()
-        # Twice a batch: what is claimed and waits for the device is what batches are made of.
-        claimed = 2 * self.config.models.batch_size
+        # Twice a batch: what is claimed and waits for the device is what batches are made of. And all that is learned,
+        # which stays claimed between its chunks.
+        claimed = 2 * self.config.models.batch_size + self.config.limits.tunes
         self.queue.client.register_queue(QUEUE, worker_concurrency=claimed, polling_interval_sec=SECONDS_BETWEEN_POLLS)
         DBOS(
             config={
@@ -110,6 +111,7 @@ class Worker:
                 if time.monotonic() - cleaned >= SECONDS_BETWEEN_CLEANINGS:
                     cleaned = time.monotonic()
                     remove_expired(self.queue)
+                    remove_leftovers(self.queue)
             except Exception:  # the database is away for a moment, say; without signs of life others would take over
                 traceback.print_exc()
 

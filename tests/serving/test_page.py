@@ -28,6 +28,7 @@ from improved_diffusion.serving.requests import (
     ProcessRequest,
     StickerRequest,
     TextRequest,
+    TuneRequest,
 )
 from improved_diffusion.serving.sticker_drawer import StickerDrawer
 from improved_diffusion.serving.worker import Worker
@@ -39,7 +40,7 @@ from tests.stickers.conftest import darkness, keep_colours  # noqa: F401
 PROJECT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 expect.set_options(timeout=30_000)  # the machine may be busy
-OFFER = {"kinds": ["class", "process", "text", "image"], "styles": ["dog", "ink"]}  # beside the pixel model's
+OFFER = {"kinds": ["class", "process", "text", "image", "tune"], "styles": ["dog", "ink"]}  # beside the pixel model's
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_what_is_asked_for_waits_and_is_cancelled(served, browser):
     press_draw(page)
     expect(page.get_by_text("Place 1 in the queue").first).to_be_visible()
     expect(page.get_by_text("a *dog* in the snow (4 pictures)")).to_be_visible()
-    files = page.get_by_test_id("stFileUploaderDropzoneInput")
+    files = page.get_by_test_id("stFileUploaderDropzoneInput").first
     files.set_input_files({"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": b"no photo"})
     page.get_by_text("photo.jpg").wait_for()
     press_draw(page)
@@ -190,6 +191,32 @@ def test_what_is_asked_for_waits_and_is_cancelled(served, browser):
     expect(page.get_by_text("Cancelled")).to_have_count(2)
     assert served.queue.jobs_of(user_of(page), UNFINISHED) == []
     assert page.get_by_role("link", name="survey").get_attribute("href") == served.config.survey
+
+
+def test_a_style_of_ones_own(served, browser):
+    """From pictures; when it is learned it can be chosen, until it is removed."""
+    page = visit(browser, served.address, "A style of my own")
+    page.get_by_label("Name of the style").fill("rex")
+    page.get_by_label("What the pictures show").fill("dog")
+    files = page.get_by_test_id("stFileUploaderDropzoneInput").last
+    pictures_of_rex = [{"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": JPEG + bytes(n)} for n in range(2)]
+    files.set_input_files(pictures_of_rex)
+    page.get_by_text("1.jpg").wait_for()
+    press_draw(page)
+    expect(page.get_by_text("style rex, dog, from 2 pictures")).to_be_visible()
+    (job,) = served.queue.jobs_of(user_of(page))
+    uploads = job.request.uploads
+    assert job.request == TuneRequest(name="rex", class_name="dog", uploads=uploads, steps=TuneRequest.steps)
+    records = Records(served.config, served.queue.engine)
+    records.finish(*records.begin([job.id]), [Image.new("RGB", (8, 8))])
+    expect(pictures(page)).to_have_count(1)
+    page.get_by_role("tab", name="From a text or a photo").click()
+    page.get_by_role("combobox", name="Style").click()
+    expect(page.get_by_role("option")).to_have_text(["dog", "ink", "rex", "none"])
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Remove this style").click()
+    expect(pictures(page)).to_have_count(0)
+    assert served.queue.jobs_of(user_of(page)) == []
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from improved_diffusion.serving.requests import (
     ProcessRequest,
     StickerRequest,
     TextRequest,
+    TuneRequest,
     request_of,
 )
 from improved_diffusion.serving.upkeep import remove_expired
@@ -229,6 +230,7 @@ def test_requests_survive_the_queue():
         TextRequest(prompt="a dog", style="dog"),
         ImageRequest(prompt="a", upload="b"),
         StickerRequest(upload="b", restyle=False),
+        TuneRequest(name="rex", class_name="dog", uploads=("b",)),
     )
     assert {type(example) for example in examples} == set(KINDS.values())
     for example in examples:

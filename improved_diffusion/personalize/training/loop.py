@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,20 +66,25 @@ class PersonalizeLoop:
         looked_at = trainer.step if looks_of_now else -1
         self.looked_at = broadcast_object_list([looked_at])[0]  # the others have no records, and wait for a look
         self.saved_step = trainer.step if trainer.step else -1
-        self.logged_images, self.logged_time = trainer.images_seen, time.monotonic()
-        self.stop = StopRequest()
 
-    def train(self) -> bool:
-        """Train to the last update. Returns False if a signal stopped it before that; all is saved either way.
+    def train(self, should_stop: Callable[[], bool] | None = None) -> bool:
+        """Train to the last update. Returns False if it was stopped before that; all is saved either way, and to call
+        this again goes on.
+
+        Args:
+            should_stop: asked before each update; by default whether SIGINT or SIGTERM came, of which only the main
+                thread can be told.
 
         Raises:
             UserError: a loss that is not finite, or pictures of one colour.
         """
         trainer, training, updates = self.trainer, self.config.training, self.budget.total.updates
         shown = {"total": updates, "initial": trainer.step, "desc": "training", "unit": "update"}
-        with self.stop, self.log, progress(**shown, disable=not self.is_first) as bar:
+        self.logged_images, self.logged_time = trainer.images_seen, time.monotonic()
+        asked = StopRequest() if should_stop is None else contextlib.nullcontext(should_stop)
+        with asked as stops, self.log, progress(**shown, disable=not self.is_first) as bar:
             self._look_if_due()
-            while trainer.step < updates and not self._should_stop():
+            while trainer.step < updates and not self._any_process(stops()):
                 self._add(trainer.train_step())
                 bar.update()
                 if self._is_due(training.log_every):
@@ -101,9 +107,9 @@ class PersonalizeLoop:
     def _is_due(self, every: int) -> bool:
         return self.trainer.step % every == 0 or self.trainer.step == self.budget.total.updates
 
-    def _should_stop(self) -> bool:
-        asked = torch.tensor(float(self.stop.requested), device=self.trainer.accelerator.device)
-        return bool(self.trainer.accelerator.reduce(asked, "sum") > 0)
+    def _any_process(self, says: bool) -> bool:
+        said = torch.tensor(float(says), device=self.trainer.accelerator.device)
+        return bool(self.trainer.accelerator.reduce(said, "sum") > 0)
 
     def _add(self, terms: dict[str, torch.Tensor]) -> None:
         if not self.trainer.is_sound(terms):

@@ -141,10 +141,14 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
     )
 
 
+class NotEnoughMemory(UserError, MemoryError):
+    """A run would not fit."""
+
+
 def require_memory(
     estimate: MemoryEstimate, available: int, config: PersonalizeConfig, precision: str, device: torch.device
 ) -> None:
-    """Raise UserError if a run of `config` needs more than the `available` bytes; it says what would need less.
+    """Raise NotEnoughMemory if a run of `config` needs more than the `available` bytes; it says what would need less.
 
     Args:
         estimate: of the run.
@@ -157,7 +161,7 @@ def require_memory(
     if estimate.total <= available:
         return
     larger, smaller = sorted(needs, key=needs.get, reverse=True)
-    raise UserError(
+    raise NotEnoughMemory(
         f"{larger} needs about {_amount(needs[larger])}, {smaller} {_amount(needs[smaller])}, and {device} has "
         f"{_amount(available)} free; to need less: "
         + ", ".join(_remedies(estimate, available, config, precision, bf16_hardware(device) is not None))

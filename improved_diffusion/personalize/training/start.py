@@ -47,10 +47,10 @@ CHANGEABLE = {
 }
 
 
-def with_precision(config: PersonalizeConfig) -> tuple[PersonalizeConfig, str]:
-    """The settings with `training.precision: auto` settled by the device, so that the run records it and keeps it
-    wherever it is resumed; and a line that says why."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def with_precision(config: PersonalizeConfig, device: torch.device | None = None) -> tuple[PersonalizeConfig, str]:
+    """The settings with `training.precision: auto` settled by the device, by default a GPU if there is one, so that the
+    run records it and keeps it wherever it is resumed; and a line that says why."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.training.precision == "auto" and device.type == "cpu":
         precision, why = "float32", "float32, for there is no GPU"
     else:
@@ -74,16 +74,17 @@ def require_place(out: Path, data: str | None) -> None:
         )
 
 
-def start_accelerator(config: PersonalizeConfig) -> Accelerator:
+def start_accelerator(config: PersonalizeConfig, cpu: bool = False) -> Accelerator:
     """Device, precision and processes, as `accelerate launch` or torchrun started them.
 
     Args:
         config: with its precision settled.
+        cpu: use no GPU, even if there is one.
 
     Raises:
         UserError: what takes a CUDA device, without one.
     """
-    has_cuda = torch.cuda.is_available()
+    has_cuda = torch.cuda.is_available() and not cpu
     precision = config.training.precision
     needs_cuda = {
         "training.precision fp16": precision == "fp16",

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import re
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -25,6 +26,7 @@ from improved_diffusion.errors import UserError
 TOKEN, TOKEN_FILE = "TELEGRAM_TOKEN", "TELEGRAM_TOKEN_FILE"  # of the environment
 TRIES = 8  # of a call that Telegram puts off
 SECONDS_OF_POLL = 10  # for which Telegram holds a request for updates
+SECONDS_OF_ALBUM = 2.0  # until all messages of an album have come
 UPDATES = ["message", "callback_query"]
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,9 @@ class Updates:
 
     Telegram is told that an update has come when it has been dealt with, and all before it; until then it would send
     it again to a bot that was started anew. So a handler may run twice, and has to bear that.
+
+    A handler may return a coroutine: what is to be done when the messages have been read that come at once with its
+    own, as those of an album do.
     """
 
     def __init__(self, bot: Bot, dispatcher: Dispatcher):
@@ -126,7 +131,14 @@ class Updates:
         chat = event.chat.id if event is not None else 0
         lock = self._chats.setdefault(chat, asyncio.Lock())
         async with lock:
-            try:
-                await self.dispatcher.feed_update(self.bot, update)
-            except Exception:
-                log.exception("update %s failed", update.update_id)
+            later = await self._settle(self.dispatcher.feed_update(self.bot, update), update)
+        if asyncio.iscoroutine(later):
+            await asyncio.sleep(SECONDS_OF_ALBUM)
+            async with lock:  # after those that wait for it by now
+                await self._settle(later, update)
+
+    async def _settle(self, handling: Awaitable[Any], update: Update) -> Any:
+        try:
+            return await handling
+        except Exception:
+            log.exception("update %s failed", update.update_id)

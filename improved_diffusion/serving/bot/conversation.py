@@ -18,7 +18,14 @@ from improved_diffusion.data.photo import require_size
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.bot.courier import CANCEL, Courier, cancel_button
 from improved_diffusion.serving.queue import UNFINISHED, JobQueue
-from improved_diffusion.serving.requests import ClassRequest, ImageRequest, Request, StickerRequest, TextRequest
+from improved_diffusion.serving.requests import (
+    ClassRequest,
+    ImageRequest,
+    Request,
+    StickerRequest,
+    TextRequest,
+    TuneRequest,
+)
 from improved_diffusion.serving.uploads import keep_upload
 from improved_diffusion.serving.words import answer_of, describe
 
@@ -28,6 +35,8 @@ COMMANDS = {
     "prompt": "a picture of a text: /prompt a dog in the snow",
     "sticker": "a sticker of a photo: send it with this, and what to make of it, as its caption, or with none",
     "style": "choose a style, or see which there are",
+    "tune": "learn a style from pictures that you have sent: /tune rex dog",
+    "forget": "remove a style of your own: /forget rex",
     "status": "your jobs, and how long they take",
     "cancel": "cancel all that is under way",
     "result": "send again what may not have arrived",
@@ -66,6 +75,8 @@ class _Conversation:
             "prompt": self.draw_text,
             "sticker": self.draw_sticker,
             "style": self.style,
+            "tune": self.tune,
+            "forget": self.forget,
             "status": self.status,
             "cancel": self.cancel,
             "result": self.result,
@@ -87,6 +98,8 @@ class _Conversation:
             lines.append(f"Classes: {', '.join(offer['classes'][:50])}")
         if "image" in offer["kinds"]:
             lines.append("Or send a photo, with a caption that says what to make of it.")
+        if "tune" in offer["kinds"]:
+            lines.append("For a style of your own send pictures, an album say, with the caption /tune NAME WHAT-IT-IS.")
         await message.answer("\n".join(lines))
 
     async def draw_class(self, message: Message, command: CommandObject) -> None:
@@ -109,15 +122,20 @@ class _Conversation:
         await self.draw_from_picture(message, bot)
 
     async def draw_from_picture(self, message: Message, bot: Bot) -> None:
+        is_first = message.media_group_id not in self._captions
         caption = self._caption(message)
-        file = message.document or message.photo[-1]  # the largest of its sizes
-        require_size(file.file_size or 0, self.queue.config.limits.photo)
-        if not caption and "sticker" not in (await asyncio.to_thread(self.queue.offer))["kinds"]:
+        kinds = (await asyncio.to_thread(self.queue.offer))["kinds"]
+        # A picture alone becomes a sticker, those of an album are kept; where one is not offered, the other.
+        album_is_kept = message.media_group_id is not None and "tune" in kinds
+        keeps = not caption and (album_is_kept or "sticker" not in kinds)
+        if keeps and "tune" not in kinds:
             raise UserError("what shall I make of it? Send the picture with a caption that says so")
-        data = io.BytesIO()
-        await bot.download(file, destination=data)
+        upload = await self._keep(message, bot)
+        if keeps:
+            if is_first:  # of an album
+                await message.answer("I keep it for /tune. To make something of it now, send it with a caption.")
+            return
         user = user_of(message)
-        upload = await asyncio.to_thread(keep_upload, self.queue, user, data.getvalue())
         style = await asyncio.to_thread(self.queue.style_of, user)
         values = {"upload": upload, "style": style, "seed": _seed(message)}
         sticker = STICKER.fullmatch(caption)
@@ -132,9 +150,33 @@ class _Conversation:
         if chosen:
             await asyncio.to_thread(self.queue.choose_style, user, None if chosen == "none" else chosen)
         present = await asyncio.to_thread(self.queue.style_of, user)
-        styles = (await asyncio.to_thread(self.queue.offer))["styles"]
+        styles = (await asyncio.to_thread(self.queue.offer, user))["styles"]
         choice = f"Choose with /style NAME: {', '.join([*styles, 'none'])}" if styles else "There are no others."
         await message.answer(f"Your style: {present or 'none'}. {choice}")
+
+    async def tune(self, message: Message, command: CommandObject, bot: Bot) -> Awaitable[None] | None:
+        """Learn a style from the pictures that were sent before, with this as their caption, or in its album."""
+        name, _, class_name = map(str.strip, (command.args or "").strip().partition(" "))
+        if not class_name:
+            raise UserError("which name shall the style have, and what do the pictures show? For one: /tune rex dog")
+        if message.photo or message.document:
+            await self._keep(message, bot)
+        learning = answer_mistakes(lambda *_: self._learn(message, name, class_name), message, {})
+        album = message.media_group_id
+        if album is None:
+            return await learning
+        self._captions[album] = ""  # so that its other pictures are kept
+        return learning  # for when they have come
+
+    async def _learn(self, message: Message, name: str, class_name: str) -> None:
+        unused = await asyncio.to_thread(self.queue.unused_uploads, user_of(message))
+        newest = tuple(unused[-self.queue.config.limits.tune_pictures :])
+        await self._submit(message, TuneRequest(name=name, class_name=class_name, uploads=newest, seed=_seed(message)))
+
+    async def forget(self, message: Message, command: CommandObject) -> None:
+        name = (command.args or "").strip()
+        await asyncio.to_thread(self.queue.forget_style, user_of(message), name)
+        await message.answer(f"The style {name} is gone.")
 
     async def status(self, message: Message) -> None:
         mine = await asyncio.to_thread(self.queue.jobs_of, user_of(message), UNFINISHED)
@@ -174,6 +216,14 @@ class _Conversation:
             return
         answer = await message.answer(answer_of(ticket), reply_markup=cancel_button(job_id))
         await asyncio.to_thread(self.queue.set_origin, job_id, {**origin, "answer": answer.message_id})
+
+    async def _keep(self, message: Message, bot: Bot) -> str:
+        """Keep a message's picture; returns the name of the upload."""
+        file = message.document or message.photo[-1]  # the largest of its sizes
+        require_size(file.file_size or 0, self.queue.config.limits.photo)
+        data = io.BytesIO()
+        await bot.download(file, destination=data)
+        return await asyncio.to_thread(keep_upload, self.queue, user_of(message), data.getvalue())
 
     def _caption(self, message: Message) -> str:
         """That of the picture, or of the album that it is in."""

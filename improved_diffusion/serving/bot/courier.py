@@ -22,7 +22,7 @@ from aiogram.types import FSInputFile, InlineKeyboardButton, InlineKeyboardMarku
 from improved_diffusion.serving.ledger import Ledger
 from improved_diffusion.serving.queue import UNFINISHED, Job, JobQueue
 from improved_diffusion.serving.requests import StickerRequest
-from improved_diffusion.serving.words import answer_of, describe
+from improved_diffusion.serving.words import answer_of, caption_of, describe
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_FINISH = 10.0
@@ -138,7 +138,7 @@ class Courier:
             self._in_hand.discard(job.id)
 
     async def _send_pictures(self, job: Job) -> None:
-        chat, caption = job.origin["chat"], f"{describe(job.request)}, seed {job.request.seed}"
+        chat, caption = job.origin["chat"], caption_of(job)
         files = [FSInputFile(file) for file in self.queue.files(job)]
         if isinstance(job.request, StickerRequest):
             await self.bot.send_sticker(chat, files[0], reply_markup=sticker_buttons(job.id))

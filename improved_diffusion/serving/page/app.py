@@ -13,7 +13,7 @@ import streamlit as st
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import load_serving_config
-from improved_diffusion.serving.page.forms import class_form, picture_form, sticker_form
+from improved_diffusion.serving.page.forms import class_form, picture_form, sticker_form, style_form
 from improved_diffusion.serving.page.gallery import show_jobs
 from improved_diffusion.serving.queue import JobQueue
 
@@ -39,7 +39,7 @@ def main() -> None:
     queue, user = open_queue(sys.argv[1]), visitor()
     st.title("Draw")
     try:
-        offer = queue.offer()
+        offer = queue.offer(user)
     except UserError as error:
         st.error(f"{error}. Then reload this page.")
         return
@@ -50,6 +50,8 @@ def main() -> None:
         forms["A sticker"] = sticker_form
     if "class" in offer["kinds"]:
         forms["A class"] = class_form
+    if "tune" in offer["kinds"]:
+        forms["A style of my own"] = style_form
     settings, results = st.columns([1, 2], gap="large")
     with settings:
         for tab, form in zip(st.tabs(list(forms)), forms.values(), strict=True):

@@ -12,17 +12,18 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import LimitsConfig
 from improved_diffusion.serving.queue import JobQueue
 from improved_diffusion.serving.requests import (
+    NO_STYLE,
     ClassRequest,
     ImageRequest,
     ProcessRequest,
     Request,
     StickerRequest,
     TextRequest,
+    TuneRequest,
 )
 from improved_diffusion.serving.uploads import keep_upload
 from improved_diffusion.stickers.finish import WIDEST
 
-NO_STYLE = "none"
 MOST_SEEDS = 2**31
 PHOTOS = ["jpg", "jpeg", "png", "webp"]
 
@@ -94,6 +95,26 @@ def sticker_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
         st.error("Choose a photo first.")
         return
     _submit(queue, user, lambda: StickerRequest(**values, upload=keep_upload(queue, user, photo.getvalue())))
+
+
+def style_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
+    """A style of the visitor's own, from pictures."""
+    limits = queue.config.limits
+    with st.form("style"):
+        name = st.text_input("Name of the style", max_chars=30, placeholder="rex")
+        class_name = st.text_input("What the pictures show", max_chars=30, placeholder="dog")
+        photos = st.file_uploader(
+            f"Pictures, up to {limits.tune_pictures}", type=PHOTOS, accept_multiple_files=True, key="style-photos"
+        )
+        steps = st.slider("Updates", 1, limits.tune_steps, min(TuneRequest.steps, limits.tune_steps))
+        if not st.form_submit_button("Learn", type="primary"):
+            return
+
+    def request() -> Request:
+        uploads = dict.fromkeys(keep_upload(queue, user, photo.getvalue()) for photo in photos)
+        return TuneRequest(name=name.strip(), class_name=class_name.strip(), uploads=tuple(uploads), steps=steps)
+
+    _submit(queue, user, request)
 
 
 def _common(limits: LimitsConfig) -> dict[str, int]:

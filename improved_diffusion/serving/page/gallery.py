@@ -9,7 +9,7 @@ import streamlit as st
 from PIL import Image
 
 from improved_diffusion.serving.queue import UNFINISHED, Job, JobQueue
-from improved_diffusion.serving.requests import ProcessRequest, Request, StickerRequest
+from improved_diffusion.serving.requests import ProcessRequest, Request, StickerRequest, TuneRequest
 from improved_diffusion.serving.words import answer_of, describe
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -51,6 +51,9 @@ def _job(queue: JobQueue, user: str, job: Job) -> None:
             _process(job, files)
         else:
             _pictures(job, files)
+        if isinstance(job.request, TuneRequest) and st.button("Remove this style", key=f"forget-{job.id}"):
+            queue.remove([job.id])
+            st.rerun()
     else:
         st.warning(f"{answer_of(queue.ticket(job.id))}{f': {job.error}' if job.error else ''}.")
 
@@ -58,6 +61,8 @@ def _job(queue: JobQueue, user: str, job: Job) -> None:
 def _settings(request: Request) -> str:
     if isinstance(request, StickerRequest) and not request.restyle:
         return f"outline {request.outline}"
+    if isinstance(request, TuneRequest):
+        return f"{request.steps} updates; {{token}} {{class}} in a prompt is what it shows"
     return f"{request.steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}"
 
 
