@@ -51,7 +51,7 @@ def test_stickers_are_those_of_the_sticker_maker(
         "cut": StickerRequest(restyle=False, prompt="is not looked at", **how),
     }
     opened, offer = open_drawers(config)
-    assert (offer["kinds"], offer["captions"]) == (["text", "image", "sticker"], True)
+    assert (offer["kinds"], offer["captions"]) == (["text", "image", "tune", "sticker"], True)
     start_worker(config, opened, offer)
     jobs = {name: queue.submit("A", request).job for name, request in asked.items()}
     wait_until(lambda: not queue.jobs_in(["queued", "running"]))

@@ -26,6 +26,8 @@ def show_jobs(queue: JobQueue, user: str) -> None:
 
 def _jobs(queue: JobQueue, user: str, under_way: bool) -> None:
     mine = queue.jobs_of(user)
+    if under_way and not any(job.state in UNFINISHED for job in mine):
+        st.rerun()  # of the whole page, which then no longer looks again, and is not interrupted by that
     if not mine:
         st.info("Your pictures will be here. This address is the key to them: who has it sees them.")
     for job in reversed(mine):
@@ -34,8 +36,6 @@ def _jobs(queue: JobQueue, user: str, under_way: bool) -> None:
     if mine and st.button("Remove all that is kept of me", help="jobs, pictures and uploads"):
         queue.purge(user)
         st.rerun()
-    if under_way and not any(job.state in UNFINISHED for job in mine):
-        st.rerun()  # of the whole page, which then no longer looks again
 
 
 def _job(queue: JobQueue, user: str, job: Job) -> None:
