@@ -13,11 +13,18 @@ from improved_diffusion.personalize.models.base import Base
 
 ADAPTER = "personalized"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-UNET_TARGETS = {
-    "attention": ATTENTION,
-    "attention+feedforward": (*ATTENTION, "ff.net.0.proj", "ff.net.2"),
+FEEDFORWARD = ("ff.net.0.proj", "ff.net.2")
+PROJECTIONS = ("proj_in", "proj_out")  # into and out of a block of transformers
+RESNETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_MLP = ("fc1", "fc2")
+# {adapter.targets: the layers of the UNet, and those of the text encoders}
+TARGETS = {
+    "attention": (ATTENTION, TEXT_ATTENTION),
+    "attention+feedforward": (ATTENTION + FEEDFORWARD, TEXT_ATTENTION),
+    "kohya": (ATTENTION + FEEDFORWARD + PROJECTIONS, TEXT_ATTENTION + TEXT_MLP),
+    "kohya+convolutions": (ATTENTION + FEEDFORWARD + PROJECTIONS + RESNETS, TEXT_ATTENTION + TEXT_MLP),
 }
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed: int = 0, name: str = ADAPTER) -> None:
@@ -26,12 +33,13 @@ def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed
     All that was there is frozen; what is new is float32 and trainable, and changes nothing yet."""
     for part in (base.unet, *base.text_encoders.values(), base.pipeline.vae):
         part.requires_grad_(False)
-    chosen = {"unet": (base.unet, UNET_TARGETS[config.targets])}
+    unet_layers, text_layers = TARGETS[config.targets]
+    chosen = [(base.unet, unet_layers)]
     if text_encoders:
-        chosen |= {name: (encoder, TEXT_TARGETS) for name, encoder in base.text_encoders.items()}
+        chosen += [(encoder, text_layers) for encoder in base.text_encoders.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for part, targets in chosen.values():
+        for part, targets in chosen:
             lora = LoraConfig(
                 r=config.rank,
                 lora_alpha=config.alpha,

@@ -124,10 +124,10 @@ def load_adapter(base: Base, file: Path, allow_unknown: bool = False) -> tuple[i
         )
     with _saying_what_is_wrong(base, file):  # as diffusers' load_lora_weights does, which loses the settings of a dict
         common = {"adapter_name": ADAPTER, "metadata": read.settings, "_pipeline": base.pipeline}
-        base.pipeline.load_lora_into_unet(read.weights, read.alphas, base.unet, low_cpu_mem_usage=True, **common)
+        base.pipeline.load_lora_into_unet(read.weights, None, base.unet, low_cpu_mem_usage=True, **common)
         for name, encoder in base.text_encoders.items():
             base.pipeline.load_lora_into_text_encoder(
-                read.weights, read.alphas, encoder, prefix=name, low_cpu_mem_usage=True, **common
+                read.weights, None, encoder, prefix=name, low_cpu_mem_usage=True, **common
             )
     return read.known, total
 
@@ -136,6 +136,8 @@ def load_adapter(base: Base, file: Path, allow_unknown: bool = False) -> tuple[i
 def _saying_what_is_wrong(base: Base, file: Path) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # diffusers and PEFT raise almost anything
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         kind = "SDXL" if base.is_sdxl else "Stable Diffusion 1 or 2"

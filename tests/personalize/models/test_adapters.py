@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +26,11 @@ from improved_diffusion.personalize.models.adapters import (  # noqa: E402
     trainable,
 )
 from improved_diffusion.personalize.models.base import Base  # noqa: E402
-from improved_diffusion.personalize.models.export import export_diffusers, export_kohya, original_name  # noqa: E402
+from improved_diffusion.personalize.models.export import export_diffusers, export_kohya  # noqa: E402
+from improved_diffusion.personalize.models.kohya import original_name  # noqa: E402
 from improved_diffusion.personalize.models.tuned import load_adapter  # noqa: E402
+
+SDXL = SimpleNamespace(layers_per_block=2, up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
 
 
 def picture(base: Base) -> torch.Tensor:
@@ -191,19 +195,21 @@ def test_kohyas_keys_are_those_that_other_programs_look_for(adapted, tmp_path):
         ("up_blocks.0.attentions.0.proj_in", "output_blocks.0.1.proj_in"),
         ("up_blocks.0.attentions.2.proj_in", "output_blocks.2.1.proj_in"),
         ("up_blocks.1.attentions.2.proj_in", "output_blocks.5.1.proj_in"),
+        ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        ("down_blocks.2.resnets.0.conv_shortcut", "input_blocks.7.0.skip_connection"),
+        ("mid_block.resnets.1.time_emb_proj", "middle_block.2.emb_layers.1"),
+        ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
+        ("up_blocks.2.resnets.2.conv2", "output_blocks.8.0.out_layers.3"),
     ],
 )
 def test_the_blocks_of_sdxl_by_their_published_numbers(ours, original):
-    assert original_name(ours, layers_per_block=2) == original
+    assert original_name(ours, SDXL) == original
 
 
-def test_layers_that_kohya_has_no_name_for(base, tmp_path):
-    attach_adapters(base, AdapterConfig(dora=True), text_encoders=False)
-    with pytest.raises(UserError, match="DoRA: use the diffusers form"):
-        export_kohya(base, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"conv_in, which kohya's form of SDXL has no name for"):
-        original_name("conv_in", 2)
+def test_layers_that_kohya_has_no_name_for():
+    with pytest.raises(UserError, match=r"conv_norm_out, which kohya's form of SDXL has no name for"):
+        original_name("conv_norm_out", SDXL)
 
 
 @pytest.mark.parametrize(
