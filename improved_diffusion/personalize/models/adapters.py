@@ -86,10 +86,15 @@ def adapted_parts(base: Base) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if any(isinstance(m, BaseTunerLayer) for m in part.modules())}
 
 
-def adapter_state(part: nn.Module) -> dict[str, Tensor]:
-    """{name: weight} of its adapter, float32 on the CPU, names as PEFT has them: MODULE.lora_A.weight and so on."""
+def adapter_parameters(part: nn.Module) -> list[nn.Parameter]:
+    """Those of its adapter."""
+    return [parameter for name, parameter in part.named_parameters() if f".{ADAPTER}." in f"{name}."]
+
+
+def adapter_state(part: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """{name: weight} of its adapter on the CPU, names as PEFT has them: MODULE.lora_A.weight and so on."""
     state = get_peft_model_state_dict(part, adapter_name=ADAPTER)
-    return {name: weight.detach().float().cpu().contiguous() for name, weight in state.items()}
+    return {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in state.items()}
 
 
 def adapter_config(part: nn.Module) -> LoraConfig:

@@ -7,6 +7,7 @@ alpha. kohya.py has the names of kohya's form.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,11 +25,11 @@ KOHYA_PARTS = {"lora_A.weight": DOWN, "lora_B.weight": UP, "lora_magnitude_vecto
 LORA_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, KOHYA_PARTS))})")
 
 
-def export_diffusers(base: Base, folder: Path) -> Path:
+def export_diffusers(base: Base, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write the adapters as `load_lora_weights` of diffusers reads them. Returns the file."""
     layers, metadata = {}, {}
     for name, part in adapted_parts(base).items():
-        layers[f"{name}_lora_layers"] = adapter_state(part)
+        layers[f"{name}_lora_layers"] = adapter_state(part, dtype)
         metadata[f"{name}_lora_adapter_metadata"] = adapter_config(part).to_dict()
     file = folder / FILES["diffusers"]
     with atomic_write(file) as temporary:
@@ -38,8 +39,10 @@ def export_diffusers(base: Base, folder: Path) -> Path:
     return file
 
 
-def export_kohya(base: Base, folder: Path) -> Path:
-    """Write the adapters in kohya's form. Returns the file.
+def export_kohya(
+    base: Base, folder: Path, dtype: torch.dtype = torch.float32, about: Mapping[str, str] | None = None
+) -> Path:
+    """Write the adapters in kohya's form, with what the header says `about` them. Returns the file.
 
     Raises:
         UserError: a layer for which that form has no name.
@@ -48,10 +51,10 @@ def export_kohya(base: Base, folder: Path) -> Path:
     state = {
         key: tensor
         for name, part in adapted_parts(base).items()
-        for key, tensor in kohya_state(base, name, adapter_state(part)).items()
+        for key, tensor in kohya_state(base, name, adapter_state(part, dtype)).items()
     }
     with atomic_write(file) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+        save_file(state, temporary, metadata={"format": "pt", **(about or {})})
     return file
 
 

@@ -58,7 +58,7 @@ def kohya_layers(base: Base) -> dict[str, tuple[str, str]]:
     """{layer in kohya's form: component and path of the layer}, under all names that programs write."""
     layers = {}
     for part, network in {"unet": base.unet, **base.text_encoders}.items():
-        for module in (path for path, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)):
+        for module in _matrices(network):
             names = [f"lora_unet_{module.replace('.', '_')}"] if part == "unet" else []
             with contextlib.suppress(UserError):
                 names.append(kohya_name(base, part, module))
@@ -67,6 +67,15 @@ def kohya_layers(base: Base) -> dict[str, tuple[str, str]]:
                 names += [re.sub("^lora_te1?_", other, name) for name in names for other in ("lora_te_", "lora_te1_")]
             layers |= dict.fromkeys(names, (part, module))
     return layers
+
+
+def _matrices(network: nn.Module) -> list[str]:
+    """The paths of what can have an adapter, whether it has one or not."""
+    return [
+        path.removesuffix(".base_layer")
+        for path, layer in network.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in path
+    ]
 
 
 def original_name(module: str, unet: Any) -> str:
