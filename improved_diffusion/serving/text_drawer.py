@@ -58,7 +58,7 @@ class AdapterCache:
             UserError: there is no such style; or see `attach_run`.
         """
         if name is None:
-            choose_adapters(self.base, None)
+            choose_adapters(self.base)
             return PersonalizeConfig()
         if name not in self.runs:  # the settings were changed since
             raise UserError(f"there is no style {name!r} any more")

@@ -53,18 +53,18 @@ def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed
                 parameter.data = parameter.data.float()
 
 
-def choose_adapters(base: Base, name: str | None) -> None:
-    """Let the base draw with the adapters of this name alone; with None as it was without any."""
+def choose_adapters(base: Base, *names: str) -> None:
+    """Let the base draw with the adapters of these names alone, in this order; without any as it was without any."""
     for layer in _adapted_layers(base):
-        has_it = name in layer._all_available_adapter_names()
-        if has_it:
-            layer.set_adapter(name, inference_mode=True)
-        layer._disable_adapters = not has_it  # `enable_adapters` would make the weights trainable
+        there = [name for name in names if name in layer._all_available_adapter_names()]
+        if there:
+            layer.set_adapter(there, inference_mode=True)
+        layer._disable_adapters = not there  # `enable_adapters` would make the weights trainable
 
 
 def remove_adapters(base: Base, name: str) -> None:
     """Take away the adapters of this name, and their memory."""
-    choose_adapters(base, None)  # or PEFT would choose another one, and warn
+    choose_adapters(base)  # or PEFT would choose another one, and warn
     for layer in _adapted_layers(base):
         layer.delete_adapter(name)
     for part in (base.unet, *base.text_encoders.values()):
