@@ -242,3 +242,10 @@ class TestCommandLine:
             outcome = run_script("personalize.py", "generate", "a dog", *where, f"--out={tmp_path / 'out'}")
             assert outcome.is_one_clear_line(), outcome.err
             assert "of another architecture" in outcome.err
+        several = (f"{tmp_path / 'sdxl' / form}.safetensors", f"{tmp_path / 'sd' / form}.safetensors:0.5")
+        where = (f"--base={tiny_bases['sdxl']}", f"--out={tmp_path / 'out'}")
+        outcome = run_script("personalize.py", "generate", "a dog", *where, "--adapters", *several)
+        assert outcome.is_one_clear_line(), outcome.err
+        assert f"{tmp_path / 'sd' / form}.safetensors" in outcome.err
+        assert "of another architecture" in outcome.err
+        assert not (tmp_path / "out").exists()

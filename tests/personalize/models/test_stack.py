@@ -93,16 +93,6 @@ def test_a_dora_beside_others(fresh_base, files, tmp_path):
         attach_stack(fresh_base("sd"), [Stacked(dora, 1.0), Stacked(dora, 1.0)])
 
 
-def test_one_of_another_architecture_among_several(fresh_base, run_script, files, tiny_bases, tmp_path):
-    other = write(fresh_base("sdxl"), tmp_path / "xl", 0)
-    where = (f"--base={tiny_bases['sd']}", f"--out={tmp_path / 'out'}")
-    outcome = run_script("personalize.py", "generate", "a dog", *where, "--adapters", str(files[0]), f"{other}:0.5")
-    assert outcome.is_one_clear_line(), outcome.err
-    assert str(other) in outcome.err
-    assert "of another architecture" in outcome.err
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_command_line_draws_with_all(run_script, fresh_base, files, tiny_bases, tmp_path):
     def generate(*adapters: str):
         where = (f"--base={tiny_bases['sd']}", f"--out={tmp_path / 'out'}")
