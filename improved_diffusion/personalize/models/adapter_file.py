@@ -59,8 +59,7 @@ def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _read_kohya(base: Base, file: Path, state: Mapping[str, Tensor]) -> AdapterFile:
-    """By names of our own, for diffusers takes one alpha for all layers, and knows no block without attention in tiny
-    models."""
+    """By names of our own, for diffusers takes one alpha for all layers, and drops `dora_scale`."""
     places = kohya_layers(base)
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
