@@ -125,7 +125,7 @@ class RunDirectory:
 
     def averages_until(self, step: int) -> list[Path]:
         """All the power-function averages that were kept up to `step`, oldest first."""
-        return [file for file in _files_of_steps(self.averages) if _step(file) <= step]
+        return [file for file in _files_of_steps(self.averages) if step_of(file) <= step]
 
     def save_checkpoint(self, state: dict[str, Any], keep: int, spared: Collection[int] = ()) -> Path:
         """Write `state` (which has a `step`), point `latest` at it, and `prune`."""
@@ -139,7 +139,7 @@ class RunDirectory:
         """Drop all checkpoints before the latest but the `keep` newest, the best, and those of the `spared` steps."""
         best, latest = self.pointed("best"), self.latest_checkpoint()
         for old in self.checkpoint_files()[:-keep]:
-            if old != best and _step(old) < _step(latest) and _step(old) not in spared:
+            if old != best and step_of(old) < step_of(latest) and step_of(old) not in spared:
                 old.unlink()
 
     def turn_to(self, step: int) -> None:
@@ -158,7 +158,7 @@ class RunDirectory:
     def discard(self, step: int) -> None:
         """Remove the checkpoint of `step`, if there is one, and let `latest` name the one before it."""
         self.checkpoint_file(step).unlink(missing_ok=True)
-        if earlier := [file for file in self.checkpoint_files() if _step(file) < step]:
+        if earlier := [file for file in self.checkpoint_files() if step_of(file) < step]:
             self.point("latest", earlier[-1])
 
     def remove_leftovers(self) -> None:
@@ -180,7 +180,7 @@ class RunDirectory:
         file = self.checkpoints / text
         if not CHECKPOINT_NAME.fullmatch(text) or not file.is_file():
             return None
-        return file if name == "latest" or _step(file) <= _step(self.latest_checkpoint()) else None
+        return file if name == "latest" or step_of(file) <= step_of(self.latest_checkpoint()) else None
 
     def latest_checkpoint(self) -> Path:
         """The newest checkpoint.
@@ -210,10 +210,11 @@ class RunDirectory:
 
 
 def _files_of_steps(folder: Path) -> list[Path]:
-    return sorted((file for file in folder.glob("step_*.pt") if CHECKPOINT_NAME.fullmatch(file.name)), key=_step)
+    return sorted((file for file in folder.glob("step_*.pt") if CHECKPOINT_NAME.fullmatch(file.name)), key=step_of)
 
 
-def _step(file: Path) -> int:
+def step_of(file: Path) -> int:
+    """The step of a checkpoint, by its name."""
     match = CHECKPOINT_NAME.fullmatch(file.name)
     assert match is not None
     return int(match.group(1))

@@ -154,8 +154,9 @@ class AdapterConfig:
     """Rank of the update of each matrix."""
     alpha: float = 8.0
     """The update is multiplied by alpha / rank."""
-    targets: Literal["attention", "attention+feedforward"] = "attention"
-    """Layers of the UNet that have one."""
+    targets: Literal["attention", "attention+feedforward", "kohya", "kohya+convolutions"] = "attention"
+    """Layers that have one: attention, also with the UNet's feed-forward layers; those of kohya's scripts (attention,
+    feed-forward layers and projections, and the MLP of text encoders), also with the UNet's residual blocks."""
     dropout: float = 0.0
     """Probability of dropping an input of the update, in training."""
     dora: bool = False

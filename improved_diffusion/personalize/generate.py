@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +28,15 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.data.crops import cut
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.encoding import decode_latents, latent_moments
+
+# {sampler: diffusers' scheduler}. Latents are not pictures: they are not clipped.
+SAMPLERS: dict[str, type[SchedulerMixin]] = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 
 
 class BrokenPicture(UserError):
@@ -33,6 +53,7 @@ class Sampling:
     height: int | None = None  # pixels; by default what the base was made for
     width: int | None = None
     strength: float = 0.6  # of a picture to start from: 0 leaves it, 1 forgets it
+    sampler: str | None = None  # one of SAMPLERS; by default the base's own
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -41,6 +62,8 @@ class Sampling:
             raise UserError(f"the guidance scale must be a number, not {self.guidance_scale}")
         if not 0 < self.strength <= 1:
             raise UserError(f"the strength must be above 0 and at most 1, not {self.strength}")
+        if self.sampler not in (None, *SAMPLERS):
+            raise UserError(f"the sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler}")
         for name in ("height", "width"):
             value = getattr(self, name)
             if value is not None and (value < 8 or value % 8):
@@ -78,13 +101,12 @@ def draw(
         "guidance_scale": sampling.guidance_scale,
         "output_type": "latent",  # decoded here, in the autoencoder's own arithmetic
     }
-    pipeline = base.pipeline
+    pipeline = _pipeline(base, sampling.sampler, start is not None)
     if start is None:
         settings |= {"height": height, "width": width}
     else:
         if int(sampling.steps * sampling.strength) < 1:
             raise UserError(f"strength {sampling.strength} leaves none of {sampling.steps} steps: raise one of them")
-        pipeline = _image_to_image(base)
         settings |= {"strength": sampling.strength}
         latents = latent_moments(base, cut(start, (height, width)).pixels[None])[0]
     if base.unet.device.type == "cpu":
@@ -132,12 +154,21 @@ def _arithmetic(base: Base) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if shorter is None else torch.autocast(base.unet.device.type, dtype=shorter)
 
 
-def _image_to_image(base: Base) -> StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline:
-    """The base's own parts in a pipeline that starts from a picture.
+def _pipeline(
+    base: Base, sampler: str | None, from_picture: bool
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """The base's own, or its parts in one with another scheduler, or in one that starts from a picture.
 
     Not by `from_pipe`, which casts the shared network to float32.
     """
-    kind = StableDiffusionXLImg2ImgPipeline if base.is_sdxl else StableDiffusionImg2ImgPipeline
-    pipeline = kind(**base.pipeline.components, **({} if base.is_sdxl else {"requires_safety_checker": False}))
+    if sampler is None and not from_picture:
+        return base.pipeline
+    kind = type(base.pipeline)
+    if from_picture:
+        kind = StableDiffusionXLImg2ImgPipeline if base.is_sdxl else StableDiffusionImg2ImgPipeline
+    parts = base.pipeline.components
+    if sampler is not None:
+        parts["scheduler"] = SAMPLERS[sampler].from_config(base.pipeline.scheduler.config, clip_sample=False)
+    pipeline = kind(**parts, **({} if base.is_sdxl else {"requires_safety_checker": False}))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

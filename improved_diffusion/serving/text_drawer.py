@@ -69,7 +69,7 @@ class AdapterCache:
             UserError: there is no such style; or see `attach_run`.
         """
         if name is None:
-            choose_adapters(self.base, None)
+            choose_adapters(self.base)
             return PersonalizeConfig()
         run = self.runs.get(name)
         if run is None and self.find is not None and is_run_directory(self.find(name).path):

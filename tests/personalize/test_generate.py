@@ -14,7 +14,7 @@ from improved_diffusion.errors import UserError
 
 pytest.importorskip("diffusers")
 from improved_diffusion.personalize.config import AdapterConfig  # noqa: E402
-from improved_diffusion.personalize.generate import Sampling, draw  # noqa: E402
+from improved_diffusion.personalize.generate import SAMPLERS, Sampling, draw  # noqa: E402
 from improved_diffusion.personalize.models.adapters import adapted_parts, attach_adapters, set_scales  # noqa: E402
 
 FEW_STEPS = Sampling(steps=2)
@@ -50,6 +50,28 @@ def test_a_picture_does_not_depend_on_its_batch(base):
     assert not np.array_equal(alone[0], alone[2])
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_is_diffusers_own_and_the_base_keeps_its_one(fresh_base, sampler):
+    base = fresh_base("sd")
+    before = base.pipeline.scheduler
+    (found,) = arrays(draw(base, ["a dog"], [7], Sampling(steps=3, sampler=sampler)))
+    assert base.pipeline.scheduler is before
+    base.pipeline.scheduler = SAMPLERS[sampler].from_config(before.config)
+    generator = torch.Generator().manual_seed(7)
+    expected = base.pipeline("a dog", num_inference_steps=3, guidance_scale=7.5, generator=generator).images[0]
+    assert np.array_equal(found, np.asarray(expected))
+    assert not np.array_equal(found, *arrays(draw(fresh_base("sd"), ["a dog"], [7], Sampling(steps=3))))
+
+
+def test_a_sampler_from_a_picture(base):
+    photo = Image.new("RGB", (64, 64), "red")
+    pictures = [
+        arrays(draw(base, ["a dog"], [0], Sampling(steps=4, sampler=sampler), start=photo))[0]
+        for sampler in ("euler", "euler_a")
+    ]
+    assert not np.array_equal(*pictures)
+
+
 def test_from_a_picture_and_no_weight_is_cast_or_copied(base):
     base.to("cpu", "bf16", "float32")
     before = {id(parameter): parameter.dtype for parameter in base.unet.parameters()}
@@ -82,6 +104,7 @@ def test_what_is_no_picture_is_said(base):
         ({"steps": 0}, "at least 1 step"),
         ({"strength": 0}, "above 0"),
         ({"height": 65}, "height must be a multiple of 8"),
+        ({"sampler": "dpm"}, "the sampler must be one of ddim, euler, euler_a, dpmpp_2m, unipc, not dpm"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
@@ -141,6 +164,15 @@ class TestCommandLine:
         assert open_captioned_set(out).skipped == ()
         assert "(4 were there)" in run_script("personalize.py", *command, f"--out={out}").out
 
+    def test_prompts_from_a_file(self, run_script, tiny_bases, tmp_path):
+        (tmp_path / "prompts.txt").write_text("a cat\n\n  a  red ball \n")
+        where = (f"--base={tiny_bases['sd']}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'out'}")
+        outcome = run_script("personalize.py", "generate", "--n=1", "--steps=1", "--sampler=unipc", *where, "a dog")
+        assert outcome.code == 0, outcome.err
+        records = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+        assert [record["text"] for record in records] == ["a dog", "a cat", "a red ball"]
+        assert json.loads((tmp_path / "out" / "manifest.json").read_text())["sampler"] == "unipc"
+
     def test_other_pictures_are_not_drawn_into_the_same_folder(self, run_script, tiny_bases, tmp_path):
         def generate(*changed: str):
             where = (f"--base={tiny_bases['sd']}", f"--out={tmp_path / 'out'}")
@@ -175,6 +207,13 @@ class TestCommandLine:
             (("--base={sd}", "--image=nowhere.jpg"), "cannot read the image nowhere.jpg: there is no such file"),
             (("--base={sd}", "--device=tpu9"), "--device tpu9 cannot be used here"),
             (("--base={sd}", "--out={full}"), "is not empty: choose another --out"),
+            (("--base={sd}", "--prompts=nowhere.txt"), "cannot read the prompts in nowhere.txt"),
+            (("--base={sd}", "--adapters", "x:much"), "the weight of the adapter x must be a number, not 'much'"),
+            (("--base={sd}", "--adapters", "x:nan"), "the weight of the adapter x must be a number, not 'nan'"),
+            (("--base={sd}", "--adapters", "nowhere:0.5"), "there is no adapter at nowhere"),
+            (("--adapters", "nowhere"), "--adapters of files alone need --base"),
+            (("--base={sd}", "--unet-scale=0.5", "--adapters", "x"), "each has its weight behind a colon"),
+            (("--run=x", "--adapters", "y"), "--adapters names all adapters"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )
@@ -203,3 +242,10 @@ class TestCommandLine:
             outcome = run_script("personalize.py", "generate", "a dog", *where, f"--out={tmp_path / 'out'}")
             assert outcome.is_one_clear_line(), outcome.err
             assert "of another architecture" in outcome.err
+        several = (f"{tmp_path / 'sdxl' / form}.safetensors", f"{tmp_path / 'sd' / form}.safetensors:0.5")
+        where = (f"--base={tiny_bases['sdxl']}", f"--out={tmp_path / 'out'}")
+        outcome = run_script("personalize.py", "generate", "a dog", *where, "--adapters", *several)
+        assert outcome.is_one_clear_line(), outcome.err
+        assert f"{tmp_path / 'sd' / form}.safetensors" in outcome.err
+        assert "of another architecture" in outcome.err
+        assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Write what a run trained for other programs, and verify the file by drawing with it.
 
 python personalize.py export --run runs/dog --format kohya --out dog
+python personalize.py export --run runs/dog --format kohya --save-precision fp16 --out dog
 python personalize.py export --base BASE --adapter kohya_lora.safetensors --format diffusers --out converted
 """
 
@@ -21,23 +22,44 @@ def run(arguments: list[str]) -> None:
         default="diffusers",
         help="diffusers' form, or kohya's, which ComfyUI and others read (default: diffusers)",
     )
+    parser.add_argument(
+        "--save-precision",
+        choices=("float32", "fp16", "bf16"),
+        default="float32",
+        help="of the numbers in the file (default: float32)",
+    )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not read the file back and compare a picture, which takes a second base in memory",
+    )
     add_model_options(parser)
     options = parser.parse_args(arguments)
 
     if options.precision not in (None, "float32"):
-        parser.error("a file is written, and read back exactly, in float32: leave out --precision")
+        parser.error("export computes in float32: leave out --precision; --save-precision is that of the file")
     options.precision, options.device = "float32", options.device or "cpu"
 
     # Imported only now: torch takes seconds, and typos are answered at once.
+    from improved_diffusion.personalize.models.adapters import adapted_parts
+    from improved_diffusion.personalize.models.kohya_metadata import kohya_metadata
     from improved_diffusion.personalize.models.words import advice_to_readers, learned_rows
     from improved_diffusion.personalize.verify import export, largest_difference
+    from improved_diffusion.run_directory import RunDirectory, step_of
 
     base, config = open_model(parser, options)
     word = config.subject.token
-    written = export(base, word, options.format, options.out)
-    difference = largest_difference(base, written, word)
-    if difference:
+    about = None
+    if options.format == "kohya" and adapted_parts(base):
+        run = options.run and RunDirectory(options.run)
+        step = step_of(run.choose_checkpoint(options.checkpoint)) if run else None
+        about = kohya_metadata(base, config if run else None, step)
+    written = export(base, word, options.format, options.out, options.save_precision, about)
+    if options.no_verify:
+        print(f"{written}: not read back")
+    elif difference := largest_difference(base, written, word):
         raise UserError(f"read back, {written} draws something else: a pixel differs by {difference}")
-    print(f"{written}: read back, it draws the same picture; largest difference of a pixel: 0")
+    else:
+        print(f"{written}: read back, it draws the same picture; largest difference of a pixel: 0")
     if learned_rows(base) and (advice := advice_to_readers(base)):
         print(f"note: {advice}")

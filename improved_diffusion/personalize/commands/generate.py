@@ -1,6 +1,7 @@
 """Draw pictures with a base, tuned or not.
 
 python personalize.py generate "a {token} {class} in the snow" --run runs/dog --out snow --n 4
+python personalize.py generate --prompts prompts.txt --adapters runs/dog:0.8 style.safetensors:0.5 --out both
 python personalize.py generate "a sticker" --base BASE --adapter lora.safetensors --image photo.jpg --out stickers
 """
 
@@ -11,13 +12,14 @@ import json
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError
-from improved_diffusion.personalize.commands.options import add_model_options, add_scale_options, open_model
+from improved_diffusion.personalize.commands.options import add_model_options, add_scale_options, open_model, open_stack
 
 
 def run(arguments: list[str]) -> None:
     parser = ArgumentParser(prog="personalize.py generate", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT", help="texts; {token} and {class} stand for the run's subject")
+    add("texts", nargs="*", metavar="PROMPT", help="texts; {token} and {class} stand for the run's subject")
+    add("--prompts", type=Path, metavar="FILE", help="a text file of prompts, one on each line, after those given here")
     add("--out", type=Path, required=True, help="folder of the pictures; a contact sheet OUT.png comes beside it")
     add("--n", type=int, default=4, help="pictures for each prompt (default: %(default)s)")
     add("--seed", type=int, default=0, help="picture number i of a prompt is drawn from SEED + i (default: 0)")
@@ -26,12 +28,24 @@ def run(arguments: list[str]) -> None:
     add("--negative-prompt", default="", help="what the pictures should not be")
     add("--height", type=int, help="pixels (default: the run's, or what the base was made for)")
     add("--width", type=int, help="pixels (default: the run's, or what the base was made for)")
+    add(
+        "--sampler",
+        choices=("ddim", "euler", "euler_a", "dpmpp_2m", "unipc"),
+        help="how the steps are taken (default: as the base's own settings say)",
+    )
     add("--image", type=Path, help="a picture to start from (image-to-image)")
     add("--strength", type=float, default=0.6, help="with --image: 0 leaves it, 1 forgets it (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="pictures at once on a GPU; changes speed, memory and last digits")
     add_model_options(parser)
+    add(
+        "--adapters",
+        nargs="+",
+        metavar="FILE_OR_RUN[:WEIGHT]",
+        help="several at once, in place of --adapter or --run, of --base or else the first run's; a weight is 1 unless "
+        "given",
+    )
     add_scale_options(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     for name in ("n", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
@@ -42,25 +56,32 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.files import atomic_write, file_sha256
     from improved_diffusion.personalize.data.captioned import MANIFEST, load_image
     from improved_diffusion.personalize.generate import Sampling
+    from improved_diffusion.personalize.measuring.prompts import read_prompts
     from improved_diffusion.personalize.measuring.sheet import contact_sheet
     from improved_diffusion.personalize.models.adapters import set_scales
+    from improved_diffusion.personalize.models.stack import Stacked
     from improved_diffusion.personalize.models.trained import resolution_of
     from improved_diffusion.personalize.pictures import draw_missing, model_settings
     from improved_diffusion.results import claim, holds_something
     from improved_diffusion.sampling.grids import save_png
 
     how = (options.steps, options.guidance_scale, options.negative_prompt)
-    sampling = Sampling(*how, options.height, options.width, options.strength)
+    sampling = Sampling(*how, options.height, options.width, options.strength, options.sampler)
+    texts = [*options.texts, *(read_prompts(options.prompts) if options.prompts is not None else ())]
+    if not texts:
+        parser.error("what to draw? give texts, or --prompts FILE")
     start = load_image(options.image) if options.image is not None else None
     manifest = options.out / MANIFEST
     if not manifest.is_file() and holds_something(options.out):
         raise UserError(f"{options.out} is not empty: choose another --out")
-    base, config = open_model(parser, options)
+    stack = [Stacked.parse(text) for text in options.adapters or ()]
+    base, config = open_stack(parser, options, stack) if stack else open_model(parser, options)
     side = resolution_of(config, base)
     sampling = dataclasses.replace(sampling, height=options.height or side, width=options.width or side)
     scales = (options.unet_scale, options.text_encoder_scale, options.text_encoder_2_scale)
-    set_scales(base, *scales)
-    prompts = [config.subject.fill(prompt) for prompt in options.prompts]
+    if not stack:
+        set_scales(base, *scales)
+    prompts = [config.subject.fill(text) for text in texts]
     request = {
         "prompts": prompts,
         "n": options.n,
@@ -69,14 +90,16 @@ def run(arguments: list[str]) -> None:
         "image": file_sha256(options.image) if options.image is not None else None,
         **model_settings(base, scales, options.adapter),
     }
+    if stack:
+        request["adapters"] = [[adapter.fingerprint(), adapter.weight] for adapter in stack]
     claim(manifest, request, "choose another --out")
-    texts = [prompt for prompt in prompts for _ in range(options.n)]
+    wanted = [prompt for prompt in prompts for _ in range(options.n)]
     seeds = [options.seed + i for i in range(options.n)] * len(prompts)
-    files = [options.out / f"{number:04d}.png" for number in range(len(texts))]
-    drawn = draw_missing(base, files, texts, seeds, sampling, options.batch_size, start, "drawing")
+    files = [options.out / f"{number:04d}.png" for number in range(len(wanted))]
+    drawn = draw_missing(base, files, wanted, seeds, sampling, options.batch_size, start, "drawing")
     records = [
         {"file_name": file.name, "text": text, "seed": seed}
-        for file, text, seed in zip(files, texts, seeds, strict=True)
+        for file, text, seed in zip(files, wanted, seeds, strict=True)
     ]
     with atomic_write(options.out / "metadata.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from improved_diffusion.errors import ArgumentParser
 
 if TYPE_CHECKING:
+    import torch
+
     from improved_diffusion.personalize.config import PersonalizeConfig
     from improved_diffusion.personalize.models.base import Base
+    from improved_diffusion.personalize.models.stack import Stacked
 
 
 def add_model_options(parser: ArgumentParser) -> None:
@@ -37,20 +41,16 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
     Raises:
         UserError: flags that do not go together, or what `load_run` and `load_adapter` raise.
     """
-    import torch
-
     from improved_diffusion.personalize.config import PersonalizeConfig
     from improved_diffusion.personalize.models.base import load_base
     from improved_diffusion.personalize.models.tuned import load_adapter, load_run
     from improved_diffusion.run_directory import RunDirectory
-    from improved_diffusion.runtime.devices import drawing_precision, usable_device
 
     if options.run is None and options.base is None:
         parser.error("which model? give --run, or --base and perhaps --adapter")
     if options.run is not None and options.adapter is not None:
         parser.error("--run has an adapter of its own: give --base with --adapter, or --run alone")
-    device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = options.precision or drawing_precision(device)
+    device, precision = _where(options)
     if options.run is not None:
         tuned = load_run(RunDirectory(options.run), options.checkpoint, options.base, device, precision)
         return tuned.base, tuned.config
@@ -59,3 +59,37 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
         taken, layers = load_adapter(base, options.adapter, options.allow_unknown)
         print(f"{options.adapter}: {taken} of {layers} layers taken", flush=True)
     return base, PersonalizeConfig()
+
+
+def open_stack(
+    parser: ArgumentParser, options: argparse.Namespace, stack: Sequence[Stacked]
+) -> tuple[Base, PersonalizeConfig]:
+    """The base that the flags name, or else that of the first run in the `stack`, with all its adapters, and the
+    settings of that run (the defaults, if there is none).
+
+    Raises:
+        UserError: flags that do not go together, or what `attach_stack` raises.
+    """
+    from improved_diffusion.personalize.models.base import load_base
+    from improved_diffusion.personalize.models.stack import attach_stack
+    from improved_diffusion.personalize.models.tuned import lora_config
+
+    if options.run is not None or options.adapter is not None:
+        parser.error("--adapters names all adapters: leave out --run and --adapter")
+    if {options.unet_scale, options.text_encoder_scale, options.text_encoder_2_scale} - {1.0, None}:
+        parser.error("of --adapters each has its weight behind a colon: leave out the scales")
+    first = next((adapter.run for adapter in stack if adapter.run is not None), None)
+    if options.base is None and first is None:
+        parser.error("which base? --adapters of files alone need --base")
+    base = load_base(options.base or lora_config(first).base).to(*_where(options))
+    return base, attach_stack(base, stack, options.allow_unknown)
+
+
+def _where(options: argparse.Namespace) -> tuple[torch.device, str]:
+    """The device, and the arithmetic on it."""
+    import torch
+
+    from improved_diffusion.runtime.devices import drawing_precision, usable_device
+
+    device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, options.precision or drawing_precision(device)

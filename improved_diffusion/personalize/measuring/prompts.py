@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from improved_diffusion.errors import UserError
+
 # Clothes, style, place, action: what is hard for a subject learned from few pictures, each in its own way.
 SHORT = (
     "a {token} {class} wearing a red t-shirt",
@@ -59,3 +63,19 @@ LIVE = (
     *_PROPERTIES,
 )
 SUITES = {"short": SHORT, "object": OBJECT, "live": LIVE}
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a file, each once, without empty ones.
+
+    Raises:
+        UserError: it cannot be read, or has none.
+    """
+    try:
+        lines = [" ".join(line.split()) for line in file.read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read the prompts in {file}: {error}") from error
+    prompts = list(dict.fromkeys(line for line in lines if line))
+    if not prompts:
+        raise UserError(f"there is no prompt in {file}: write one on each line")
+    return prompts

@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.models.base import Base
+from improved_diffusion.personalize.models.kohya import ALPHA, DORA, DOWN, UP, kohya_layers
 
-# Of kohya's form diffusers reads these, and drops others (`dora_scale`) or fails at them (`hada_w1_a`).
-KOHYA_KEY = re.compile(r"lora_(unet|te|te1|te2)_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
 MATRIX = re.compile(r"[._]lora[._]")  # where the name of a layer ends in diffusers' form, old or new
 TEXT_LAYERS = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out": ".out_proj"}  # of the old form
 
@@ -30,48 +32,104 @@ class AdapterFile:
     """The layers of an adapter's file: those of a base, as diffusers loads them, and the names of the others."""
 
     weights: dict[str, Tensor]  # in diffusers' form
-    alphas: dict[str, float]  # of kohya's form
-    settings: dict[str, Any] | None  # of diffusers' form: those of PEFT
+    settings: dict[str, Any] | None  # those of PEFT, {component.setting: value}; None where the file has none
     known: int
     unknown: tuple[str, ...]
 
 
 def read_adapter(base: Base, file: Path) -> AdapterFile:
-    """The adapter in a .safetensors file, compared with the layers of `base`.
+    """The adapter in a .safetensors file, compared with the layers of `base`. Its weights are at least as precise as
+    those of the base.
 
     Newer versions of transformers write the text encoder's layers without `text_model.`: they are found all the same.
+
+    Raises:
+        UserError: DoRA that weighs inputs, which PEFT cannot.
     """
     with safe_open(file, framework="pt") as opened:
         settings = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
+    state = {key: _widened(tensor, base.unet.dtype) for key, tensor in load_file(file).items()}
+    if any(key.startswith("lora_") for key in state):
+        return _read_kohya(base, file, state)
+    return _read_diffusers(base, state, settings)
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, dtype)) if tensor.is_floating_point() else tensor
+
+
+def _read_kohya(base: Base, file: Path, state: Mapping[str, Tensor]) -> AdapterFile:
+    """By names of our own, for diffusers takes one alpha for all layers, and drops `dora_scale`."""
+    places = kohya_layers(base)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        layer, _, what = key.partition(".")
+        layers.setdefault(layer, {})[what] = tensor
+    dora = {places[layer][0] for layer, tensors in layers.items() if layer in places and DORA in tensors}
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    unknown = []
+    for layer, tensors in layers.items():
+        part, module = places.get(layer, (None, ""))
+        wanted = {DOWN, UP, DORA} if part in dora else {DOWN, UP}
+        if part is None or set(tensors) - {ALPHA} != wanted:
+            unknown.append(layer)
+        else:
+            found.setdefault(part, {})[module] = tensors
+    weights, settings = {}, {}
+    for part, modules in found.items():
+        settings |= {f"{part}.{name}": value for name, value in _peft_settings(modules, part in dora).items()}
+        for module, tensors in modules.items():
+            layer = f"{part}.{module}"
+            weights |= {f"{layer}.lora_A.weight": tensors[DOWN], f"{layer}.lora_B.weight": tensors[UP]}
+            if part in dora:
+                weights[f"{layer}.lora_magnitude_vector"] = _magnitudes(file, layer, tensors)
+    return AdapterFile(weights, settings, len(layers) - len(unknown), tuple(unknown))
+
+
+def _peft_settings(modules: Mapping[str, Mapping[str, Tensor]], dora: bool) -> dict[str, Any]:
+    """PEFT's settings of one component's layers, each with the rank and the alpha that it has in the file; without an
+    alpha that is the rank."""
+    ranks = {module: tensors[DOWN].shape[0] for module, tensors in modules.items()}
+    alphas = {
+        module: tensors[ALPHA].item() if ALPHA in tensors else ranks[module] for module, tensors in modules.items()
+    }
+    rank, alpha = statistics.mode(ranks.values()), statistics.mode(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{module}": value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{module}": value for module, value in alphas.items() if value != alpha},
+        "target_modules": list(modules),
+        "use_dora": dora,
+    }
+
+
+def _magnitudes(file: Path, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Of one layer, in PEFT's shape: (out,), of a convolution (1, out, 1, 1)."""
+    scale, up = tensors[DORA], tensors[UP]
+    if scale.shape[0] != up.shape[0] or scale.numel() != up.shape[0]:
+        raise UserError(
+            f"the adapter {file} has a DoRA that weighs the inputs of {layer}: only that of outputs can be read "
+            "(LyCORIS writes it with wd_on_output=True)"
+        )
+    return scale.flatten() if up.dim() == 2 else scale.reshape(1, -1, 1, 1)
+
+
+def _read_diffusers(base: Base, state: Mapping[str, Tensor], settings: dict[str, Any] | None) -> AdapterFile:
     parts = {"unet": base.unet, **base.text_encoders}
     modules = {f"{name}.{path}" for name, part in parts.items() for path, _ in part.named_modules()}
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _with_one_alpha(load_file(file)).items():
-        layers.setdefault(key.split(".")[0] if key.startswith("lora_") else MATRIX.split(key)[0], {})[key] = tensor
+    for key, tensor in state.items():
+        layers.setdefault(MATRIX.split(key)[0], {})[key] = tensor
     weights: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
     unknown = []
     for layer, tensors in layers.items():
-        renamed, own_alphas = _in_diffusers_form(base, tensors)
-        found = {_find(key, modules): tensor for key, tensor in renamed.items()}
-        if not found or None in found:
+        found = {_find(key, modules): tensor for key, tensor in tensors.items()}
+        if None in found:
             unknown.append(layer)
         else:
             weights |= found
-            alphas |= own_alphas
-    return AdapterFile(weights, alphas, settings, len(layers) - len(unknown), tuple(unknown))
-
-
-def _in_diffusers_form(base: Base, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Weights and alphas of one layer; empty where diffusers has no name for it."""
-    if any(key.startswith("lora_") and not KOHYA_KEY.fullmatch(key) for key in tensors):
-        return {}, {}
-    config = {"unet_config": base.unet.config} if base.is_sdxl else {}
-    try:
-        weights, alphas = base.pipeline.lora_state_dict(dict(tensors), **config)
-    except (KeyError, ValueError, IndexError):  # half a layer, or a block with a strange number
-        return {}, {}
-    return weights, alphas or {}
+    return AdapterFile(weights, settings, len(layers) - len(unknown), tuple(unknown))
 
 
 def _find(key: str, modules: set[str]) -> str | None:
@@ -87,17 +145,3 @@ def _find(key: str, modules: set[str]) -> str | None:
     if f"{part}.text_model.{path}" in modules:
         return key.replace(f"{part}.", f"{part}.text_model.", 1)
     return None
-
-
-def _with_one_alpha(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same adapter with the commonest alpha for all layers, for diffusers takes that for all of them, whatever
-    theirs are: the others' weights are scaled instead. In diffusers' form there are no alphas."""
-    alphas = {name: tensor.item() for name, tensor in state.items() if name.endswith(".alpha")}
-    common = statistics.mode(alphas.values()) if alphas else None
-    changed = dict(state)
-    for name, alpha in alphas.items():
-        up = f"{name.removesuffix('.alpha')}.lora_up.weight"
-        if alpha != common and up in state:
-            changed[up] = state[up] * (alpha / common)
-            changed[name] = state[name].new_tensor(common)
-    return changed

@@ -13,11 +13,18 @@ from improved_diffusion.personalize.models.base import Base
 
 ADAPTER = "personalized"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-UNET_TARGETS = {
-    "attention": ATTENTION,
-    "attention+feedforward": (*ATTENTION, "ff.net.0.proj", "ff.net.2"),
+FEEDFORWARD = ("ff.net.0.proj", "ff.net.2")
+PROJECTIONS = ("proj_in", "proj_out")  # into and out of a block of transformers
+RESNETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_MLP = ("fc1", "fc2")
+# {adapter.targets: the layers of the UNet, and those of the text encoders}
+TARGETS = {
+    "attention": (ATTENTION, TEXT_ATTENTION),
+    "attention+feedforward": (ATTENTION + FEEDFORWARD, TEXT_ATTENTION),
+    "kohya": (ATTENTION + FEEDFORWARD + PROJECTIONS, TEXT_ATTENTION + TEXT_MLP),
+    "kohya+convolutions": (ATTENTION + FEEDFORWARD + PROJECTIONS + RESNETS, TEXT_ATTENTION + TEXT_MLP),
 }
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed: int = 0, name: str = ADAPTER) -> None:
@@ -26,12 +33,13 @@ def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed
     All that was there is frozen; what is new is float32 and trainable, and changes nothing yet."""
     for part in (base.unet, *base.text_encoders.values(), base.pipeline.vae):
         part.requires_grad_(False)
-    chosen = {"unet": (base.unet, UNET_TARGETS[config.targets])}
+    unet_layers, text_layers = TARGETS[config.targets]
+    chosen = [(base.unet, unet_layers)]
     if text_encoders:
-        chosen |= {name: (encoder, TEXT_TARGETS) for name, encoder in base.text_encoders.items()}
+        chosen += [(encoder, text_layers) for encoder in base.text_encoders.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for part, targets in chosen.values():
+        for part, targets in chosen:
             lora = LoraConfig(
                 r=config.rank,
                 lora_alpha=config.alpha,
@@ -45,18 +53,18 @@ def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed
                 parameter.data = parameter.data.float()
 
 
-def choose_adapters(base: Base, name: str | None) -> None:
-    """Let the base draw with the adapters of this name alone; with None as it was without any."""
+def choose_adapters(base: Base, *names: str) -> None:
+    """Let the base draw with the adapters of these names alone, in this order; without any as it was without any."""
     for layer in _adapted_layers(base):
-        has_it = name in layer._all_available_adapter_names()
-        if has_it:
-            layer.set_adapter(name, inference_mode=True)
-        layer._disable_adapters = not has_it  # `enable_adapters` would make the weights trainable
+        there = [name for name in names if name in layer._all_available_adapter_names()]
+        if there:
+            layer.set_adapter(there, inference_mode=True)
+        layer._disable_adapters = not there  # `enable_adapters` would make the weights trainable
 
 
 def remove_adapters(base: Base, name: str) -> None:
     """Take away the adapters of this name, and their memory."""
-    choose_adapters(base, None)  # or PEFT would choose another one, and warn
+    choose_adapters(base)  # or PEFT would choose another one, and warn
     for layer in _adapted_layers(base):
         layer.delete_adapter(name)
     for part in (base.unet, *base.text_encoders.values()):
@@ -78,10 +86,15 @@ def adapted_parts(base: Base) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if any(isinstance(m, BaseTunerLayer) for m in part.modules())}
 
 
-def adapter_state(part: nn.Module) -> dict[str, Tensor]:
-    """{name: weight} of its adapter, float32 on the CPU, names as PEFT has them: MODULE.lora_A.weight and so on."""
+def adapter_parameters(part: nn.Module) -> list[nn.Parameter]:
+    """Those of its adapter."""
+    return [parameter for name, parameter in part.named_parameters() if f".{ADAPTER}." in f"{name}."]
+
+
+def adapter_state(part: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """{name: weight} of its adapter on the CPU, names as PEFT has them: MODULE.lora_A.weight and so on."""
     state = get_peft_model_state_dict(part, adapter_name=ADAPTER)
-    return {name: weight.detach().float().cpu().contiguous() for name, weight in state.items()}
+    return {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in state.items()}
 
 
 def adapter_config(part: nn.Module) -> LoraConfig:

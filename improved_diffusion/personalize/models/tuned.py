@@ -95,13 +95,14 @@ def _drawn_from(state: dict[str, Any]) -> dict[str, Tensor]:
     return next(iter(state["ema"].values())) if state["ema"] else state["model"]
 
 
-def load_adapter(base: Base, file: Path, allow_unknown: bool = False) -> tuple[int, int]:
+def load_adapter(base: Base, file: Path, allow_unknown: bool = False, name: str = ADAPTER) -> tuple[int, int]:
     """Give `base` the adapters in a .safetensors file, of diffusers' or kohya's form, in place.
 
     Args:
-        base: which has none yet.
+        base: which has none of that name yet.
         file: the adapters.
         allow_unknown: leave out layers that the base lacks, or that are no LoRA.
+        name: that they get. `choose_adapters` chooses among several.
 
     Returns:
         How many of the file's layers were taken, and how many it has.
@@ -123,11 +124,11 @@ def load_adapter(base: Base, file: Path, allow_unknown: bool = False) -> tuple[i
             f"{read.unknown[0]}: it is of another architecture or kind; --allow-unknown takes those {read.known}"
         )
     with _saying_what_is_wrong(base, file):  # as diffusers' load_lora_weights does, which loses the settings of a dict
-        common = {"adapter_name": ADAPTER, "metadata": read.settings, "_pipeline": base.pipeline}
-        base.pipeline.load_lora_into_unet(read.weights, read.alphas, base.unet, low_cpu_mem_usage=True, **common)
-        for name, encoder in base.text_encoders.items():
+        common = {"adapter_name": name, "metadata": read.settings, "_pipeline": base.pipeline}
+        base.pipeline.load_lora_into_unet(read.weights, None, base.unet, low_cpu_mem_usage=True, **common)
+        for part, encoder in base.text_encoders.items():
             base.pipeline.load_lora_into_text_encoder(
-                read.weights, read.alphas, encoder, prefix=name, low_cpu_mem_usage=True, **common
+                read.weights, None, encoder, prefix=part, low_cpu_mem_usage=True, **common
             )
     return read.known, total
 
@@ -136,6 +137,8 @@ def load_adapter(base: Base, file: Path, allow_unknown: bool = False) -> tuple[i
 def _saying_what_is_wrong(base: Base, file: Path) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # diffusers and PEFT raise almost anything
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         kind = "SDXL" if base.is_sdxl else "Stable Diffusion 1 or 2"

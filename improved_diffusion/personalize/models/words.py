@@ -60,10 +60,10 @@ def learned_rows(base: Base) -> dict[str, nn.Parameter]:
     return {name: table.rows for name, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
 
-def export_word(base: Base, word: str, folder: Path) -> Path:
+def export_word(base: Base, word: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write the embeddings as `load_textual_inversion` of diffusers reads them: for SD {word: rows}, for SDXL those of
     both encoders, under `clip_l` and `clip_g`. Returns the file."""
-    rows = {name: parameter.detach().float().cpu().contiguous() for name, parameter in learned_rows(base).items()}
+    rows = {name: parameter.detach().to("cpu", dtype).contiguous() for name, parameter in learned_rows(base).items()}
     state = (
         {EMBEDDINGS[name]: tensor for name, tensor in rows.items()} if base.is_sdxl else {word: rows["text_encoder"]}
     )

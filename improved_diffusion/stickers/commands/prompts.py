@@ -40,7 +40,8 @@ def run(arguments: list[str]) -> None:
         parser.error("give sets of pictures to tell apart, or --run or --base to draw some with each prompt")
 
     # Imported only now: torch takes seconds, and typos are answered at once.
-    from improved_diffusion.stickers.prompts.templates import read_prompts, shipped_prompts
+    from improved_diffusion.personalize.measuring.prompts import read_prompts
+    from improved_diffusion.stickers.prompts.templates import shipped_prompts
 
     prompts = read_prompts(options.prompts) if options.prompts is not None else shipped_prompts()
     (_draw if draws else _tell_apart)(parser, options, prompts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +25,13 @@ from improved_diffusion.personalize.models.adapters import (  # noqa: E402
     set_scales,
     trainable,
 )
-from improved_diffusion.personalize.models.base import Base  # noqa: E402
-from improved_diffusion.personalize.models.export import export_diffusers, export_kohya, original_name  # noqa: E402
+from improved_diffusion.personalize.models.base import DTYPES, Base  # noqa: E402
+from improved_diffusion.personalize.models.export import export_diffusers, export_kohya  # noqa: E402
+from improved_diffusion.personalize.models.kohya import kohya_name, original_name  # noqa: E402
 from improved_diffusion.personalize.models.tuned import load_adapter  # noqa: E402
+from improved_diffusion.personalize.verify import export  # noqa: E402
+
+SDXL = SimpleNamespace(layers_per_block=2, up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
 
 
 def picture(base: Base) -> torch.Tensor:
@@ -38,12 +43,12 @@ def picture(base: Base) -> torch.Tensor:
 
 
 @torch.no_grad()
-def disturb(base: Base) -> None:
+def disturb(base: Base, by: float = 0.3) -> None:
     """Adapters as training would leave them: not zero."""
     generator = torch.Generator().manual_seed(1)
     for part in adapted_parts(base).values():
         for parameter in trainable(part):
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter += by * torch.randn(parameter.shape, generator=generator)
 
 
 def count_layers(part: torch.nn.Module) -> int:
@@ -120,6 +125,67 @@ def test_a_file_read_by_diffusers_gives_the_same_picture(base, fresh_base, tmp_p
     assert (picture(fresh) - expected).abs().max() == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "form", "precision", "settings"),
+    [
+        ("sdxl", "diffusers", "bf16", {"targets": "kohya+convolutions"}),
+        ("sdxl", "kohya", "fp16", {"targets": "kohya+convolutions"}),
+        ("sd", "diffusers", "fp16", {"dora": True}),
+        ("sd", "kohya", "float32", {"targets": "kohya+convolutions", "dora": True}),
+    ],
+)
+def test_a_file_of_any_form_and_precision_draws_what_the_rounded_adapters_draw(
+    fresh_base, tmp_path, kind, form, precision, settings
+):
+    base = fresh_base(kind)
+    attach_adapters(base, AdapterConfig(rank=3, alpha=5.0, **settings), text_encoders=True)
+    disturb(base, 0.05)
+    exact = picture(base)
+    file = export(base, None, form, tmp_path, precision)
+    assert torch.equal(picture(base), exact) == (precision == "float32")
+    assert {tensor.dtype for name, tensor in load_file(file).items() if "alpha" not in name} == {DTYPES[precision]}
+    fresh = fresh_base(kind)
+    load_adapter(fresh, file)
+    assert torch.equal(picture(fresh), picture(base))
+
+
+def test_a_number_too_large_for_fp16(base, tmp_path):
+    attach_adapters(base, AdapterConfig(), text_encoders=False)
+    trainable(base.unet)[0].data.fill_(1e6)
+    with pytest.raises(UserError, match="a weight is too large for fp16"):
+        export(base, None, "kohya", tmp_path, "fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@torch.no_grad()
+def test_kohyas_dora_is_what_lycoris_computes(base, tmp_path):
+    """The weight and its change, each output scaled to the length in `dora_scale`."""
+    attach_adapters(base, AdapterConfig(rank=3, alpha=5.0, targets="kohya+convolutions", dora=True), False)
+    disturb(base, 0.1)
+    state = load_file(export_kohya(base, tmp_path))
+    for place in ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1"):
+        prefix = kohya_name(base, "unet", place)
+        layer = base.unet.get_submodule(place)
+        up, down = state[f"{prefix}.lora_up.weight"], state[f"{prefix}.lora_down.weight"]
+        weight = layer.get_base_layer().weight
+        whole = weight + (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * state[f"{prefix}.alpha"] / 3
+        lengths = whole.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
+        expected = whole * state[f"{prefix}.dora_scale"] / lengths
+        layer.merge(adapter_names=["personalized"])
+        torch.testing.assert_close(layer.get_base_layer().weight, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dora_that_weighs_inputs_is_refused(base, tmp_path):
+    attach_adapters(base, AdapterConfig(dora=True), text_encoders=False)
+
+    def turn(state):
+        return {key: tensor.reshape(1, -1) if "dora" in key else tensor for key, tensor in state.items()}
+
+    file = edited(export_kohya(base, tmp_path), turn)
+    with pytest.raises(UserError, match=r"weighs the inputs of unet\..*wd_on_output=True"):
+        load_adapter(base, file)
+
+
 def edited(file: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
     """The adapter with its state edited, and the header that it had."""
     with safe_open(file, framework="pt") as opened:
@@ -191,19 +257,21 @@ def test_kohyas_keys_are_those_that_other_programs_look_for(adapted, tmp_path):
         ("up_blocks.0.attentions.0.proj_in", "output_blocks.0.1.proj_in"),
         ("up_blocks.0.attentions.2.proj_in", "output_blocks.2.1.proj_in"),
         ("up_blocks.1.attentions.2.proj_in", "output_blocks.5.1.proj_in"),
+        ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        ("down_blocks.2.resnets.0.conv_shortcut", "input_blocks.7.0.skip_connection"),
+        ("mid_block.resnets.1.time_emb_proj", "middle_block.2.emb_layers.1"),
+        ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
+        ("up_blocks.2.resnets.2.conv2", "output_blocks.8.0.out_layers.3"),
     ],
 )
 def test_the_blocks_of_sdxl_by_their_published_numbers(ours, original):
-    assert original_name(ours, layers_per_block=2) == original
+    assert original_name(ours, SDXL) == original
 
 
-def test_layers_that_kohya_has_no_name_for(base, tmp_path):
-    attach_adapters(base, AdapterConfig(dora=True), text_encoders=False)
-    with pytest.raises(UserError, match="DoRA: use the diffusers form"):
-        export_kohya(base, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"conv_in, which kohya's form of SDXL has no name for"):
-        original_name("conv_in", 2)
+def test_layers_that_kohya_has_no_name_for():
+    with pytest.raises(UserError, match=r"conv_norm_out, which kohya's form of SDXL has no name for"):
+        original_name("conv_norm_out", SDXL)
 
 
 @pytest.mark.parametrize(

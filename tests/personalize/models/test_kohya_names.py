@@ -31,7 +31,9 @@ from improved_diffusion.personalize.models.export import export_kohya, kohya_sta
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "personalize_memory.py"
 ATTENTION = [f"attn{i}_{layer}" for i, layer in product((1, 2), ("to_q", "to_k", "to_v", "to_out_0"))]
 FEEDFORWARD = ["ff_net_0_proj", "ff_net_2"]
-TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+PROJECTIONS = ["proj_in", "proj_out"]
+TEXT_ATTENTION = [f"self_attn_{layer}" for layer in ("q_proj", "k_proj", "v_proj", "out_proj")]
+TEXT_MLP = ["mlp_fc1", "mlp_fc2"]
 
 # {kind: {attention block: its number of transformer blocks}}
 UNETS = {
@@ -71,13 +73,17 @@ UNETS = {
 TEXT_ENCODERS = {"sd": {"lora_te": 12}, "sdxl": {"lora_te1": 12, "lora_te2": 32}}
 
 # SHA-256 of the sorted lines "KEY SHAPE" of rank 2. They were made from the state of sd-scripts' own network (commit
-# 48d368fa557731ad0488c07304dfeba8c07910eb) without the layers that are no targets here, and each layer was found by
-# ComfyUI (commit a125cd84b054a57729b5eecab930ca9408719832) at a weight of that shape.
+# 48d368fa557731ad0488c07304dfeba8c07910eb), for targets of attention without its other layers, and each layer of these
+# was found by ComfyUI (commit a125cd84b054a57729b5eecab930ca9408719832) at a weight of that shape.
 DIGESTS = {
     ("sd", "attention"): "d131a82a4b6c299a5f1cee1c7d6d40bd1b59123e59fe426b15b841936413a35a",
     ("sd", "attention+feedforward"): "dc2b65d1bdfbf34e244d77c07981c181d896d83e983fd9d386de3528bec5fe57",
     ("sdxl", "attention"): "b4eafb53c2b7a7d6b00706131373514acb00192750ead1569648700fc383c2ed",
     ("sdxl", "attention+feedforward"): "6c429d8488c76a3919be30150475532514da3bdb38e57ea328c4e87a61723c70",
+    ("sd", "kohya"): "164cfbe11237980c17c41f80b4cd8012813cd99bc2cf568f9829d62fa0ce0950",
+    ("sd", "kohya+convolutions"): "6a52088af6a75a80352d9264c5de7917b0e0ced9714676ac7fdf6e438365b93a",
+    ("sdxl", "kohya"): "17fdfe2e67a31ce8be285db1ed742da4d2aa968b91114bb065568bb025f4cd3f",
+    ("sdxl", "kohya+convolutions"): "4ca496e970b43aefe9307d9819fb0beec28fd40a30d8931af38c17faa8b2e4b2",
 }
 
 
@@ -87,16 +93,22 @@ def published_base(scripts):
 
 
 def published_layers(kind: str, targets: str) -> set[str]:
+    """Without convolutions."""
     layers = ATTENTION if targets == "attention" else ATTENTION + FEEDFORWARD
-    return {
-        f"lora_unet_{block}_transformer_blocks_{i}_{layer}"
-        for block, depth in UNETS[kind].items()
-        for i, layer in product(range(depth), layers)
-    } | {
-        f"{prefix}_text_model_encoder_layers_{i}_self_attn_{layer}"
-        for prefix, depth in TEXT_ENCODERS[kind].items()
-        for i, layer in product(range(depth), TEXT_ATTENTION)
-    }
+    kohya = targets == "kohya"
+    return (
+        {
+            f"lora_unet_{block}_transformer_blocks_{i}_{layer}"
+            for block, depth in UNETS[kind].items()
+            for i, layer in product(range(depth), layers)
+        }
+        | {f"lora_unet_{block}_{layer}" for block, layer in product(UNETS[kind], PROJECTIONS) if kohya}
+        | {
+            f"{prefix}_text_model_encoder_layers_{i}_{layer}"
+            for prefix, depth in TEXT_ENCODERS[kind].items()
+            for i, layer in product(range(depth), TEXT_ATTENTION + (TEXT_MLP if kohya else []))
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,8 +116,12 @@ def published_layers(kind: str, targets: str) -> set[str]:
     [
         ("sd", "attention", 128 + 48),
         ("sd", "attention+feedforward", 160 + 48),
+        ("sd", "kohya", 192 + 72),
+        ("sd", "kohya+convolutions", 278 + 72),
         ("sdxl", "attention", 560 + 176),
         ("sdxl", "attention+feedforward", 700 + 176),
+        ("sdxl", "kohya", 722 + 264),
+        ("sdxl", "kohya+convolutions", 788 + 264),
     ],
 )
 def test_published_architectures_have_the_names_that_others_look_for(published_base, kind, targets, modules):
@@ -114,10 +130,12 @@ def test_published_architectures_have_the_names_that_others_look_for(published_b
     state = {}
     for name, part in adapted_parts(base).items():
         state |= kohya_state(base, name, get_peft_model_state_dict(part, adapter_name=ADAPTER))
-    expected = published_layers(kind, targets)
-    assert len(expected) == modules
+    found = {key.partition(".")[0] for key in state}
+    assert len(found) == modules
+    if "convolutions" not in targets:
+        assert found == published_layers(kind, targets)
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
-    assert set(state) == {f"{module}.{part}" for module, part in product(expected, parts)}
+    assert set(state) == {f"{module}.{part}" for module, part in product(found, parts)}
     lines = "\n".join(sorted(f"{key} {list(tensor.shape)}" for key, tensor in state.items()))
     assert hashlib.sha256(lines.encode()).hexdigest() == DIGESTS[kind, targets]
 
@@ -151,13 +169,14 @@ def read_by_diffusers(base: Base, file: Path) -> dict[tuple[str, str], torch.Ten
 
 def test_diffusers_finds_every_layer_of_the_published_layout(narrow_base, tmp_path):
     fresh = copy.deepcopy(narrow_base)
-    attach_adapters(narrow_base, AdapterConfig(rank=2, alpha=3.0, targets="attention+feedforward"), text_encoders=True)
+    attach_adapters(narrow_base, AdapterConfig(rank=2, alpha=3.0, targets="kohya+convolutions"), text_encoders=True)
     generator = torch.Generator().manual_seed(0)
     for part in adapted_parts(narrow_base).values():
         for parameter in trainable(part):
             parameter.data.normal_(generator=generator)
     expected = weight_changes(narrow_base)
-    assert sum(name == "unet" for name, _ in expected) == (700 if narrow_base.is_sdxl else 160)
+    shortcuts = 2  # on the way down, which the published ones need, for their levels differ in channels
+    assert sum(name == "unet" for name, _ in expected) == (788 if narrow_base.is_sdxl else 278) - shortcuts
     read = read_by_diffusers(fresh, export_kohya(narrow_base, tmp_path))
     assert set(read) == set(expected)
     assert max((read[layer] - expected[layer]).abs().max() for layer in expected) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
@@ -31,6 +32,7 @@ METHODS = {
     ),
 }
 INVERSION = "textual inversion, bf16"
+FORMS = {"dora": ("--format=kohya", "--save-precision=bf16"), "full": ("--save-precision=fp16",)}
 
 
 @pytest.mark.parametrize(
@@ -53,9 +55,45 @@ def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
     assert (run / "samples" / "step_0000002.png").is_file()
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()
-    exported = run_script("personalize.py", "export", f"--run={run}", f"--out={tmp_path / 'exported'}")
+    form = FORMS.get(method, ())
+    exported = run_script("personalize.py", "export", f"--run={run}", f"--out={tmp_path / 'exported'}", *form)
     assert exported.code == 0, exported.err
     assert "largest difference of a pixel: 0" in exported.out
+
+
+@pytest.mark.usefixtures("no_estimate")
+def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train, run_script, tiny_bases, tmp_path):
+    outcome = train(tiny_bases["sd"], "run", "--adapter.targets=kohya+convolutions", "--adapter.rank=4", steps=1)
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "run"
+    where = (f"--run={run}", f"--out={tmp_path / 'exported'}")
+    outcome = run_script("personalize.py", "export", "--format=kohya", "--no-verify", *where)
+    assert "not read back" in outcome.out, outcome.err
+    with safe_open(tmp_path / "exported" / "kohya_lora.safetensors", framework="pt") as opened:
+        said = opened.metadata()
+    wanted = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "8.0",
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "ss_steps": "1",
+        "ss_max_train_steps": "1",
+        "ss_unet_lr": "0.0001",
+        "ss_seed": "0",
+        "ss_resolution": "(16, 16)",
+    }
+    assert {key: said.get(key) for key in wanted} == wanted
+    assert json.loads(said["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "8.0"}
+    pictures = []
+    for name, flags in {"alone": (f"--run={run}",), "stacked": ("--adapters", f"{run}:1")}.items():
+        outcome = run_script(
+            *("personalize.py", "generate", "a {token} {class}", "--n=1", "--steps=2", f"--out={tmp_path / name}"),
+            *flags,
+        )
+        assert outcome.code == 0, outcome.err
+        pictures.append((tmp_path / name / "0000.png").read_bytes())
+    assert pictures[0] == pictures[1]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tiny_bases):
