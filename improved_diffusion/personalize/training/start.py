@@ -24,7 +24,7 @@ from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
 from improved_diffusion.personalize.models.base import Base, load_base, load_tokenizer
 from improved_diffusion.personalize.models.trained import prepare, require_token, resolution_of
-from improved_diffusion.personalize.training.budget import plan, require_same_updates
+from improved_diffusion.personalize.training.budget import plan, plan_looks, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
 from improved_diffusion.personalize.training.optimizers import NEEDS_CUDA
@@ -149,8 +149,11 @@ def build(
     if state is not None:
         require_same_updates(stream, budget, state["step"], state["images_seen"])
     say(f"budget: {budget}")
+    drawn = len(prompts) + len(class_prompts)
+    looks = plan_looks(config, budget.total, drawn, len(learned.held_out.images))
+    say(f"looks: {looks}")
     judge = None
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and looks.every is not None:
         judge = Judge(config.watch.clip, config.watch.vision, accelerator.device, "watch.")
     precision = precision_of(accelerator)
     estimate = estimate_memory(base, config, precision, judge.nbytes if judge is not None else 0)
@@ -173,11 +176,12 @@ def build(
         watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder)
         if state is not None:
             watch.keep_base()
+    if accelerator.is_main_process:
         _record_provenance(run, config, learned, accelerator)
     if state is not None:
         trainer.load_state_dict(state)
     wandb = _wandb(config, run, accelerator)
-    return PersonalizeLoop(trainer, watch, held_out, budget, run, config, learned.content_hash, wandb)
+    return PersonalizeLoop(trainer, watch, held_out, budget, looks.every, run, config, learned.content_hash, wandb)
 
 
 def _say_what_was_found(learned: Learned, config: PersonalizeConfig, say: Callable[[str], None]) -> None:
