@@ -7,7 +7,7 @@ LoRA, and a picture drawn after a step of LoRA: the tensors that stay and the mo
 out beside them, in MB (10^6), each with the estimate.
 
 Then the estimates for the published architectures on a GPU, one image a step, LoRA of rank 16 on attention, bfloat16
-but for what is trained and the autoencoder, looks of one picture at a time, in GB (10^9). Activations are what does not
+but for what is trained and the autoencoder, looks as they are by default, in GB (10^9). Activations are what does not
 fit into the room of the gradients, which come when they go. Step and look have weights and judges, and 0.5 GB for what
 is not counted. `text`: the text encoders are trained too. `float32`: as on a GPU that is slow at bfloat16.
 """
@@ -45,13 +45,7 @@ from transformers import (
 )
 
 from improved_diffusion.errors import user_errors_exit
-from improved_diffusion.personalize.config import (
-    AdapterConfig,
-    ImagesConfig,
-    PersonalizeConfig,
-    TrainingConfig,
-    WatchConfig,
-)
+from improved_diffusion.personalize.config import AdapterConfig, ImagesConfig, PersonalizeConfig, TrainingConfig
 from improved_diffusion.personalize.data.captioned import open_captioned_set
 from improved_diffusion.personalize.data.examples import Examples
 from improved_diffusion.personalize.generate import Sampling, draw
@@ -177,7 +171,6 @@ def compare_with_measurement() -> None:
         for method in ("full", "lora"):
             config = PersonalizeConfig(
                 method=method,
-                watch=WatchConfig(batch_size=1),
                 images=ImagesConfig(resolution=TINY_RESOLUTION),
                 training=TrainingConfig(steps=1, precision="float32", gradient_checkpointing=checkpointing),
             )
@@ -215,7 +208,7 @@ def tabulate_published() -> None:
         print(f"\n{base.name} at {base.resolution}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
         print(f"{'GB':28}{'trained':>15}" + "".join(f"{column:>{WIDTH}}" for column in columns))
         for name, config, precision in published_runs():
-            estimate = estimate_memory(base, replace(config, watch=WatchConfig(batch_size=1)), precision, judges)
+            estimate = estimate_memory(base, config, precision, judges)
             cells = "".join(f"{getattr(estimate, column) / 1e9:{WIDTH}.2f}" for column in columns)
             print(f"{name:28}{estimate.gradients // 4:15,}{cells}")
 

@@ -267,7 +267,7 @@ class WatchConfig:
     """Weight of the UNet's adapter."""
     text_encoder_scale: float = 1.0
     """Weight of the text encoders' adapters."""
-    batch_size: int = 4
+    batch_size: int = 1
     """Pictures drawn at once on a GPU; more are faster and take more memory."""
     clip: str | None = CLIP
     """CLIP model, by name or folder, that measures CLIP-T and CLIP-I; null for none."""

@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import buckets, choose_bucket
+from improved_diffusion.personalize.data.encoded_files import EncodedFiles
 from improved_diffusion.personalize.data.examples import Examples
 from improved_diffusion.personalize.data.learned import Captioned, Learned, open_images
 from improved_diffusion.personalize.data.stream import MicroBatchStream
@@ -165,10 +166,13 @@ def build(
     prior = _prior(base, fingerprint, config, of_images, resolution, accelerator)  # drawn by the base as it came
     trained = prepare(base, config)
     say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}")
-    trainer = Trainer(base, trained, config, _encode(base, learned.training, of_images, config), prior, accelerator)
+    source = _encode(base, learned.training, of_images, config, accelerator)
+    # Of adapted or learning text encoders no text is kept.
+    text_files = EncodedFiles(*base.text_encoders.values()) if config.images.cache and not config.trains_text else None
+    trainer = Trainer(base, trained, config, source, prior, accelerator, text_files)
     held_out = None
     if learned.held_out.images:
-        held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config)
+        held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config, accelerator)
     watch = None
     if judge is not None:
         references = see_training(base, judge, learned.training.images, config.images.background, resolution)
@@ -206,8 +210,16 @@ def choose_sizes(images: Sequence[CaptionedImage], sizes: list[tuple[int, int]])
     return [choose_bucket(*image.size, sizes) for image in images]
 
 
-def _encode(base: Base, found: Captioned, sizes: Sequence[tuple[int, int]], config: PersonalizeConfig) -> EncodedSet:
-    return EncodedSet(Examples(base, found.images, sizes, config.images), found.texts)
+def _encode(
+    base: Base,
+    found: Captioned,
+    sizes: Sequence[tuple[int, int]],
+    config: PersonalizeConfig,
+    accelerator: Accelerator,
+) -> EncodedSet:
+    files = EncodedFiles(base.pipeline.vae) if config.images.cache else None
+    share = (accelerator.process_index, accelerator.num_processes)
+    return EncodedSet(Examples(base, found.images, sizes, config.images, files, share), found.texts)
 
 
 def _prior(
@@ -223,9 +235,9 @@ def _prior(
         return None
     with accelerator.main_process_first():
         found = prior_images(base, fingerprint, config, resolution)
-    texts = [config.subject.fill(config.prior.prompt)] * len(found)
-    plain = dataclasses.replace(config.images, crops=1, flip=False)
-    return {size: EncodedSet(Examples(base, found.images, [size] * len(found), plain), texts) for size in set(sizes)}
+    drawn = Captioned(found.images, (config.subject.fill(config.prior.prompt),) * len(found))
+    plain = dataclasses.replace(config, images=dataclasses.replace(config.images, crops=1, flip=False))
+    return {size: _encode(base, drawn, [size] * len(found), plain, accelerator) for size in set(sizes)}
 
 
 def _record_provenance(

@@ -17,6 +17,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captions import vary
+from improved_diffusion.personalize.data.encoded_files import EncodedFiles
 from improved_diffusion.personalize.data.examples import Conditions, Examples, Latents
 from improved_diffusion.personalize.data.stream import MicroBatchStream, PriorStream
 from improved_diffusion.personalize.models.base import Base
@@ -58,6 +59,7 @@ class Trainer:
         source: what is learned.
         prior: what is kept, of one size for each size of the source: {(height, width): images}; or None.
         accelerator: device, precision and processes.
+        text_files: where encoded texts are kept from run to run, or None.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Trainer:
         source: EncodedSet,
         prior: dict[tuple[int, int], EncodedSet] | None,
         accelerator: Accelerator,
+        text_files: EncodedFiles | None = None,
     ):
         training = config.training
         self.base, self.trained, self.config, self.accelerator = base, trained, config, accelerator
@@ -75,7 +78,7 @@ class Trainer:
         self.stream = MicroBatchStream(source.examples.sizes, config.images.repeats, training.batch_size, config.seed)
         self.prior_stream = PriorStream(config.prior.images, config.seed) if prior else None
         keeps_texts = config.images.cache and not config.trains_text and not config.images.shuffle_tags
-        self.conditions = Conditions(base, keep=keeps_texts)
+        self.conditions = Conditions(base, keeps_texts, text_files)
         self.alphas_cumprod = base.alphas_cumprod.to(accelerator.device)
         self.updates = plan(self.stream, training, accelerator.num_processes, with_prior=bool(prior)).total.updates
         optimizer = make_optimizer({part: list(named.values()) for part, named in trained.parts.items()}, config)
