@@ -54,7 +54,7 @@ class ImagesConfig:
     keep_tags: int = 1
     """Of these, how many stay in front."""
     cache: bool = True
-    """Keep latents and text embeddings in memory instead of encoding at every step."""
+    """Keep latents and text embeddings, in memory and from run to run on disk, instead of encoding at every step."""
 
     def __post_init__(self) -> None:
         for name in ("crops", "repeats"):

@@ -168,7 +168,8 @@ class PersonalizeLoop:
 
     def _look(self) -> None:
         trainer, step = self.trainer, self.trainer.step
-        with self._averaged(), trainer.at_rest():
+        trainer.rest()
+        with self._averaged():
             try:
                 record, sheet = self.watch.look(step)
             except BrokenPicture:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,11 +133,9 @@ class Trainer:
         names = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
         return self.means.are_finite(names)
 
-    @contextlib.contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Within it the networks do not drop out anything, as when they draw."""
+    def rest(self) -> None:
+        """Until the next update the networks drop nothing out: before they draw or are measured."""
         self._set_training(False)
-        yield
 
     def _set_training(self, mode: bool) -> None:
         """The trained parts stay in their mode from update to update: to set it takes a walk over all modules."""
