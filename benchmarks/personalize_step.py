@@ -4,8 +4,9 @@
 
 Both train LoRA on a tiny random UNet (scripts/tiny_pipeline.py), with the same adapters, latents and texts kept, the
 same AdamW and clipping, on one thread. The bare loop is a page of PyTorch: no accelerator, no configuration, no log, no
-resuming. The two take turns, a few updates at a time, so that a noisy machine slows both alike; the ratio is the median
-of those of the rounds, all in CPU time. The smaller the network, the more the rest weighs: with published ones it cannot be seen.
+resuming. The two take turns, a few updates at a time, so that a noisy machine slows both alike; times are those of the
+CPU, and the ratio is the median of those of the rounds. The smaller the network, the more the rest weighs: with
+published ones it cannot be seen.
 """
 
 from __future__ import annotations
