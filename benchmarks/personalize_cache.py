@@ -1,4 +1,5 @@
-"""Images/s of fine-tuning with latents and text embeddings kept, against encoding them at every step.
+"""Images/s of fine-tuning with latents and text embeddings kept, against encoding them at every step; and the start of
+a resumed run, which finds them on disk, against one that encodes them.
 
     python benchmarks/personalize_cache.py
 
@@ -13,10 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import os
 import runpy
+import tempfile
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -27,7 +31,8 @@ from improved_diffusion.data.synthetic import draw
 from improved_diffusion.errors import user_errors_exit
 from improved_diffusion.personalize.config import ImagesConfig, PersonalizeConfig, TrainingConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
-from improved_diffusion.personalize.data.examples import Examples
+from improved_diffusion.personalize.data.encoded_files import EncodedFiles
+from improved_diffusion.personalize.data.examples import Conditions, Examples
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.trained import prepare
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
@@ -58,6 +63,32 @@ def make_trainer(kind: str, config: PersonalizeConfig) -> tuple[Trainer, float]:
     return Trainer(
         base, trained, config, EncodedSet(examples, [(i.caption,) for i in images]), None, Accelerator()
     ), seconds
+
+
+def resume(kind: str) -> None:
+    """Seconds until all images and texts are there: encoded, written as well, and found."""
+    base = Base(f"tiny {kind}", TINY["make_pipeline"](kind))
+    images, config = pictures(), ImagesConfig(resolution=RESOLUTION)
+
+    def seconds(on_disk: bool) -> float:
+        started = time.process_time()
+        of_images, of_texts = None, None
+        if on_disk:
+            of_images, of_texts = EncodedFiles(base.pipeline.vae), EncodedFiles(*base.text_encoders.values())
+        Examples(base, images, [(RESOLUTION, RESOLUTION)] * len(images), config, of_images)
+        Conditions(base, True, of_texts)([image.caption for image in images])
+        return time.process_time() - started
+
+    none, filling, found = [], [], []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, IMPROVED_DIFFUSION_CACHE=folder):
+            for times, on_disk in ((none, False), (filling, True), (found, True)):
+                times.append(seconds(on_disk))
+    none, filling, found = (float(np.median(times)) for times in (none, filling, found))
+    print(
+        f"tiny {kind}, {IMAGES} images and texts at a resume: {none:.2f} s encoded, {found:.3f} s from disk: "
+        f"{none / found:.0f} times ({filling:.2f} s to encode and write them)"
+    )
 
 
 def compare(kind: str) -> None:
@@ -91,6 +122,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()
     for kind in ("sd", "sdxl"):
+        resume(kind)
         compare(kind)
 
 

@@ -54,7 +54,7 @@ class ImagesConfig:
     keep_tags: int = 1
     """Of these, how many stay in front."""
     cache: bool = True
-    """Keep latents and text embeddings in memory instead of encoding at every step."""
+    """Keep latents and text embeddings, in memory and from run to run on disk, instead of encoding at every step."""
 
     def __post_init__(self) -> None:
         for name in ("crops", "repeats"):
@@ -256,8 +256,11 @@ class TrainingConfig:
 class WatchConfig:
     """Looks at the run: pictures of fixed prompts and seeds, and what is measured of them."""
 
-    every: int = 100
-    """Updates between looks; the first is before training, the last after it."""
+    every: int | None = 100
+    """Updates between looks; the first is before training, the last after it. null for no looks."""
+    share: float = 0.15
+    """Largest share of a run's arithmetic that looks may take. To keep to it they come at every second, third ...
+    multiple of `every`, but the first and the last are always there. 1 sets no limit."""
     suite: Literal["short", "object", "live", "captions"] = "short"
     """Prompts: clothes, style, place and action; DreamBooth's 25 for objects or for animals; or captions of the set."""
     prompts: tuple[str, ...] = ()
@@ -275,7 +278,7 @@ class WatchConfig:
     text_encoder_scale: float = 1.0
     """Weight of the text encoders' adapters."""
     batch_size: int = 1
-    """Pictures drawn at once; more are faster and take more memory."""
+    """Pictures drawn at once on a GPU; more are faster and take more memory."""
     clip: str | None = CLIP
     """CLIP model, by name or folder, that measures CLIP-T and CLIP-I; null for none."""
     vision: str | None = DINO
@@ -288,7 +291,9 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "steps", "batch_size"):
-            require(getattr(self, name) >= 1, f"watch.{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"watch.{name} must be at least 1, not {value}")
+        require(0 < self.share <= 1, f"watch.share must be above 0 and at most 1, not {self.share}")
         require(len(self.seeds) >= 1, "watch.seeds must not be empty")
         require(len(set(self.seeds)) == len(self.seeds), "watch.seeds must differ from each other")
         require(all(is_seed(seed) for seed in self.seeds), "watch.seeds must be from 0 to 2^63 - 1")

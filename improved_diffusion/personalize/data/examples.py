@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from improved_diffusion.personalize.config import ImagesConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import Crop, cut, variants
+from improved_diffusion.personalize.data.encoded_files import EncodedFiles
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.encoding import encode_texts, latent_moments
 from improved_diffusion.progress import progress
@@ -33,17 +36,26 @@ class Examples:
         sizes: (height, width) in pixels to which each is cut.
         config: crops, flips, background, and whether to keep latents. Those of all crops are kept on the CPU, mean and
             deviation, so that each step can still draw from the distribution.
+        files: where they are kept from run to run, or None.
+        share: which of how many processes this is. Each begins with other images, and so finds in the files what the
+            others have encoded meanwhile.
     """
 
     def __init__(
-        self, base: Base, images: Sequence[CaptionedImage], sizes: Sequence[tuple[int, int]], config: ImagesConfig
+        self,
+        base: Base,
+        images: Sequence[CaptionedImage],
+        sizes: Sequence[tuple[int, int]],
+        config: ImagesConfig,
+        files: EncodedFiles | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
         self.base = base
         self.images = tuple(images)
         self.sizes = tuple(sizes)
         self.background = config.background
         self.variants = variants(config.crops, config.flip)
-        self._kept = self._encode_all() if config.cache else None
+        self._kept = self._encode_all(files, *share) if config.cache else None
 
     def __call__(self, indices: Sequence[int], variant: Sequence[int]) -> Latents:
         """Latents of the images `indices`, all of one size, each in the crop of number `variant`, on the CPU."""
@@ -52,15 +64,21 @@ class Examples:
             return self._encode([self._crop(index, number) for index, number in pairs])
         return Latents(*(torch.stack(tensors) for tensors in zip(*(self._kept[pair] for pair in pairs), strict=True)))
 
-    def _encode_all(self) -> dict[tuple[int, int], Latents]:
-        """{(image, variant): its latents, without the first dimension}."""
-        kept = {}
+    def _encode_all(self, files: EncodedFiles | None, process: int, processes: int) -> dict[tuple[int, int], Latents]:
+        """{(image, variant): its latents, without the first dimension}. One by one, for encoding takes much memory."""
+        kept, first = {}, len(self.images) * process // processes
         with progress(total=len(self.images), desc="encoding images", unit="image", leave=False) as bar:
-            for index in range(len(self.images)):
-                for number in range(len(self.variants)):
-                    kept[index, number] = Latents(*(t[0] for t in self._encode([self._crop(index, number)])))
+            for index in (*range(first, len(self.images)), *range(first)):
+                content = hashlib.sha256(self.images[index].read()).hexdigest() if files is not None else ""
+                for number, variant in enumerate(self.variants):
+                    encode = functools.partial(self._encode_one, index, number)
+                    key = (content, self.sizes[index], variant, self.background)
+                    kept[index, number] = Latents(**(encode() if files is None else files.find(key, encode)))
                 bar.update()
         return kept
+
+    def _encode_one(self, index: int, number: int) -> dict[str, Tensor]:
+        return {name: tensor[0] for name, tensor in self._encode([self._crop(index, number)])._asdict().items()}
 
     def _crop(self, index: int, number: int) -> Crop:
         return cut(self.images[index].load(self.background), self.sizes[index], *self.variants[number])
@@ -71,10 +89,16 @@ class Examples:
 
 
 class Conditions:
-    """Texts as the UNet is told of them; kept, once encoded, where nothing that they pass through is trained."""
+    """Texts as the UNet is told of them; kept, once encoded, where nothing that they pass through is trained.
 
-    def __init__(self, base: Base, keep: bool):
-        self.base = base
+    Args:
+        base: whose text encoders encode them.
+        keep: whether to.
+        files: where they are kept from run to run, or None.
+    """
+
+    def __init__(self, base: Base, keep: bool, files: EncodedFiles | None = None):
+        self.base, self.files = base, files
         self._kept: dict[str, dict[str, Tensor]] | None = {} if keep else None
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -83,8 +107,11 @@ class Conditions:
             return encode_texts(self.base, list(texts))
         for text in texts:
             if text not in self._kept:
-                with torch.no_grad():
-                    encoded = encode_texts(self.base, [text])
-                self._kept[text] = {name: tensor[0].cpu() for name, tensor in encoded.items()}
+                encode = functools.partial(self._encode_one, text)
+                self._kept[text] = encode() if self.files is None else self.files.find(text, encode)
         kept = [self._kept[text] for text in texts]
         return {name: torch.stack([of_text[name] for of_text in kept]) for name in kept[0]}
+
+    @torch.no_grad()
+    def _encode_one(self, text: str) -> dict[str, Tensor]:
+        return {name: tensor[0].cpu() for name, tensor in encode_texts(self.base, [text]).items()}

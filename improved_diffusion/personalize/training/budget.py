@@ -1,4 +1,4 @@
-"""What a run will do, counted before its first step: updates, epochs, images seen."""
+"""What a run will do, counted before its first step: updates, epochs, images seen, and looks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.config import TrainingConfig
+from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig
 from improved_diffusion.personalize.data.stream import MicroBatchStream
 
 
@@ -77,6 +77,63 @@ def plan(stream: MicroBatchStream, training: TrainingConfig, processes: int, wit
         batches_per_epoch=stream.batches_per_epoch,
         total=Counters(updates, seen, seen if with_prior else 0),
     )
+
+
+@dataclass(frozen=True)
+class LookBudget:
+    """How often a run is looked at, and what that costs beside its training, in evaluations of the network for one
+    image: what the autoencoder and the judges do is little beside them."""
+
+    every: int | None  # updates between looks, the first and the last apart; None: no looks
+    count: int
+    pictures: int  # of a look
+    evaluations: int  # of all looks
+    of_training: int
+    allowed: float  # share
+
+    @property
+    def share(self) -> float:
+        """Of the run's arithmetic."""
+        return self.evaluations / (self.evaluations + self.of_training)
+
+    def __str__(self) -> str:
+        if self.every is None:
+            return "none"
+        too_many = f", above watch.share {self.allowed:g}: fewer watch.seeds, prompts or steps make it less"
+        return (
+            f"{self.count} of {self.pictures} pictures, before training and then every {self.every:,} updates: "
+            f"{self.evaluations:,} evaluations of the network beside {self.of_training:,} of training, "
+            f"{self.share:.0%} of the run{too_many if self.share > self.allowed else ''}"
+        )
+
+
+def plan_looks(config: PersonalizeConfig, total: Counters, prompts: int, held_out: int) -> LookBudget:
+    """The looks at a run, as far apart as `watch.share` wants them.
+
+    Training takes a forward pass of each image, the gradients of what the network makes of it, as much again, those of
+    its weights if they are trained, as much again, and with gradient checkpointing a second forward pass.
+
+    Args:
+        config: of the run.
+        total: what it is to do.
+        prompts: those drawn at a look, the class's among them; `held_out`: images that the loss is measured on.
+    """
+    watch, updates = config.watch, total.updates
+    passes = 2 + (config.method == "full") + config.training.gradient_checkpointing
+    of_training = passes * (total.images_seen + total.prior_seen)
+    if watch.every is None:
+        return LookBudget(None, 0, 0, 0, of_training, watch.share)
+    pictures = prompts * len(watch.seeds)
+    of_picture = watch.steps * (2 if watch.guidance_scale > 1 else 1)
+    of_look = pictures * of_picture + held_out * len(watch.loss_timesteps)
+
+    def looks(every: int) -> LookBudget:
+        count = 1 + math.ceil(updates / every)
+        return LookBudget(every, count, pictures, count * of_look, of_training, watch.share)
+
+    spacings = range(watch.every, updates, watch.every)
+    fitting = (found for every in spacings if (found := looks(every)).share <= watch.share)
+    return next(fitting, None) or looks(max(updates, watch.every))
 
 
 def require_same_updates(stream: MicroBatchStream, budget: Budget, step: int, images_seen: int) -> None:

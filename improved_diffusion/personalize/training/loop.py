@@ -32,9 +32,10 @@ class PersonalizeLoop:
 
     Args:
         trainer: new, or with the state of a checkpoint loaded.
-        watch: of its weights; on the first process alone, None on the others.
+        watch: of its weights; on the first process alone, None on the others and where there are no looks.
         held_out: images that it does not train on, or None.
         budget: what it is to do.
+        look_every: updates between looks, or None.
         run: where everything is written, by the first process alone.
         config: of the run.
         content_hash: of the images and captions, which a resumed run must find again.
@@ -47,23 +48,24 @@ class PersonalizeLoop:
         watch: Watch | None,
         held_out: EncodedSet | None,
         budget: Budget,
+        look_every: int | None,
         run: RunDirectory,
         config: PersonalizeConfig,
         content_hash: str,
         wandb: Any = None,
     ):
         self.trainer, self.watch, self.held_out = trainer, watch, held_out
-        self.budget, self.run, self.config = budget, run, config
+        self.budget, self.look_every, self.run, self.config = budget, look_every, run, config
         self.content_hash, self.wandb = content_hash, wandb
         self.is_first = trainer.accelerator.is_main_process
         self.log = RunLog(run, trainer.step) if self.is_first else contextlib.nullcontext()
         records = self.log.evaluations() if self.is_first else []
         self.looks = [look for record in records if (look := to_look(record)) is not None]
-        self.group = self._open_series(records) if self.is_first else ""
+        self.group = self._open_series(records) if watch is not None else ""
         if self.is_first and run.pointed("best") is None:  # as after turning back to an earlier checkpoint
             self._point_best()
-        looks_of_now = [r for r in records if r["step"] == trainer.step and r.get("protocol") == watch.protocol]
-        looked_at = trainer.step if looks_of_now else -1
+        now = (trainer.step, watch.protocol if watch is not None else None)
+        looked_at = trainer.step if now in [(r["step"], r.get("protocol")) for r in records] else -1
         self.looked_at = broadcast_object_list([looked_at])[0]  # the others have no records, and wait for a look
         self.saved_step = trainer.step if trainer.step else -1
 
@@ -85,11 +87,11 @@ class PersonalizeLoop:
         with asked as stops, self.log, progress(**shown, disable=not self.is_first) as bar:
             self._look_if_due()
             while trainer.step < updates and not self._any_process(stops()):
-                self._add(trainer.train_step())
+                trainer.train_step()
                 bar.update()
                 if self._is_due(training.log_every):
                     bar.set_postfix(self._log(), refresh=False)
-                if self._is_due(training.save_every) or self._is_due(self.config.watch.every):
+                if self._is_due(training.save_every) or self._is_due(self.look_every):
                     self._save()
                 self._look_if_due()
             self._save()
@@ -104,24 +106,28 @@ class PersonalizeLoop:
         number = series_of(records, protocol)
         return "watch" if number == 1 else f"watch_{number}"
 
-    def _is_due(self, every: int) -> bool:
-        return self.trainer.step % every == 0 or self.trainer.step == self.budget.total.updates
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and (self.trainer.step % every == 0 or self.trainer.step == self.budget.total.updates)
 
     def _any_process(self, says: bool) -> bool:
-        said = torch.tensor(float(says), device=self.trainer.accelerator.device)
-        return bool(self.trainer.accelerator.reduce(said, "sum") > 0)
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return says
+        said = torch.tensor(float(says), device=accelerator.device)
+        return bool(accelerator.reduce(said, "sum") > 0)
 
-    def _add(self, terms: dict[str, torch.Tensor]) -> None:
-        if not self.trainer.is_sound(terms):
+    def _require_sound(self) -> None:
+        """To be asked before anything of the last updates is kept."""
+        if not self.trainer.is_sound():
             saved = f"the last checkpoint is of step {self.saved_step}" if self.saved_step > 0 else "nothing was saved"
             raise UserError(
-                f"the loss or its gradient at update {self.trainer.step} is not finite; {saved}: use a lower "
+                f"by update {self.trainer.step} the loss or its gradient is not finite; {saved}: use a lower "
                 "training.lr, or training.precision bf16 or float32"
             )
-        self.trainer.means.add(terms)
 
     def _log(self) -> dict[str, str]:
         """Write a line of metrics.jsonl; returns what the progress bar shows of it."""
+        self._require_sound()
         trainer, now = self.trainer, time.monotonic()
         # In fp16 a gradient may overflow, whereupon the update is left out and the scale lowered.
         means = {name: mean for name, mean in trainer.means.flush().items() if math.isfinite(mean)}
@@ -145,7 +151,10 @@ class PersonalizeLoop:
     def _save(self) -> None:
         """Save a checkpoint of this step, unless there is one."""
         step = self.trainer.step
-        if step == self.saved_step or not self.is_first:
+        if step == self.saved_step:
+            return
+        self._require_sound()
+        if not self.is_first:
             return
         spared = [look.step for look in candidates(self.looks, self.config.watch.copy_cap)]
         state = {**self.trainer.state_dict(), "data_hash": self.content_hash}
@@ -154,7 +163,7 @@ class PersonalizeLoop:
 
     def _look_if_due(self) -> None:
         """Draw and measure, choose the best checkpoint, and warn. The other processes wait."""
-        if not self._is_due(self.config.watch.every) or self.looked_at == self.trainer.step:
+        if not self._is_due(self.look_every) or self.looked_at == self.trainer.step:
             return
         self.looked_at = self.trainer.step
         if self.is_first:
@@ -165,6 +174,7 @@ class PersonalizeLoop:
 
     def _look(self) -> None:
         trainer, step = self.trainer, self.trainer.step
+        trainer.rest()
         with self._averaged():
             try:
                 record, sheet = self.watch.look(step)

@@ -45,7 +45,7 @@ def per_sample_loss(predicted: Tensor, expected: Tensor) -> Tensor:
     return (predicted.float() - expected.float()).square().flatten(1).mean(dim=1)
 
 
-def dreambooth_loss(losses: Tensor, weights: Tensor | None, is_prior: Tensor, prior_weight: float) -> Tensor:
+def dreambooth_loss(losses: Tensor, weights: Tensor | None, instances: int, prior_weight: float) -> Tensor:
     """The loss of a batch of instances and prior images (Ruiz et al. 2022, DreamBooth, arXiv:2208.12242, equation 2):
 
         mean over the instances + prior_weight * mean over the prior images
@@ -53,16 +53,13 @@ def dreambooth_loss(losses: Tensor, weights: Tensor | None, is_prior: Tensor, pr
     Each sample is weighted before the two are told apart, so that a weight is that of its own timestep.
 
     Args:
-        losses: (N,). weights: (N,), or None for ones. is_prior: bool (N,). prior_weight: of the second mean.
+        losses: (N,). weights: (N,), or None for ones. instances: how many are no prior images; they come first.
+        prior_weight: of the second mean.
     """
     if weights is not None:
         losses = losses * weights
-    total = losses.new_zeros(())
-    if not is_prior.all():
-        total = total + losses[~is_prior].mean()
-    if is_prior.any():
-        total = total + prior_weight * losses[is_prior].mean()
-    return total
+    loss, of_prior = losses[:instances].mean(), losses[instances:]
+    return loss + prior_weight * of_prior.mean() if len(of_prior) else loss
 
 
 def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,16 @@ class RunningMeans:
             self.sums[name] = self.sums.get(name, 0) + value
         self.count += 1
 
+    def are_finite(self, names: Sequence[str]) -> bool:
+        """Whether these scalars of all updates since the last `flush` were finite: one that is not makes the sum so."""
+        sums = [self.sums[name] for name in names if name in self.sums]
+        return not sums or bool(torch.stack(sums).isfinite().all())
+
     def flush(self) -> dict[str, float]:
         """The means since the last call, and start anew."""
-        means = {name: (total / self.count).item() for name, total in self.sums.items()}
+        sums, count = self.sums, self.count
         self.sums, self.count = {}, 0
-        return means
+        return dict(zip(sums, (torch.stack([*sums.values()]) / count).tolist(), strict=True)) if sums else {}
 
     def state_dict(self) -> dict[str, Any]:
         """What has been counted since the last `flush`: tensors and plain values."""

@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import buckets, choose_bucket
+from improved_diffusion.personalize.data.encoded_files import EncodedFiles
 from improved_diffusion.personalize.data.examples import Examples
 from improved_diffusion.personalize.data.learned import Captioned, Learned, open_images
 from improved_diffusion.personalize.data.stream import MicroBatchStream
@@ -24,7 +25,7 @@ from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
 from improved_diffusion.personalize.models.base import Base, load_base, load_tokenizer
 from improved_diffusion.personalize.models.trained import prepare, require_token, resolution_of
-from improved_diffusion.personalize.training.budget import plan, require_same_updates
+from improved_diffusion.personalize.training.budget import plan, plan_looks, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
 from improved_diffusion.personalize.training.optimizers import NEEDS_CUDA
@@ -150,8 +151,11 @@ def build(
     if state is not None:
         require_same_updates(stream, budget, state["step"], state["images_seen"])
     say(f"budget: {budget}")
+    drawn = len(prompts) + len(class_prompts)
+    looks = plan_looks(config, budget.total, drawn, len(learned.held_out.images))
+    say(f"looks: {looks}")
     judge = None
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and looks.every is not None:
         judge = Judge(config.watch.clip, config.watch.vision, accelerator.device, "watch.")
     precision = precision_of(accelerator)
     estimate = estimate_memory(base, config, precision, judge.nbytes if judge is not None else 0)
@@ -163,10 +167,13 @@ def build(
     prior = _prior(base, fingerprint, config, of_images, resolution, accelerator)  # drawn by the base as it came
     trained = prepare(base, config)
     say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}")
-    trainer = Trainer(base, trained, config, _encode(base, learned.training, of_images, config), prior, accelerator)
+    source = _encode(base, learned.training, of_images, config, accelerator)
+    # Of adapted or learning text encoders no text is kept.
+    text_files = EncodedFiles(*base.text_encoders.values()) if config.images.cache and not config.trains_text else None
+    trainer = Trainer(base, trained, config, source, prior, accelerator, text_files)
     held_out = None
     if learned.held_out.images:
-        held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config)
+        held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config, accelerator)
     watch = None
     if judge is not None:
         references = see_training(base, judge, learned.training.images, config.images.background, resolution)
@@ -174,11 +181,12 @@ def build(
         watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder)
         if state is not None:
             watch.keep_base()
+    if accelerator.is_main_process:
         _record_provenance(run, config, learned, accelerator)
     if state is not None:
         trainer.load_state_dict(state)
     wandb = _wandb(config, run, accelerator)
-    return PersonalizeLoop(trainer, watch, held_out, budget, run, config, learned.content_hash, wandb)
+    return PersonalizeLoop(trainer, watch, held_out, budget, looks.every, run, config, learned.content_hash, wandb)
 
 
 def _say_what_was_found(learned: Learned, config: PersonalizeConfig, say: Callable[[str], None]) -> None:
@@ -203,8 +211,16 @@ def choose_sizes(images: Sequence[CaptionedImage], sizes: list[tuple[int, int]])
     return [choose_bucket(*image.size, sizes) for image in images]
 
 
-def _encode(base: Base, found: Captioned, sizes: Sequence[tuple[int, int]], config: PersonalizeConfig) -> EncodedSet:
-    return EncodedSet(Examples(base, found.images, sizes, config.images), found.wordings)
+def _encode(
+    base: Base,
+    found: Captioned,
+    sizes: Sequence[tuple[int, int]],
+    config: PersonalizeConfig,
+    accelerator: Accelerator,
+) -> EncodedSet:
+    files = EncodedFiles(base.pipeline.vae) if config.images.cache else None
+    share = (accelerator.process_index, accelerator.num_processes)
+    return EncodedSet(Examples(base, found.images, sizes, config.images, files, share), found.wordings)
 
 
 def _prior(
@@ -220,9 +236,9 @@ def _prior(
         return None
     with accelerator.main_process_first():
         found = prior_images(base, fingerprint, config, resolution)
-    texts = [(config.subject.fill(config.prior.prompt),)] * len(found)
-    plain = dataclasses.replace(config.images, crops=1, flip=False)
-    return {size: EncodedSet(Examples(base, found.images, [size] * len(found), plain), texts) for size in set(sizes)}
+    drawn = Captioned(found.images, ((config.subject.fill(config.prior.prompt),),) * len(found))
+    plain = dataclasses.replace(config, images=dataclasses.replace(config.images, crops=1, flip=False))
+    return {size: _encode(base, drawn, [size] * len(found), plain, accelerator) for size in set(sizes)}
 
 
 def _record_provenance(

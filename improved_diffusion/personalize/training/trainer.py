@@ -16,6 +16,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captions import vary
+from improved_diffusion.personalize.data.encoded_files import EncodedFiles
 from improved_diffusion.personalize.data.examples import Conditions, Examples, Latents
 from improved_diffusion.personalize.data.stream import MicroBatchStream, PriorStream
 from improved_diffusion.personalize.models.base import Base
@@ -57,6 +58,7 @@ class Trainer:
         source: what is learned.
         prior: what is kept, of one size for each size of the source: {(height, width): images}; or None.
         accelerator: device, precision and processes.
+        text_files: where encoded texts are kept from run to run, or None.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Trainer:
         source: EncodedSet,
         prior: dict[tuple[int, int], EncodedSet] | None,
         accelerator: Accelerator,
+        text_files: EncodedFiles | None = None,
     ):
         training = config.training
         self.base, self.trained, self.config, self.accelerator = base, trained, config, accelerator
@@ -74,7 +77,7 @@ class Trainer:
         self.stream = MicroBatchStream(source.examples.sizes, config.images.repeats, training.batch_size, config.seed)
         self.prior_stream = PriorStream(config.prior.images, config.seed) if prior else None
         keeps_texts = config.images.cache and not config.trains_text and not config.images.shuffle_tags
-        self.conditions = Conditions(base, keep=keeps_texts)
+        self.conditions = Conditions(base, keeps_texts, text_files)
         self.alphas_cumprod = base.alphas_cumprod.to(accelerator.device)
         self.updates = plan(self.stream, training, accelerator.num_processes, with_prior=bool(prior)).total.updates
         optimizer = make_optimizer({part: list(named.values()) for part, named in trained.parts.items()}, config)
@@ -85,6 +88,9 @@ class Trainer:
             for name in trained.parts.keys() - {"unet"}:
                 base.text_encoders[name].gradient_checkpointing_enable()
         self.means = RunningMeans(accelerator.device)
+        # Known once, for to ask for them takes a walk over all modules.
+        self._dtype, self._parameters = base.unet.dtype, list(trained.parameters.values())
+        self._is_training = False
         self.step = self.images_seen = self.prior_seen = 0
 
     @property
@@ -93,13 +99,11 @@ class Trainer:
         return Counters(self.step, self.images_seen, self.prior_seen)
 
     def train_step(self) -> dict[str, Tensor]:
-        """One update, unless it is not sound. Returns what is logged of it, averaged over its micro-batches and the
-        processes."""
+        """One update. Returns what is logged of it, averaged over its micro-batches and the processes; not finite where
+        the update was not, see `is_sound`."""
         training, accelerator = self.config.training, self.accelerator
-        parameters = list(self.trained.parameters.values())
         set_rates(self.optimizer, training, self.step, self.updates)
-        for part in self.trained.parts:
-            getattr(self.base.pipeline, part).train()
+        self._set_training(True)
         means: dict[str, Tensor] = {}
         for part in range(training.accumulation):
             first = (self.step * training.accumulation + part) * accelerator.num_processes
@@ -109,24 +113,36 @@ class Trainer:
                 means[name] = means.get(name, 0) + value.detach() / training.accumulation
             for number in range(first, first + accelerator.num_processes):
                 self._count(len(self.stream.micro_batch(number)))
-        self._share_gradients(parameters)
+        self._share_gradients(self._parameters)
         limit = float("inf") if training.grad_clip is None else training.grad_clip
-        means["grad_norm"] = accelerator.clip_grad_norm_(parameters, limit)
-        if self.is_sound(means):
-            self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update(self.step)
+        means["grad_norm"] = accelerator.clip_grad_norm_(self._parameters, limit)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.step)
         self.optimizer.zero_grad()  # now, for a look takes memory too
-        for part in self.trained.parts:
-            getattr(self.base.pipeline, part).eval()
         self.step += 1
-        return accelerator.reduce(means, "mean")
+        means = accelerator.reduce(means, "mean")
+        self.means.add(means)
+        return means
 
-    def is_sound(self, terms: dict[str, Tensor]) -> bool:
-        """Whether loss and gradient of an update are finite. In fp16 the gradient may overflow: then the scaler leaves
-        the update out, and lowers its scale."""
-        scales = self.accelerator.scaler is not None
-        return bool(torch.isfinite(terms["loss"]) and (scales or torch.isfinite(terms["grad_norm"])))
+    def is_sound(self) -> bool:
+        """Whether loss and gradient of all updates since the last `means.flush` were finite; waits for the device.
+
+        To be asked before anything of them is kept: an update that is not sound leaves broken weights. In fp16 the
+        gradient may overflow: then the scaler leaves the update out, and lowers its scale."""
+        names = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
+        return self.means.are_finite(names)
+
+    def rest(self) -> None:
+        """Until the next update the networks drop nothing out: before they draw or are measured."""
+        self._set_training(False)
+
+    def _set_training(self, mode: bool) -> None:
+        """The trained parts stay in their mode from update to update: to set it takes a walk over all modules."""
+        if mode != self._is_training:
+            for part in self.trained.parts:
+                getattr(self.base.pipeline, part).train(mode)
+            self._is_training = mode
 
     def _count(self, images: int) -> None:
         self.images_seen += images
@@ -166,13 +182,9 @@ class Trainer:
         if config.training.min_snr_gamma is not None:
             gamma = config.training.min_snr_gamma
             weights = min_snr_weights(t, self.alphas_cumprod, gamma, self.base.prediction)
-        is_prior = (torch.arange(len(x_0)) >= len(indices)).to(device)
-        terms = {"loss": dreambooth_loss(losses, weights, is_prior, config.prior.weight)}
-        if self.prior:
-            terms |= {"mse": losses[~is_prior].mean(), "mse_prior": losses[is_prior].mean()}
-        else:
-            terms |= {"mse": losses.mean()}
-        return terms
+        own, of_prior = losses[: len(indices)], losses[len(indices) :]
+        terms = {"loss": dreambooth_loss(losses, weights, len(indices), config.prior.weight), "mse": own.mean()}
+        return terms | ({"mse_prior": of_prior.mean()} if self.prior else {})
 
     @staticmethod
     def _draw(
@@ -196,9 +208,9 @@ class Trainer:
             if self.base.is_sdxl:
                 added = {"text_embeds": conditions["pooled"], "time_ids": size_ids.to(x_0.device)}
             predicted = self.base.unet(
-                x_t.to(self.base.unet.dtype),
+                x_t.to(self._dtype),
                 t,
-                encoder_hidden_states=conditions["states"].to(self.base.unet.dtype),
+                encoder_hidden_states=conditions["states"].to(self._dtype),
                 added_cond_kwargs=added,
             ).sample
         expected = target(x_0, noise, t, self.alphas_cumprod, self.base.prediction)

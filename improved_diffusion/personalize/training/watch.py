@@ -96,18 +96,17 @@ class Watch:
         """
         set_scales(self.base, self.watch.unet_scale, self.watch.text_encoder_scale)
         try:
-            pictures = self._draw(self.prompts)
-            of_class = self._draw(self.class_prompts)
+            drawn = self._draw([*self.prompts, *self.class_prompts])
         finally:
             set_scales(self.base, 1.0, 1.0)
-        _require_pictures([*pictures, *of_class], step)
+        _require_pictures(drawn, step)
+        per_prompt = len(self.watch.seeds)
+        pictures, of_class = drawn[: len(self.prompts) * per_prompt], drawn[len(self.prompts) * per_prompt :]
         texts = self.judge.read([prompt for prompt in self.prompts for _ in self.watch.seeds])
         values = score_pictures(self.judge.see(pictures), texts, self.references)
         if of_class and self.judge.compares:
             values["drift"] = self._drift(step, of_class)
-        per_prompt = len(self.watch.seeds)
-        shown = [*pictures, *of_class]
-        rows = [shown[i : i + per_prompt] for i in range(0, len(shown), per_prompt)]
+        rows = [drawn[i : i + per_prompt] for i in range(0, len(drawn), per_prompt)]
         sheet = contact_sheet(rows, self.prompts + self.class_prompts, [f"seed {seed}" for seed in self.watch.seeds])
         record = {
             "step": step,

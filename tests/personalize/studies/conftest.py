@@ -15,7 +15,14 @@ def trained_run(tiny_bases, photos, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "ball"
     AcceleratorState._reset_state(reset_partial_state=True)
     subject = ("--subject.token=sks", "--subject.class_name=ball", "--train_text_encoder=true")
-    watch = ("--watch.clip=null", "--watch.vision=null", "--watch.steps=2", "--watch.every=1", "--watch.seeds=[0]")
+    watch = (
+        "--watch.clip=null",
+        "--watch.vision=null",
+        "--watch.steps=2",
+        "--watch.every=1",
+        "--watch.seeds=[0]",
+        "--watch.share=1",
+    )
     where = (f"--base={tiny_bases['sd']}", f"--data={photos}", f"--out={run}")
     train.run([*where, *subject, *watch, "--training.steps=2", "--training.lr=1e-2"])
     return run

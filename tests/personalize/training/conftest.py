@@ -7,7 +7,8 @@ import pytest
 
 SUBJECT = ("--subject.token=sks", "--subject.class_name=ball")
 FAST = (
-    *("--watch.clip=null", "--watch.vision=null", "--watch.steps=2", "--watch.every=100", "--watch.seeds=[0]"),
+    *("--watch.clip=null", "--watch.vision=null", "--watch.steps=2", "--watch.every=100", "--watch.share=1"),
+    "--watch.seeds=[0]",
     *('--watch.prompts=["a {token} {class}"]', '--watch.class_prompts=["a {class}"]'),
 )
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.config import TrainingConfig
+from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig, WatchConfig
 from improved_diffusion.personalize.data.stream import MicroBatchStream
-from improved_diffusion.personalize.training.budget import Counters, plan, require_same_updates
+from improved_diffusion.personalize.training.budget import Counters, plan, plan_looks, require_same_updates
 
 SQUARE, TALL = (64, 64), (128, 64)
 
@@ -69,3 +69,34 @@ def test_a_resumed_run_takes_as_many_micro_batches_an_update(accumulation, proce
     else:
         with pytest.raises(UserError, match=f"takes 8 micro-batches, .*{advice}"):
             require_same_updates(stream, budget, 7, seen)
+
+
+@pytest.mark.parametrize(
+    ("watch", "every", "count", "share"),
+    [
+        # 1,000 updates of LoRA are 2,000 evaluations; a look at 1 picture in 10 steps with guidance is 20
+        (WatchConfig(every=100, steps=10, seeds=(0,)), 100, 11, 220 / 2220),
+        (WatchConfig(every=20, steps=10, seeds=(0,)), 80, 14, 280 / 2280),  # 18, every 60, are too many
+        (WatchConfig(every=20, steps=10, seeds=(0,), share=1), 20, 51, 1020 / 3020),
+        (WatchConfig(every=20, steps=10, seeds=(0,), guidance_scale=1), 40, 26, 260 / 2260),
+        (WatchConfig(every=100, steps=50, seeds=tuple(range(10))), 1000, 2, 2000 / 4000),  # the first and the last
+        (WatchConfig(every=None), None, 0, 0),
+    ],
+)
+def test_looks_keep_to_their_share(watch, every, count, share):
+    config = PersonalizeConfig(training=TrainingConfig(steps=1000), watch=watch)
+    looks = plan_looks(config, Counters(1000, 1000, 0), prompts=1, held_out=0)
+    assert (looks.every, looks.count, looks.share) == (every, count, pytest.approx(share))
+    assert ("above watch.share" in str(looks)) == (share > watch.share)
+
+
+def test_what_an_update_and_a_look_cost():
+    """With all weights trained and computed twice, a prior, and a loss on held-out images."""
+    config = PersonalizeConfig(
+        method="full",
+        training=TrainingConfig(steps=100, gradient_checkpointing=True),
+        watch=WatchConfig(every=100, steps=5, seeds=(0, 1), share=1, loss_timesteps=(10, 20)),
+    )
+    looks = plan_looks(config, Counters(100, 100, 100), prompts=3, held_out=4)
+    assert looks.of_training == 200 * (1 + 2 + 1)
+    assert looks.evaluations == 2 * (3 * 2 * 5 * 2 + 4 * 2)

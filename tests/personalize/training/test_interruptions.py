@@ -160,7 +160,7 @@ def test_an_update_that_is_not_sound_changes_nothing(train, resume, tiny_bases, 
     monkeypatch.setattr(Trainer, "_share_gradients", overflow)
     outcome = train(tiny_bases["sd"], "run", "--training.save_every=2", steps=8)
     assert outcome.code == 2
-    assert "at update 4 is not finite; the last checkpoint is of step 2" in outcome.err
+    assert "by update 4 the loss or its gradient is not finite; the last checkpoint is of step 2" in outcome.err
     monkeypatch.setattr(Trainer, "_share_gradients", clip)
     assert resume("run").code == 0
     assert all(weight.isfinite().all() for weight in checkpoint(tmp_path / "run", 8)["model"].values())

@@ -97,3 +97,18 @@ def test_any_other_looks_can_be_taken_up(train, resume, tiny_bases, tiny_judges,
         assert outcome.code == 0, outcome.err
         assert "a new series" in outcome.out
     assert [record["step"] for record in records_of(tmp_path / "run")] == [0, 1, 1, 2, 2, 3, 3, 4]
+
+
+def test_looks_are_few_where_they_would_cost_too_much_and_none_by_choice(train, tiny_bases, tmp_path):
+    looks = ("--watch.every=2", "--watch.seeds=[0,1]", "--watch.share=0.5")  # 16 evaluations, and 2 an update
+    outcome = train(tiny_bases["sd"], "few", *looks, steps=24)
+    assert outcome.code == 0, outcome.err
+    assert "looks: 3 of 4 pictures, before training and then every 12 updates: 48 evaluations" in outcome.out
+    assert [record["step"] for record in records_of(tmp_path / "few")] == [0, 12, 24]
+
+    outcome = train(tiny_bases["sd"], "none", "--watch.every=null")
+    assert outcome.code == 0, outcome.err
+    assert "looks: none" in outcome.out
+    assert records_of(tmp_path / "none") == []
+    assert not list((tmp_path / "none" / "samples").glob("*.png"))
+    assert (tmp_path / "none" / "checkpoints" / "step_0000002.pt").is_file()

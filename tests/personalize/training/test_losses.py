@@ -72,15 +72,12 @@ def test_prior_and_min_snr_by_hand(pairs):
     hand = np.mean(by_hand[:pairs]) + 0.7 * np.mean(by_hand[pairs:])
     losses = per_sample_loss(torch.from_numpy(predicted), torch.from_numpy(expected))
     weights = min_snr_weights(torch.from_numpy(t), ABAR, 5.0, "epsilon")
-    is_prior = torch.arange(n) >= pairs
-    assert dreambooth_loss(losses, weights, is_prior, 0.7).item() == pytest.approx(hand, rel=1e-6)
+    assert dreambooth_loss(losses, weights, pairs, 0.7).item() == pytest.approx(hand, rel=1e-6)
 
 
 def test_without_a_prior_or_weights_it_is_the_mean():
     losses = torch.tensor([1.0, 3.0])
-    none, all_of_them = torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
-    assert dreambooth_loss(losses, None, none, 1.0).item() == 2
-    assert dreambooth_loss(losses, None, all_of_them, 0.5).item() == 1
+    assert dreambooth_loss(losses, None, 2, 0.5).item() == 2
 
 
 def test_offset_noise_has_the_variance_of_both_parts():
