@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def database(tmp_path_factory) -> Iterator[str]:
     if os.geteuid() == 0:  # PostgreSQL refuses to be root
         own = ["runuser", "-u", "postgres", "--"]
         shutil.chown(folder, "postgres")
-        for parent in list(folder.parents)[:3]:  # pytest's own, which nobody else may enter
+        for parent in folder.parents:  # pytest's own, which nobody else may enter
+            if parent == Path(tempfile.gettempdir()):
+                break
             parent.chmod(0o755)
 
     def run(program: str, *arguments: object) -> None:

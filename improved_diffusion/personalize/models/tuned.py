@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import set_peft_model_state_dict
 from torch import Tensor
 
 from improved_diffusion.checkpoint_file import read_checkpoint
@@ -130,6 +131,14 @@ def load_adapter(base: Base, file: Path, allow_unknown: bool = False, name: str 
             base.pipeline.load_lora_into_text_encoder(
                 read.weights, None, encoder, prefix=part, low_cpu_mem_usage=True, **common
             )
+            # transformers drops the magnitudes of DoRA, whose keys do not end as others do.
+            magnitudes = {
+                key.removeprefix(f"{part}."): weight
+                for key, weight in read.weights.items()
+                if key.startswith(f"{part}.") and "lora_magnitude_vector" in key
+            }
+            if magnitudes:
+                set_peft_model_state_dict(encoder, magnitudes, adapter_name=name)
     return read.known, total
 
 

@@ -99,7 +99,7 @@ def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train,
 def test_a_loss_that_is_not_finite_stops_the_run(train, tiny_bases):
     outcome = train(tiny_bases["sd"], "run", "--training.lr=1e30", "--training.grad_clip=null", steps=9)
     assert outcome.code == 2
-    assert re.search(r"error: the loss or its gradient at update \d is not finite; .* lower training.lr", outcome.err)
+    assert re.search(r"error: by update \d the loss or its gradient is not finite; .* lower training.lr", outcome.err)
 
 
 def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
