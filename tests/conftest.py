@@ -41,6 +41,7 @@ from improved_diffusion.training.trainer import Trainer
 
 PROJECT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+os.environ["NUMBA_NUM_THREADS"] = "1"  # pymatting's: processes that are forked beside its OpenMP threads would hang
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
