@@ -33,14 +33,18 @@ demo: install
 	@echo "The pictures: runs/demo/demo-samples.png (samples), runs/demo/samples/ (while training),"
 	@echo "runs/demo/curves.png (loss and FID). TensorBoard: $(BIN)/tensorboard --logdir runs/demo"
 
+# What tests write, thousands of files on whose way to the disk they would wait, is kept in memory where 4 GB are free.
+IN_MEMORY := $(shell df -k /dev/shm 2> /dev/null | awk '$$4 > 4000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}' | head -1)
+PYTEST := -m pytest -n 2 --dist worksteal
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(IN_MEMORY) $(BIN)/python $(PYTEST)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # Fine-tuning, with older versions of the libraries that it builds on.
 test-older: .venv-older/installed
-	OMP_NUM_THREADS=1 .venv-older/bin/python -m pytest -n 2 --dist worksteal tests/personalize
+	OMP_NUM_THREADS=1 $(IN_MEMORY) .venv-older/bin/python $(PYTEST) tests/personalize
 
 bench: install
 	$(BIN)/python benchmarks/train_step.py

@@ -190,7 +190,7 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return damage
 
 
-@fuzz(20)
+@fuzz(12)
 @given(damage=damages())
 def test_a_damaged_checkpoint(damage, spoilt):
     run = spoilt()
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint(damage, spoilt):
     sample_and_resume(run)
 
 
-@fuzz(15)
+@fuzz(10)
 @given(damage=damages(), name=st.sampled_from(["config.yaml", "checkpoints/latest", "evaluations.jsonl"]))
 def test_a_damaged_file_beside_it(damage, name, spoilt):
     run = spoilt()
@@ -213,7 +213,7 @@ TENSORS = st.sampled_from(
 )
 
 
-@fuzz(20)
+@fuzz(12)
 @given(data=st.data())
 def test_a_checkpoint_of_other_values(data, spoilt):
     """Another value at a random place, however deep."""

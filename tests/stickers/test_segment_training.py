@@ -106,7 +106,8 @@ def test_a_resumed_run_goes_back_to_its_last_checkpoint_after_a_kill(train, run_
             train("unet", "--steps", 20, out="killed")
     run = whole.parent / "killed"
     assert run_script("stickers.py", "segment", "train", "--resume", run).code == 0
-    assert all(torch.equal(value, weights(run, 20)[name]) for name, value in weights(whole, 20).items())
+    expected, found = weights(whole, 20), weights(run, 20)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_what_a_resumed_run_computes_cannot_be_changed_nor_its_pictures(train, run_script, icons):

@@ -130,7 +130,7 @@ class TestMuon:
         images, classes = trainer.stream.batch(0)
         errors = []
         for _ in range(4):
-            for _ in range(30):
+            for _ in range(15):
                 trainer.train_step(images, classes)
             errors.append(trainer.terms.flush(trainer.processes)["mse"])
         assert errors[-1] < 0.5 * errors[0]

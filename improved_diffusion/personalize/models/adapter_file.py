@@ -48,7 +48,8 @@ def read_adapter(base: Base, file: Path) -> AdapterFile:
     """
     with safe_open(file, framework="pt") as opened:
         settings = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
-    state = {key: _widened(tensor, base.unet.dtype) for key, tensor in load_file(file).items()}
+    dtype = base.unet.dtype  # which looks through all of its modules
+    state = {key: _widened(tensor, dtype) for key, tensor in load_file(file).items()}
     if any(key.startswith("lora_") for key in state):
         return _read_kohya(base, file, state)
     return _read_diffusers(base, state, settings)

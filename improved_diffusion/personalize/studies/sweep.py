@@ -103,8 +103,8 @@ def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str,
     Raises:
         UserError: before anything is drawn: a run, checkpoint, base, prompt, scale or training images that will not do.
     """
-    judge = Judge(config.clip, config.vision, device)
     all_swept = [_open_run(config, run) for run in runs]
+    judge = Judge(config.clip, config.vision, device)
     checkpoints = sum(len(swept.checkpoints) for swept in all_swept)
     total = checkpoints * len(config.draw.points()) * len(config.draw.prompts) * len(config.draw.seeds)
     drawn: list[Drawn] = []
