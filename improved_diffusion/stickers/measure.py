@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.estimate import bootstrap_interval
+from improved_diffusion.metrics.estimate import bootstrap_interval, mean_score
 from improved_diffusion.metrics.features import Features, finite
 from improved_diffusion.metrics.fid import frechet_inception_distance
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor, FeatureSettings
@@ -19,7 +19,6 @@ from improved_diffusion.metrics.pairs import ergas, lpips
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.personalize.data.captioned import CaptionedSet
 from improved_diffusion.personalize.data.crops import fit
-from improved_diffusion.personalize.measuring.scores import mean_score
 from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_vit_classifier
 from improved_diffusion.personalize.studies.evaluate import CaptionedSource

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
 from improved_diffusion.metrics.similarity import dino_embeddings, image_embeddings, rgb_arrays, text_embeddings
 from improved_diffusion.personalize.models.base import fingerprint
@@ -27,19 +26,12 @@ BATCH = 32
 class Seen:
     """Embeddings of length 1 of N pictures, float32 (N, d) on the CPU; None of a model that is not there."""
 
-    clip: Tensor | None
-    vision: Tensor | None
+    clip: Tensor | None = None
+    vision: Tensor | None = None
 
-    def likeness(self) -> Tensor:
-        """Those by which pictures are compared with each other: the vision model's, or else CLIP's.
-
-        Raises:
-            UserError: there is neither.
-        """
-        found = self.vision if self.vision is not None else self.clip
-        if found is None:
-            raise UserError("pictures can only be compared by a model: set vision to inception, say")
-        return found
+    def likeness(self) -> Tensor | None:
+        """Those by which pictures are compared with each other: the vision model's, or else CLIP's."""
+        return self.vision if self.vision is not None else self.clip
 
 
 class Judge:
@@ -69,7 +61,7 @@ class Judge:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Those that are there, of `clip` and `vision`."""
+        """Those that are there, of `clip` and `vision`; without any, pictures cannot be compared."""
         pairs = {"clip": self._clip, "vision": self._vision}
         return {name: pair[0] for name, pair in pairs.items() if pair is not None}
 
@@ -81,11 +73,6 @@ class Judge:
     def nbytes(self) -> int:
         """Of the networks' weights."""
         return sum(tensor.nbytes for network in self.networks.values() for tensor in network.state_dict().values())
-
-    @property
-    def compares(self) -> bool:
-        """Whether there is a model by which pictures can be compared."""
-        return self._clip is not None or self._vision is not None
 
     def see(self, pictures: Iterable[Image.Image]) -> Seen:
         """What the models make of pictures of any sizes, of which only a few are held at a time."""

@@ -16,9 +16,10 @@ from PIL import Image
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
+from improved_diffusion.metrics.estimate import mean_score
+from improved_diffusion.metrics.similarity import drift
 from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
 from improved_diffusion.personalize.generate import BrokenPicture, Sampling, draw
-from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.choice import Look
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.prompts import SUITES
@@ -85,7 +86,7 @@ class Watch:
     def keep_base(self) -> None:
         """Draw what the base draws of the class, unless it is there; before anything was learned, or is loaded. (The
         first look at a new run keeps what it draws.)"""
-        if self.judge.compares and not all(file.is_file() for file in self._base_files):
+        if self.judge.networks and not all(file.is_file() for file in self._base_files):
             self._save_base(self._draw(self.class_prompts))
 
     def look(self, step: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -104,13 +105,13 @@ class Watch:
         pictures, of_class = drawn[: len(self.prompts) * per_prompt], drawn[len(self.prompts) * per_prompt :]
         texts = self.judge.read([prompt for prompt in self.prompts for _ in self.watch.seeds])
         values = score_pictures(self.judge.see(pictures), texts, self.references)
-        if of_class and self.judge.compares:
+        if of_class and self.judge.networks:
             values["drift"] = self._drift(step, of_class)
         rows = [drawn[i : i + per_prompt] for i in range(0, len(drawn), per_prompt)]
         sheet = contact_sheet(rows, self.prompts + self.class_prompts, [f"seed {seed}" for seed in self.watch.seeds])
         record = {
             "step": step,
-            "scores": {name: dataclasses.asdict(scores.mean_score(value)) for name, value in values.items()},
+            "scores": {name: dataclasses.asdict(mean_score(value)) for name, value in values.items()},
             "values": {name: value.tolist() for name, value in values.items()},
             "clip": self.judge.clip_name,
             "vision": self.judge.vision_name,
@@ -133,7 +134,7 @@ class Watch:
         except OSError as error:
             folder = self._base_files[0].parent
             raise UserError(f"the base's pictures of the class have gone from {folder}: {error}") from error
-        return scores.drift(self.judge.see(pictures).likeness(), self.judge.see(before).likeness())
+        return drift(self.judge.see(pictures).likeness(), self.judge.see(before).likeness())
 
     def _save_base(self, pictures: Sequence[Image.Image]) -> None:
         for file, picture in zip(self._base_files, pictures, strict=True):

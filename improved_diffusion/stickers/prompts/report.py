@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from improved_diffusion.files import atomic_write
-from improved_diffusion.personalize.measuring.scores import Score
+from improved_diffusion.metrics.estimate import Score
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.results import write_csv
 from improved_diffusion.sampling.grids import save_png

@@ -17,7 +17,7 @@ from torch import nn
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write, file_sha256
-from improved_diffusion.metrics.similarity import image_embeddings, text_embeddings
+from improved_diffusion.metrics.similarity import image_embeddings, logit_scale, text_embeddings
 from improved_diffusion.personalize.data.captioned import CaptionedImage, open_captioned_set
 from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_clip
@@ -53,7 +53,7 @@ def open_scorers(clip: str, pick: str | None, device: str) -> list[Scorer]:
     scorers = [Scorer("CLIP score", *load_clip(clip, device, "--clip"), scale=100.0, least=0.0)]
     if pick is not None:
         model, processor = load_clip(pick, device, "--pick")
-        scorers.append(Scorer("PickScore", model, processor, model.logit_scale.exp().item(), -np.inf))
+        scorers.append(Scorer("PickScore", model, processor, logit_scale(model), -np.inf))
     return scorers
 
 
