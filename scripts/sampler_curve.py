@@ -70,16 +70,15 @@ def main(arguments: list[str]) -> None:
     samplers = {text: sampler_settings(text) for text in options.samplers}
     options.out.mkdir(parents=True, exist_ok=True)
 
-    import torch
-
     from improved_diffusion.metrics import FeatureExtractor, extract_features, metric_name, open_source
     from improved_diffusion.metrics.estimate import bootstrap_interval
     from improved_diffusion.metrics.fid import frechet_inception_distance
+    from improved_diffusion.runtime.devices import default_device
     from improved_diffusion.sampling.loading import load
     from improved_diffusion.sampling.model import change_sampling
     from improved_diffusion.sampling.run_source import run_source
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     extractor = FeatureExtractor((options.features,), device)
     model, reference = load(options.run, options.checkpoint, device=device), open_source(options.real)
     real = extract_features(reference, extractor)[options.features]

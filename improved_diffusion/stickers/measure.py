@@ -40,7 +40,7 @@ class Value:
     high: float | None
 
 
-def open_extractor(name: str, device: str, weights: Path | None = None) -> Extract:
+def open_extractor(name: str, device: torch.device | str, weights: Path | None = None) -> Extract:
     """What gives the features and the logits of a set: `inception`, or a ViT classifier by folder or name.
 
     Args:

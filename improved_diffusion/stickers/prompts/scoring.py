@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from improved_diffusion.errors import UserError
@@ -44,7 +45,7 @@ class Scorer:
         return (self.scale * cosines).clamp(min=self.least).numpy()
 
 
-def open_scorers(clip: str, pick: str | None, device: str) -> list[Scorer]:
+def open_scorers(clip: str, pick: str | None, device: torch.device | str) -> list[Scorer]:
     """CLIP score (Hessel et al. 2021) and, if it is given, PickScore (Kirstain et al. 2023); see metrics/similarity.py.
 
     Raises:
