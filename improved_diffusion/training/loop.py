@@ -18,7 +18,7 @@ from improved_diffusion.models.build import swapped_weights
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.sampling.grids import save_png
-from improved_diffusion.sampling.series import current_series, difference
+from improved_diffusion.sampling.series import current_series, difference, protocol
 from improved_diffusion.training.curves import draw_curves
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.flops import flops_per_image, peak_tflops
@@ -74,7 +74,7 @@ class TrainingLoop:
         self.evaluated_steps = {record["step"] for record in evaluations}
         series = current_series(evaluations, evaluator.protocol)
         if evaluations and not series and self.processes.is_first:
-            what = difference(evaluations[-1], evaluator.protocol)
+            what = difference(evaluations[-1], protocol(evaluator.protocol))
             print(f"evaluation: a new series, not compared with the one before, for its protocol differs: {what}")
         # Of a run that was turned back the best checkpoint until then may have been removed.
         scored = {record["step"]: record["value"] for record in series if "value" in record}

@@ -176,13 +176,6 @@ def series_of(records: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> in
     return known.index(protocol) + 1
 
 
-def difference(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
-    """In what two protocols differ, in words."""
-    if before is None:
-        return "how the earlier ones were made was not recorded"
-    return "other " + ", ".join(name for name in after if before.get(name) != after[name])
-
-
 @torch.no_grad()
 def fixed_loss(trainer: Trainer, source: EncodedSet, timesteps: Sequence[int]) -> float:
     """The mean-square error over all images of `source`, in their first crop, at `timesteps`, with the same noise each
