@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import signal
 import time
 from types import FrameType
@@ -30,10 +31,16 @@ STEPS_BETWEEN_STOP_CHECKS = 10  # with several processes, which must agree to st
 
 
 class StopRequest:
-    """Within its block, turns the first SIGINT or SIGTERM into a wish to stop; a second one interrupts at once."""
+    """Within its block, turns SIGINT and SIGTERM into a wish to stop. Whoever signals twice may not know that a step or
+    its saving is under way (torchrun passes on a Ctrl-C that its processes got themselves): the second one only says
+    so, and the third one interrupts at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signals = 0
+
+    @property
+    def requested(self) -> bool:
+        return self.signals > 0
 
     def __enter__(self) -> StopRequest:
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -47,9 +54,11 @@ class StopRequest:
         return self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        self.signals += 1
+        if self.signals == 2:  # print could be interrupted in the middle of itself
+            os.write(2, b"\nstopping as soon as all is saved; once more interrupts at once\n")
+        if self.signals > 2:
             raise KeyboardInterrupt
-        self.requested = True
 
 
 class TrainingLoop:
