@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 
 INPUTS = "inputs"  # of a description
 
@@ -67,8 +67,7 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with atomic_write(file) as temporary:
-        temporary.write_text(text.getvalue())
+    write_text(file, text.getvalue())
 
 
 def _read(description: Path, advice: str) -> dict[str, Any]:
@@ -79,5 +78,4 @@ def _read(description: Path, advice: str) -> dict[str, Any]:
 
 
 def _write(description: Path, content: Mapping[str, Any]) -> None:
-    with atomic_write(description) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(description, json.dumps(content, indent=2) + "\n")

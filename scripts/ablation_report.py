@@ -13,7 +13,7 @@ from ablation_measures import Row, all_steps
 
 from improved_diffusion.config import Config
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, write_text
 from improved_diffusion.metrics.verdicts import spread, verdicts
 from improved_diffusion.run_directory import RunDirectory
 
@@ -66,8 +66,7 @@ def write_report(
         "![Curves: means over the seeds; bands from the lowest to the highest seed](ablation.png)",
     ]
     text = "\n\n".join(part for part in parts if part)
-    with atomic_write(out / "ablation.md") as temporary:
-        temporary.write_text(text + "\n")
+    write_text(out / "ablation.md", text + "\n")
     plot(rows, settings, out / "ablation.png", by_time)
     return text
 

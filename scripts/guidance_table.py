@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -74,11 +74,9 @@ def main(arguments: list[str]) -> None:
 
     rows = [row("none", None, [1.0])]
     rows += [row(*which, options.scales) for which in itertools.product(guided, (None, options.interval))]
-    with atomic_write(options.out / "guidance.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=2) + "\n")
+    write_text(options.out / "guidance.json", json.dumps(rows, indent=2) + "\n")
     table = markdown(rows, options.scales, choose, tell)
-    with atomic_write(options.out / "guidance.md") as temporary:
-        temporary.write_text(table + "\n")
+    write_text(options.out / "guidance.md", table + "\n")
     print(f"\n{table}")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, write_text
 from improved_diffusion.sampling.flags import sampler_option
 
 
@@ -119,8 +119,7 @@ def main(arguments: list[str]) -> None:
 
 def report(points: list[dict], out: Path, title: str) -> None:
     """Write curve.json, curve.md and curve.png."""
-    with atomic_write(out / "curve.json") as temporary:
-        temporary.write_text(json.dumps({"title": title, "points": points}, indent=2) + "\n")
+    write_text(out / "curve.json", json.dumps({"title": title, "points": points}, indent=2) + "\n")
     samplers = list(dict.fromkeys(point["sampler"] for point in points))
     columns = sorted({point["budget"] for point in points})
     values = {(point["sampler"], point["budget"]): point["value"] for point in points}
@@ -129,8 +128,7 @@ def report(points: list[dict], out: Path, title: str) -> None:
     for sampler in samplers:
         cells = (f"{values[sampler, n]:.3f}" if (sampler, n) in values else "" for n in columns)
         lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
-    with atomic_write(out / "curve.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+    write_text(out / "curve.md", "\n".join(lines) + "\n")
 
     from matplotlib.figure import Figure
 

@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     # Imported only now: torch takes seconds, and typos are answered at once.
-    from improved_diffusion.files import atomic_write
+    from improved_diffusion.files import write_text
     from improved_diffusion.metrics.report import table
     from improved_diffusion.personalize.data.captioned import open_captioned_set
     from improved_diffusion.personalize.measuring.judge import Judge
@@ -69,7 +69,6 @@ def run(arguments: list[str]) -> None:
         print(evaluate.similarity_table(found))
     if options.json:
         records = [m.as_dict() for m in measurements] + [dataclasses.asdict(similarity) for similarity in found]
-        with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps(records, indent=2) + "\n")
+        write_text(options.json, json.dumps(records, indent=2) + "\n")
     if refused:
         raise UserError("; ".join(refused))

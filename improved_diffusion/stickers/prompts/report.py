@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, write_text
 from improved_diffusion.metrics.estimate import Score
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.results import write_csv
@@ -30,8 +30,7 @@ LAST = 3  # and of the last
 def write_report(ranked: Sequence[Ranked], sets: Sequence[str], out: Path) -> None:
     """All three files. `sets` are their names, the best first."""
     write_csv(out / "prompts.csv", [{"rank": i, **_row(prompt, sets)} for i, prompt in enumerate(ranked, 1)])
-    with atomic_write(out / "prompts.md") as temporary:
-        temporary.write_text(table(ranked, sets) + "\n", encoding="utf-8")
+    write_text(out / "prompts.md", table(ranked, sets) + "\n")
     _plot(ranked, sets, out / "prompts.png")
 
 
@@ -121,8 +120,7 @@ def write_standings(standings: Sequence[Standing], out: Path) -> None:
         for i, standing in enumerate(standings, 1)
     ]
     write_csv(out / "prompts.csv", rows)
-    with atomic_write(out / "prompts.md") as temporary:
-        temporary.write_text(standings_table(standings) + "\n", encoding="utf-8")
+    write_text(out / "prompts.md", standings_table(standings) + "\n")
 
 
 def standings_table(standings: Sequence[Standing]) -> str:

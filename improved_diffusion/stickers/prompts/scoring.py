@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write, file_sha256
+from improved_diffusion.files import file_sha256, write_text
 from improved_diffusion.metrics.similarity import image_embeddings, logit_scale, text_embeddings
 from improved_diffusion.personalize.data.captioned import CaptionedImage, open_captioned_set
 from improved_diffusion.personalize.models.base import fingerprint
@@ -109,8 +109,7 @@ def score_sets(scorer: Scorer, sets: Sequence[PictureSet], prompts: Sequence[str
             scores = scorer([pictures[digest].load() for digest in batch], prompts)
             for digest, row in zip(batch, scores.tolist(), strict=True):
                 known[digest] |= dict(zip(prompts, row, strict=True))
-                with atomic_write(folder / f"{digest[:DIGITS]}.json", durable=False) as temporary:
-                    temporary.write_text(json.dumps(known[digest], indent=0))
+                write_text(folder / f"{digest[:DIGITS]}.json", json.dumps(known[digest], indent=0), durable=False)
             bar.update(len(batch))
     return [
         np.array([[known[digest][prompt] for prompt in prompts] for digest in group.digests], np.float32)
