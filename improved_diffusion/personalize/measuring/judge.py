@@ -14,7 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
-from improved_diffusion.metrics.similarity import dino_embeddings, image_embeddings, rgb_arrays, text_embeddings
+from improved_diffusion.metrics.similarity import (
+    copying,
+    dino_embeddings,
+    fidelity,
+    image_embeddings,
+    prompt_match,
+    rgb_arrays,
+    text_embeddings,
+)
 from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_clip, load_vision
 
@@ -32,6 +40,30 @@ class Seen:
     def likeness(self) -> Tensor | None:
         """Those by which pictures are compared with each other: the vision model's, or else CLIP's."""
         return self.vision if self.vision is not None else self.clip
+
+
+def scores_of(seen: Seen, texts: Tensor | None, real: Seen, copies: Seen) -> dict[str, Tensor]:
+    """{score: one value for each of N pictures, (N,)}: all for which there is a model, and something to compare with.
+
+    `clip_t` and `clip_i` by CLIP, `likeness` by the vision model, `copying` by it or else by CLIP; see
+    metrics/similarity.py.
+
+    Args:
+        seen: the pictures.
+        texts: CLIP's embeddings of their prompts, (N, d), or None.
+        real: what they should be like.
+        copies: what copies of it would be; of a single image, copies cannot be told.
+    """
+    values = {}
+    if seen.clip is not None and texts is not None:
+        values["clip_t"] = prompt_match(seen.clip, texts)
+    if seen.clip is not None and real.clip is not None:
+        values["clip_i"] = fidelity(seen.clip, real.clip)
+    if seen.vision is not None and real.vision is not None:
+        values["likeness"] = fidelity(seen.vision, real.vision)
+    if (known := copies.likeness()) is not None and len(known) > 1:
+        values["copying"] = copying(seen.likeness(), known)
+    return values
 
 
 class Judge:
@@ -61,7 +93,7 @@ class Judge:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Those that are there, of `clip` and `vision`; without any, pictures cannot be compared."""
+        """Those that are there, of `clip` and `vision`."""
         pairs = {"clip": self._clip, "vision": self._vision}
         return {name: pair[0] for name, pair in pairs.items() if pair is not None}
 
@@ -73,6 +105,11 @@ class Judge:
     def nbytes(self) -> int:
         """Of the networks' weights."""
         return sum(tensor.nbytes for network in self.networks.values() for tensor in network.state_dict().values())
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a model by which pictures can be compared."""
+        return bool(self.networks)
 
     def see(self, pictures: Iterable[Image.Image]) -> Seen:
         """What the models make of pictures of any sizes, of which only a few are held at a time."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from improved_diffusion.metrics.similarity import copying, fidelity, prompt_match
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import fit
-from improved_diffusion.personalize.measuring.judge import Judge, Seen
+from improved_diffusion.personalize.measuring.judge import Judge, Seen, scores_of
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.encoding import rendered
 from improved_diffusion.progress import progress
@@ -36,29 +35,17 @@ def see_training(
                 yield fit(image.load(background), (resolution, resolution))[0]
                 bar.update()
 
-    if not judge.networks:
+    if not judge.compares:
         return References(Seen(), Seen())
     return References(judge.see(squares()), judge.see(rendered(base, square) for square in squares()))
 
 
 def score_pictures(seen: Seen, texts: Tensor | None, references: References) -> dict[str, Tensor]:
-    """{score: one value for each of N pictures, (N,)}: all for which there is a model, and something to compare with.
-
-    `clip_t` and `clip_i` by CLIP, `likeness` by the vision model, `copying` by it or else by CLIP; see
-    metrics/similarity.py.
+    """{score: one value for each of N pictures, (N,)}; see `scores_of`.
 
     Args:
         seen: the pictures.
-        texts: CLIP's embeddings of their prompts, (N, d), or None.
-        references: the training images; of a single one, copies cannot be told.
+        texts: CLIP's embeddings of their prompts, (N, d).
+        references: the training images.
     """
-    values, real = {}, references.real
-    if seen.clip is not None and texts is not None:
-        values["clip_t"] = prompt_match(seen.clip, texts)
-    if seen.clip is not None and real.clip is not None:
-        values["clip_i"] = fidelity(seen.clip, real.clip)
-    if seen.vision is not None and real.vision is not None:
-        values["likeness"] = fidelity(seen.vision, real.vision)
-    if (copies := references.copies.likeness()) is not None and len(copies) > 1:
-        values["copying"] = copying(seen.likeness(), copies)
-    return values
+    return scores_of(seen, texts, references.real, references.copies)

@@ -22,8 +22,7 @@ from improved_diffusion.metrics.pairs import load_lpips, lpips
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.personalize.data.captioned import CaptionedSet
 from improved_diffusion.personalize.data.crops import fit
-from improved_diffusion.personalize.measuring.judge import Judge, Seen
-from improved_diffusion.personalize.measuring.references import References, score_pictures
+from improved_diffusion.personalize.measuring.judge import Judge, Seen, scores_of
 
 INCEPTION_METRICS = ("kid", "fid", "inception-score")
 SIMILARITY_METRICS = ("clip-t", "clip-i", "likeness", "copying", "lpips")
@@ -104,17 +103,14 @@ class Similarities:
 
     @functools.cached_property
     def _values(self) -> dict[str, torch.Tensor]:
-        """All scores for which there are models, prompts and references. Unlike a look at a run, there is no
-        autoencoder to render the references by, so copying is against these themselves."""
+        """All scores that can be told. Unlike a look at a run, there is no autoencoder to render the references by."""
         texts = None
         if not self.generated.without_caption():
             texts = self.judge.read([image.caption for image in self.generated.images])
-        references = References(Seen(), Seen())
+        real = Seen()
         if self.references is not None:
             real = self.judge.see(_square(image.load()) for image in self.references.images)
-            references = References(real, real)
-        pictures = self.judge.see(image.load() for image in self.generated.images)
-        return score_pictures(pictures, texts, references)
+        return scores_of(self.judge.see(image.load() for image in self.generated.images), texts, real, copies=real)
 
     def measure(self, metric: str) -> Similarity:
         """One of SIMILARITY_METRICS.

@@ -86,7 +86,7 @@ class Watch:
     def keep_base(self) -> None:
         """Draw what the base draws of the class, unless it is there; before anything was learned, or is loaded. (The
         first look at a new run keeps what it draws.)"""
-        if self.judge.networks and not all(file.is_file() for file in self._base_files):
+        if self.judge.compares and not all(file.is_file() for file in self._base_files):
             self._save_base(self._draw(self.class_prompts))
 
     def look(self, step: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -105,7 +105,7 @@ class Watch:
         pictures, of_class = drawn[: len(self.prompts) * per_prompt], drawn[len(self.prompts) * per_prompt :]
         texts = self.judge.read([prompt for prompt in self.prompts for _ in self.watch.seeds])
         values = score_pictures(self.judge.see(pictures), texts, self.references)
-        if of_class and self.judge.networks:
+        if of_class and self.judge.compares:
             values["drift"] = self._drift(step, of_class)
         rows = [drawn[i : i + per_prompt] for i in range(0, len(drawn), per_prompt)]
         sheet = contact_sheet(rows, self.prompts + self.class_prompts, [f"seed {seed}" for seed in self.watch.seeds])
