@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,12 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(file, text.getvalue())
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown; what would end a cell, |, is / in it."""
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (columns, *rows)]
+    return [lines[0], "|" + " --- |" * len(columns), *lines[1:]]
 
 
 def _read(description: Path, advice: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import write_text
+from improved_diffusion.results import markdown_table
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -85,13 +86,13 @@ def markdown(rows: list[dict], scales: list[float], choose: int, tell: int) -> s
     measured = rows[0]["reported"]
     title = f"{measured['metric']}, n = {measured['n_fake']:,} against {measured['n_real']:,}; scales on seed {choose}"
     columns = ["guidance", *(f"{scale:g}" for scale in [1.0, *scales]), f"the best of them on seed {tell}"]
-    lines = [title, "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines = []
     for row in rows:
         cells = [f"{row['values'][scale]:.3f}" if scale in row["values"] else "" for scale in [1.0, *scales]]
         told = row["reported"]
         best = f"{row['chosen']:g}: {told['value']:.3f} ({told['low']:.3f} to {told['high']:.3f})"
-        lines.append("| " + " | ".join([row["kind"], *cells, best]) + " |")
-    return "\n".join(lines)
+        lines.append([row["kind"], *cells, best])
+    return "\n".join([title, "", *markdown_table(columns, lines)])
 
 
 if __name__ == "__main__":

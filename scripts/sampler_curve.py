@@ -20,6 +20,7 @@ from typing import Any
 from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import atomic_write, write_text
+from improved_diffusion.results import markdown_table
 from improved_diffusion.sampling.flags import sampler_option
 
 
@@ -123,11 +124,9 @@ def report(points: list[dict], out: Path, title: str) -> None:
     samplers = list(dict.fromkeys(point["sampler"] for point in points))
     columns = sorted({point["budget"] for point in points})
     values = {(point["sampler"], point["budget"]): point["value"] for point in points}
-    lines = [f"{title}, by network evaluations at the most", "", "| sampler | " + " | ".join(map(str, columns)) + " |"]
-    lines.append("| --- |" + " --- |" * len(columns))
-    for sampler in samplers:
-        cells = (f"{values[sampler, n]:.3f}" if (sampler, n) in values else "" for n in columns)
-        lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
+    rows = [[s, *(f"{values[s, n]:.3f}" if (s, n) in values else "" for n in columns)] for s in samplers]
+    table = markdown_table(["sampler", *map(str, columns)], rows)
+    lines = [f"{title}, by network evaluations at the most", "", *table]
     write_text(out / "curve.md", "\n".join(lines) + "\n")
 
     from matplotlib.figure import Figure

@@ -22,6 +22,7 @@ from improved_diffusion.personalize.data.crops import fit
 from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_vit_classifier
 from improved_diffusion.personalize.studies.evaluate import CaptionedSource
+from improved_diffusion.results import markdown_table
 
 INCEPTION = "inception"
 BATCH = 32
@@ -123,12 +124,11 @@ def paired(pictures: CaptionedSet, reference: CaptionedSet, lpips_network: torch
 def table(sets: Sequence[CaptionedSet], measured: Sequence[Sequence[Value]]) -> str:
     """In Markdown: a row for each set, a column for each metric."""
     metrics = list(dict.fromkeys(value.metric for values in measured for value in values))
-    lines = [f"| set | n | {' | '.join(metrics)} |", "| --- " * (len(metrics) + 2) + "|"]
+    rows = []
     for pictures, values in zip(sets, measured, strict=True):
         cells = {value.metric: _cell(value) for value in values}
-        row = [pictures.path.name, f"{len(pictures):,}", *(cells.get(metric, "") for metric in metrics)]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        rows.append([pictures.path.name, f"{len(pictures):,}", *(cells.get(metric, "") for metric in metrics)])
+    return "\n".join(markdown_table(["set", "n", *metrics], rows))
 
 
 def _cell(value: Value) -> str:
