@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 from improved_diffusion.sampling.flags import EMA_LENGTH_HELP, add_sampling_flags, flag_changes, split_guide
 
 OF_TRAINING_IMAGES = ["floor", "memorisation", "class-accuracy"]
@@ -135,8 +135,7 @@ def main() -> None:
     if options.json and results:
         records = [result.as_dict() for result in results]
         report = {**records[0], "measurements": records, **opened.identities, "improved_diffusion": project_version()}
-        with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(options.json, json.dumps(report, indent=2) + "\n")
     if options.plot:
         plot(results, options.plot)
     for result in results:

@@ -13,23 +13,19 @@ import sys
 from pathlib import Path
 
 from improved_diffusion.errors import UserError, user_errors_exit
-from improved_diffusion.run_flags import run_type_of_flags
-from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_settings
+from improved_diffusion.run_flags import parse_run, run_parser, run_type_of_flags
+from improved_diffusion.settings import parse_arguments, read_settings, to_settings
 
 
 def main(arguments: list[str]) -> int:
     kind = run_type_of_flags(arguments)
-    parser = settings_parser(kind, prog="train.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", help="YAML file of settings (default: chosen by data and device, and printed)")
-    parser.add_argument("--out", help="directory of the run (default: a new one under runs/)")
-    parser.add_argument("--resume", help="directory of a run to go on with, or one of its checkpoints")
+    of_config = "YAML file of settings (default: chosen by data and device, and printed)"
+    parser = run_parser(kind, of_config, prog="train.py", description=__doc__.splitlines()[0])
     again = "go on with the run at --out, as it was begun, if there is one: so a start and all restarts are one command"
     parser.add_argument("--resume-if-exists", action="store_true", help=again)
-    options = parse_arguments(parser, arguments)
+    options = parse_run(parser, arguments)
     if options.resume_if_exists and (options.resume or not options.out):
         raise UserError("--resume-if-exists goes on with the run at --out: give --out, and leave out --resume")
-    if options.resume is not None and (options.config or options.out):
-        raise UserError("--resume takes the settings and the directory of its run: leave out --config and --out")
 
     # Only now, for torch takes seconds to import: --help and typos are answered at once.
     from improved_diffusion.data.shards import open_training_set

@@ -40,6 +40,7 @@ from improved_diffusion.metrics.inception.network import Conv, Inception
 from improved_diffusion.metrics.inception.preprocessing import preprocess
 from improved_diffusion.metrics.inception.weights import BATCH_NORM_EPS, PACKAGE, Layer, load_layers, packaged_weights
 from improved_diffusion.metrics.statistics import statistics_of
+from improved_diffusion.runtime.devices import default_device
 
 PLAIN_BATCH = 50  # the default of pytorch-fid and others
 
@@ -198,7 +199,7 @@ def compare_memory() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100, help="number of images to time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--dimension", type=int, default=2048, help="of the Fréchet distance")
     arguments = parser.parse_args()
     compare_extractors(arguments.images, arguments.device)

@@ -28,6 +28,7 @@ from gpu_parts.checks import correctness_cases
 from gpu_parts.speed import MODES, measuring_cases, noise_cases, sampling_cases, small, training_cases, whole
 
 from improved_diffusion.config import load_config
+from improved_diffusion.results import markdown_table
 from improved_diffusion.runtime.devices import choose_precision, start_processes
 
 CONFIG = Path(__file__).parent.parent / "configs" / "food101_hybrid.yaml"
@@ -83,8 +84,8 @@ def markdown(report: Report) -> str:
     lines = [f"{report['device']}, PyTorch {report['torch']}, {report['arithmetic']}; {report['seconds']:.0f} s."]
     for part, rows in report["parts"].items():
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        lines += ["", f"### {part.capitalize()}", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-        lines += [f"| {' | '.join(shown(row.get(name, '')) for name in columns)} |" for row in rows]
+        cells = [[shown(row.get(name, "")) for name in columns] for row in rows]
+        lines += ["", f"### {part.capitalize()}", "", *markdown_table(columns, cells)]
     return "\n".join(lines) + "\n"
 
 

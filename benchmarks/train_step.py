@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.models.unet import UNet
-from improved_diffusion.runtime.devices import arithmetic, choose_precision, use_huge_pages
+from improved_diffusion.runtime.devices import arithmetic, choose_precision, default_device, use_huge_pages
 
 Step = Callable[[], Any]
 
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each")
     parser.add_argument("--compile", action="store_true", help="run the second network through torch.compile")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     options = parser.parse_args()
     use_huge_pages()  # as training does
 
@@ -163,7 +163,7 @@ def main() -> None:
         for name, step in steps.items():
             seconds[name].append(seconds_of(step))
 
-    threads = f", {torch.get_num_threads()} thread(s)" if options.device == "cpu" else ""
+    threads = f", {torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
     network = "the demo's UNet" if options.demo else f"UNet of {options.num_channels} channels"
     print(f"{network} at {options.image_size}x{options.image_size}, batch {options.batch_size}, on {device}{threads}")
     slow, fast = medians = [statistics.median(times) for times in seconds.values()]

@@ -195,7 +195,7 @@ class TrainingConfig:
     """Arithmetic of the network; auto is bf16 where the device has hardware for it. The run records which it was."""
     compile: bool = False
     """Compile forward process, network and loss with torch.compile: faster steps after a minute or two; with several
-    processes the network alone."""
+    processes the network alone. On a GPU evaluations draw by a compiled network too."""
     cuda_graph: bool = False
     """On one GPU, replay the forward and backward pass as a CUDA graph, so that no kernel waits for Python."""
     gradient_checkpointing: bool = False

@@ -46,6 +46,12 @@ def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path | str, text: str, *, durable: bool = True) -> None:
+    """Write `text` to `path` in UTF-8; see `atomic_write`."""
+    with atomic_write(path, durable=durable) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def exclusive(lock_file: Path, refusal: str) -> Iterator[None]:
     """Hold `lock_file` while the block lasts; its folder is made if it is not there.

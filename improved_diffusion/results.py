@@ -7,12 +7,12 @@ import csv
 import io
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 
 INPUTS = "inputs"  # of a description
 
@@ -67,8 +67,13 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with atomic_write(file) as temporary:
-        temporary.write_text(text.getvalue())
+    write_text(file, text.getvalue())
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown; what would end a cell, |, is / in it."""
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (columns, *rows)]
+    return [lines[0], "|" + " --- |" * len(columns), *lines[1:]]
 
 
 def _read(description: Path, advice: str) -> dict[str, Any]:
@@ -79,5 +84,4 @@ def _read(description: Path, advice: str) -> dict[str, Any]:
 
 
 def _write(description: Path, content: Mapping[str, Any]) -> None:
-    with atomic_write(description) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(description, json.dumps(content, indent=2) + "\n")

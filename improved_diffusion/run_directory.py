@@ -20,7 +20,7 @@ import yaml
 from improved_diffusion.checkpoint_file import write_checkpoint
 from improved_diffusion.config import Config, load_config
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write, exclusive
+from improved_diffusion.files import exclusive, write_text
 from improved_diffusion.settings import Settings, load_settings, to_plain
 
 CHECKPOINT_NAME = re.compile(r"step_(\d{7,})\.pt")
@@ -84,8 +84,7 @@ class RunDirectory:
 
     def write_config(self, config: Any, provenance: list[dict[str, Any]]) -> None:
         """Write the resolved settings, with `provenance` (command lines, versions, commit, data) beside them."""
-        with atomic_write(self.config_file) as temporary:
-            temporary.write_text(yaml.safe_dump({**to_plain(config), "provenance": provenance}, sort_keys=False))
+        write_text(self.config_file, yaml.safe_dump({**to_plain(config), "provenance": provenance}, sort_keys=False))
 
     def read_provenance(self) -> list[dict[str, Any]]:
         """What `write_config` wrote beside the settings; empty where there is nothing."""
@@ -169,8 +168,7 @@ class RunDirectory:
 
     def point(self, name: str, file: Path) -> None:
         """Let `name` (`latest` or `best`) name the checkpoint `file`."""
-        with atomic_write(self.checkpoints / name) as temporary:
-            temporary.write_text(file.name + "\n")
+        write_text(self.checkpoints / name, file.name + "\n")
 
     def pointed(self, name: str) -> Path | None:
         """The checkpoint that `name` names; None if there is no such pointer, if the file has gone, or if the run was

@@ -1,12 +1,38 @@
-"""Which settings the flags of a run are about."""
+"""The flags of a run: new or resumed, and which settings they are about."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+import jsonargparse
 
 from improved_diffusion.config import Config, run_type
-from improved_diffusion.settings import read_settings
+from improved_diffusion.settings import parse_arguments, read_settings, require, settings_parser
+
+
+def run_parser(kind: type, config_help: str = "YAML file of settings", **kwargs: Any) -> jsonargparse.ArgumentParser:
+    """A parser with a flag for every setting of the dataclass `kind`, and those that say which run it is."""
+    parser = settings_parser(kind, **kwargs)
+    parser.add_argument("--config", help=config_help)
+    parser.add_argument("--out", help="directory of the run (default: a new one under runs/)")
+    parser.add_argument("--resume", help="directory of a run to go on with, or one of its checkpoints")
+    return parser
+
+
+def parse_run(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> jsonargparse.Namespace:
+    """The flags in `arguments`; see `run_parser`.
+
+    Raises:
+        UserError: as `parse_arguments`; or a resumed run is given settings or a directory.
+    """
+    options = parse_arguments(parser, arguments)
+    require(
+        options.resume is None or not (options.config or options.out),
+        "--resume takes the settings and the directory of its run: leave out --config and --out",
+    )
+    return options
 
 
 def run_type_of_flags(arguments: list[str]) -> type[Config]:

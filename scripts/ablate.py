@@ -29,7 +29,7 @@ import yaml
 
 from improved_diffusion.config import RUNS, SAMPLER_OPTIONS, Config, load_config
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 from improved_diffusion.run_flags import run_type_of_flags
 from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_plain, to_settings
 
@@ -231,8 +231,7 @@ def require_same_settings(settings: Config, file: Path) -> None:
 def keep(settings: Config, file: Path, seconds_per_step: float | None) -> None:
     """Write the settings of an arm, and its pace as far as it is known."""
     measured = {} if seconds_per_step is None else {"provenance": {"seconds_per_step": seconds_per_step}}
-    with atomic_write(file) as temporary:
-        temporary.write_text(yaml.safe_dump({**to_plain(settings), **measured}, sort_keys=False))
+    write_text(file, yaml.safe_dump({**to_plain(settings), **measured}, sort_keys=False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.data import open_image_set
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write, read_jsonl
+from improved_diffusion.files import read_jsonl, write_text
 from improved_diffusion.metrics import FeatureExtractor, FeatureSets, extract_features, measure
 from improved_diffusion.metrics.estimate import Estimate, Influence, bootstrap_interval
 from improved_diffusion.metrics.images.opening import image_set_source
@@ -151,8 +151,7 @@ class Measures:
         if kept.get("made_of") != made_of:
             bound = bound_on_images(model, self.images, rows)
             kept = {"made_of": made_of, "total": bound.total.tolist(), "vlb": bound.vlb.mean(0).tolist()}
-            with atomic_write(file) as temporary:
-                temporary.write_text(json.dumps(kept))
+            write_text(file, json.dumps(kept))
         total = np.array(kept["total"])
         low_high = bootstrap_interval(Estimate(total.mean(), (Influence(total, self.images.labels[rows]),)))
         yield "bits/dim", None, None, float(total.mean()), *low_high

@@ -13,8 +13,9 @@ from ablation_measures import Row, all_steps
 
 from improved_diffusion.config import Config
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, write_text
 from improved_diffusion.metrics.verdicts import spread, verdicts
+from improved_diffusion.results import markdown_table
 from improved_diffusion.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def write_report(
         "![Curves: means over the seeds; bands from the lowest to the highest seed](ablation.png)",
     ]
     text = "\n\n".join(part for part in parts if part)
-    with atomic_write(out / "ablation.md") as temporary:
-        temporary.write_text(text + "\n")
+    write_text(out / "ablation.md", text + "\n")
     plot(rows, settings, out / "ablation.png", by_time)
     return text
 
@@ -88,12 +88,12 @@ def table_of_runs(rows: Sequence[Row]) -> list[str]:
     for row in sorted(rows, key=lambda row: row.sampling_steps or 0):  # what is drawn in most steps stays
         runs[row.arm, row.seed][row.metric] = row
     measured = dict.fromkeys(row.metric for row in rows if is_final(row))
-    lines = heading(["arm", "seed", "parameters", "steps", "hours", *measured])
+    lines = []
     for (arm, seed), of in sorted(runs.items(), key=lambda item: item[0][1]):
         cells = [arm, f"{seed}", f"{of['parameters'].value:,}", f"{of['hours'].step:,}", f"{of['hours'].value:.3g}"]
         cells += [with_interval(of[metric]) if metric in of else "" for metric in measured]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return markdown_table(["arm", "seed", "parameters", "steps", "hours", *measured], lines)
 
 
 def is_final(row: Row) -> bool:
@@ -103,10 +103,6 @@ def is_final(row: Row) -> bool:
 
 def with_interval(row: Row) -> str:
     return f"{row.value:.3f}" + ("" if row.low is None else f" ({row.low:.3f} to {row.high:.3f})")
-
-
-def heading(columns: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
 
 
 def sections(rows: Sequence[Row], settings: Mapping[str, Config], by_time: bool) -> list[Section]:
@@ -173,10 +169,8 @@ def common(curves: Curves) -> list:
 
 def table(curves: Curves, x_name: str) -> list[str]:
     """A Markdown table: a column for each arm, a line for each x that all runs have."""
-    lines = heading([x_name, *curves])
-    for x in common(curves):
-        lines.append(f"| {x} | " + " | ".join(spread([run[x] for run in runs]) for runs in curves.values()) + " |")
-    return lines
+    rows = [[f"{x}", *(spread([run[x] for run in runs]) for runs in curves.values())] for x in common(curves)]
+    return markdown_table([x_name, *curves], rows)
 
 
 def judgements(curves: Curves, judged: Sequence[Hashable]) -> list[str]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 
 
 def main(arguments: list[str]) -> None:
@@ -48,8 +48,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         columns = {"vlb": vlb, "xstart_mse": xstart_mse, "mse": mse}
         record = {name: column.mean(0).tolist() for name, column in columns.items()}
-        with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps({"total": float(total.mean()), "prior": float(prior.mean()), **record}))
+        write_text(options.json, json.dumps({"total": float(total.mean()), "prior": float(prior.mean()), **record}))
 
 
 if __name__ == "__main__":

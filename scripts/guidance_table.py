@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
+from improved_diffusion.results import markdown_table
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -74,11 +75,9 @@ def main(arguments: list[str]) -> None:
 
     rows = [row("none", None, [1.0])]
     rows += [row(*which, options.scales) for which in itertools.product(guided, (None, options.interval))]
-    with atomic_write(options.out / "guidance.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=2) + "\n")
+    write_text(options.out / "guidance.json", json.dumps(rows, indent=2) + "\n")
     table = markdown(rows, options.scales, choose, tell)
-    with atomic_write(options.out / "guidance.md") as temporary:
-        temporary.write_text(table + "\n")
+    write_text(options.out / "guidance.md", table + "\n")
     print(f"\n{table}")
 
 
@@ -87,13 +86,13 @@ def markdown(rows: list[dict], scales: list[float], choose: int, tell: int) -> s
     measured = rows[0]["reported"]
     title = f"{measured['metric']}, n = {measured['n_fake']:,} against {measured['n_real']:,}; scales on seed {choose}"
     columns = ["guidance", *(f"{scale:g}" for scale in [1.0, *scales]), f"the best of them on seed {tell}"]
-    lines = [title, "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines = []
     for row in rows:
         cells = [f"{row['values'][scale]:.3f}" if scale in row["values"] else "" for scale in [1.0, *scales]]
         told = row["reported"]
         best = f"{row['chosen']:g}: {told['value']:.3f} ({told['low']:.3f} to {told['high']:.3f})"
-        lines.append("| " + " | ".join([row["kind"], *cells, best]) + " |")
-    return "\n".join(lines)
+        lines.append([row["kind"], *cells, best])
+    return "\n".join([title, "", *markdown_table(columns, lines)])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 
 from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, write_text
+from improved_diffusion.results import markdown_table
 from improved_diffusion.sampling.flags import sampler_option
 
 
@@ -70,16 +71,15 @@ def main(arguments: list[str]) -> None:
     samplers = {text: sampler_settings(text) for text in options.samplers}
     options.out.mkdir(parents=True, exist_ok=True)
 
-    import torch
-
     from improved_diffusion.metrics import FeatureExtractor, extract_features, metric_name, open_source
     from improved_diffusion.metrics.estimate import bootstrap_interval
     from improved_diffusion.metrics.fid import frechet_inception_distance
+    from improved_diffusion.runtime.devices import default_device
     from improved_diffusion.sampling.loading import load
     from improved_diffusion.sampling.model import change_sampling
     from improved_diffusion.sampling.run_source import run_source
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     extractor = FeatureExtractor((options.features,), device)
     model, reference = load(options.run, options.checkpoint, device=device), open_source(options.real)
     real = extract_features(reference, extractor)[options.features]
@@ -120,18 +120,14 @@ def main(arguments: list[str]) -> None:
 
 def report(points: list[dict], out: Path, title: str) -> None:
     """Write curve.json, curve.md and curve.png."""
-    with atomic_write(out / "curve.json") as temporary:
-        temporary.write_text(json.dumps({"title": title, "points": points}, indent=2) + "\n")
+    write_text(out / "curve.json", json.dumps({"title": title, "points": points}, indent=2) + "\n")
     samplers = list(dict.fromkeys(point["sampler"] for point in points))
     columns = sorted({point["budget"] for point in points})
     values = {(point["sampler"], point["budget"]): point["value"] for point in points}
-    lines = [f"{title}, by network evaluations at the most", "", "| sampler | " + " | ".join(map(str, columns)) + " |"]
-    lines.append("| --- |" + " --- |" * len(columns))
-    for sampler in samplers:
-        cells = (f"{values[sampler, n]:.3f}" if (sampler, n) in values else "" for n in columns)
-        lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
-    with atomic_write(out / "curve.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+    rows = [[s, *(f"{values[s, n]:.3f}" if (s, n) in values else "" for n in columns)] for s in samplers]
+    table = markdown_table(["sampler", *map(str, columns)], rows)
+    lines = [f"{title}, by network evaluations at the most", "", *table]
+    write_text(out / "curve.md", "\n".join(lines) + "\n")
 
     from matplotlib.figure import Figure
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from improved_diffusion.data.names import base_name
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
 from improved_diffusion.progress import progress
@@ -23,9 +24,8 @@ from improved_diffusion.progress import progress
 FILES = ("icons.json", "metadata.json", "info.json", "package.json")
 GET = "an icon set comes by `npm pack @iconify-json/noto`: give the .tgz, or its unpacked folder"
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")  # of skin
-TONE = re.compile(rf"-(?:{'|'.join(sorted(TONES, key=len, reverse=True))})-skin-tone")
-GENDERS = {"man", "men", "woman", "women", "person", "people"}
-CHILDREN = {"boy", "girl"}
+# What is no part of a base name, even of one that has no word beside: tones, and the children of a family.
+EXTRA = re.compile(r"(?<=\w) (?:(?:medium )?(?:light|dark) skin tone|medium skin tone|boy|girl)\b")
 DEFAULT_SIDE = 16  # of an icon, where Iconify's format leaves it out
 UNCATEGORIZED = "other"
 FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say: a date of the day would change its bytes
@@ -37,7 +37,7 @@ class Icon:
 
     name: str  # of the package: birthday-cake, artist-dark-skin-tone
     readable: str  # birthday cake, artist dark skin tone
-    base: str  # shared by its variants of tone and gender: a split by it does not leak
+    base: str  # birthday-cake, artist; shared by variants of tone and gender: a split by it does not leak
     category: str  # food_drink
     svg: str
 
@@ -78,31 +78,14 @@ def open_icons(path: Path | str) -> IconSet:
     categories = files.get("metadata.json", {}).get("categories", {})
     category_of = {name: _folder_name(category) for category, names in categories.items() for name in names}
     shown = {name: icon for name, icon in found["icons"].items() if not icon.get("hidden")}
-    icons = tuple(
-        Icon(
-            name=name,
-            readable=_with_tone(name, shown).replace("-", " "),
-            base=base_name(name, shown),
-            category=category_of.get(name, UNCATEGORIZED),
-            svg=_svg({**found, **shown[name]}),
-        )
-        for name in sorted(shown)
-    )
+    icons = tuple(_icon(name, shown, category_of.get(name, UNCATEGORIZED), found) for name in sorted(shown))
     return IconSet(found["prefix"], files.get("info.json", {}), files.get("package.json", {}).get("version"), icons)
 
 
-def base_name(name: str, names: Collection[str]) -> str:
-    """What an icon shares with its variants of skin tone and gender: `woman-artist-dark-skin-tone` is `artist`.
-
-    Args:
-        name: of the icon, as Iconify has it.
-        names: of all icons of the set: fluent-emoji ends in `-dark` what others end in `-dark-skin-tone`, and only its
-            companions tell that from the end of another word, as in `police-car-light`.
-    """
-    words = TONE.sub("", _with_tone(name, names)).split("-")
-    people = GENDERS | (CHILDREN if len(words) > 2 else set())  # a family is counted by its members
-    kept = [word for word in words if word not in people]
-    return "-".join(kept or words)
+def _icon(name: str, shown: dict[str, dict[str, Any]], category: str, found: dict[str, Any]) -> Icon:
+    readable = _with_tone(name, shown).replace("-", " ")
+    base = base_name(EXTRA.sub("", readable)).replace(" ", "-")
+    return Icon(name, readable, base, category, _svg({**found, **shown[name]}))
 
 
 def render(svg: str, size: int) -> bytes:
@@ -162,7 +145,8 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def _with_tone(name: str, names: Collection[str]) -> str:
-    """The name with fluent-emoji's tones spelt out, which no more than `-dark` says there."""
+    """The name with fluent-emoji's tones spelt out. No more than `-dark` says them there; companions among the `names`
+    tell that from the end of another word, as in `police-car-light`."""
     for tone in TONES:
         stem = name.removesuffix(f"-{tone}")
         if stem != name and all(f"{stem}-{other}" in names for other in TONES):

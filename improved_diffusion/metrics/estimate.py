@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,25 @@ class Estimate:
     details: dict[str, Any] = field(default_factory=dict)
     least: float = -np.inf  # what the value cannot fall below
     most: float = np.inf  # nor exceed
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over images, and where it would fall 95 % of the time were the images drawn anew; a single image cannot
+    tell."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def mean_score(values: ArrayLike) -> Score:
+    """The mean of one value for each image, (n,), with a bootstrap interval over the images."""
+    array = np.asarray(values, np.float64)
+    estimate = Estimate(float(array.mean()), (Influence(array),))
+    low, high = bootstrap_interval(estimate) if len(array) > 1 else (None, None)
+    return Score(estimate.value, low, high, len(array))
 
 
 def bootstrap_interval(

@@ -1,8 +1,9 @@
 """How alike images and texts are, by the embeddings of a CLIP or DINO model that the caller gives.
 
-Models and processors are those of Hugging Face transformers 4 or 5, or anything that is called the same way; nothing is
+First the scores of images, then those of embeddings, which can be kept and compared again, then the embeddings. Models
+and processors are those of Hugging Face transformers 4 or 5, or anything that is called the same way; nothing is
 imported or downloaded here. Every value depends on the model, so name it beside the number. Values come one per image,
-so that the caller can put an interval on their mean.
+so that the caller can put an interval on their mean: see `mean_score`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def clip_score(
         UserError: no images, another number of texts, or embeddings that are not finite.
         ValueError: arguments of another kind, or a model in training mode.
     """
-    return 100 * _cosines(images, texts, model, processor, batch_size).clamp(min=0)
+    return 100 * _prompt_match(images, texts, model, processor, batch_size).clamp(min=0)
 
 
 def clip_i(images: Images, references: Images, model: nn.Module, processor: Processor, batch_size: int = 32) -> Tensor:
@@ -69,9 +70,7 @@ def clip_i(images: Images, references: Images, model: nn.Module, processor: Proc
         UserError: no images or no references, or embeddings that are not finite.
         ValueError: see `clip_score`.
     """
-    check_images(references, "references")
-    embedded = image_embeddings(images, model, processor, batch_size)
-    return embedded @ image_embeddings(references, model, processor, batch_size).mean(dim=0)
+    return _fidelity(image_embeddings, images, references, model, processor, batch_size)
 
 
 def dino(images: Images, references: Images, model: nn.Module, processor: Processor, batch_size: int = 32) -> Tensor:
@@ -85,9 +84,7 @@ def dino(images: Images, references: Images, model: nn.Module, processor: Proces
     Returns, Raises:
         See `clip_i`.
     """
-    check_images(references, "references")
-    embedded = dino_embeddings(images, model, processor, batch_size)
-    return embedded @ dino_embeddings(references, model, processor, batch_size).mean(dim=0)
+    return _fidelity(dino_embeddings, images, references, model, processor, batch_size)
 
 
 def pick_score(
@@ -108,7 +105,7 @@ def pick_score(
     Raises:
         See `clip_score`.
     """
-    return _logit_scale(model) * _cosines(images, texts, model, processor, batch_size)
+    return logit_scale(model) * _prompt_match(images, texts, model, processor, batch_size)
 
 
 def pick_preferences(
@@ -127,9 +124,68 @@ def pick_preferences(
         UserError: no candidates, or embeddings that are not finite.
         ValueError: see `clip_score`.
     """
-    embedded_text = text_embeddings([text], model, processor, batch_size)[0]
-    cosine = image_embeddings(candidates, model, processor, batch_size) @ embedded_text
-    return (_logit_scale(model) * cosine).softmax(dim=0)
+    text_embedding = text_embeddings([text], model, processor)[0]
+    return (logit_scale(model) * image_embeddings(candidates, model, processor, batch_size) @ text_embedding).softmax(0)
+
+
+def _prompt_match(
+    images: Images, texts: Sequence[str], model: nn.Module, processor: Processor, batch_size: int
+) -> Tensor:
+    check_images(images)
+    _check_texts(texts)
+    if len(images) != len(texts):
+        raise UserError(f"there are {len(images):,} images and {len(texts):,} texts: each image needs its own text")
+    embedded = image_embeddings(images, model, processor, batch_size)
+    return prompt_match(embedded, text_embeddings(texts, model, processor, batch_size))
+
+
+def _fidelity(embed: Callable[..., Tensor], images: Images, references: Images, *how: Any) -> Tensor:
+    check_images(references, "references")
+    return fidelity(embed(images, *how), embed(references, *how))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores of embeddings, each float32 (N, d) of length 1
+
+
+def prompt_match(pictures: Tensor, texts: Tensor) -> Tensor:
+    """CLIP-T (Ruiz et al. 2022, DreamBooth, section 4.1): the cosine of each picture with its own text, (N,)."""
+    return (pictures * texts).sum(dim=1)
+
+
+def fidelity(pictures: Tensor, references: Tensor) -> Tensor:
+    """CLIP-I or DINO (same section): each picture's mean cosine with the M references, (N,)."""
+    return pictures @ references.mean(dim=0)
+
+
+def copying(pictures: Tensor, training: Tensor) -> Tensor:
+    """How much closer each picture is to a training image than these are to each other, (N,), from 0 to 1.
+
+        max(0, 1 - d / D),    d: cosine distance to the closest training image
+                              D: median distance of a training image to the closest other one
+
+    0 is as close as two training images are, or further; 1 is a copy. Give the training images as the autoencoder
+    renders them, for a copy is no sharper.
+
+    Raises:
+        ValueError: fewer than two training images, which say nothing of how close is close.
+    """
+    if len(training) < 2:
+        raise ValueError("a copy score needs at least two training images")
+    among = 1 - training @ training.T
+    among.fill_diagonal_(torch.inf)
+    usual = among.min(dim=1).values.median().clamp(min=1e-6)  # the same image twice would leave no distance
+    closest = 1 - (pictures @ training.T).max(dim=1).values
+    return (1 - closest / usual).clamp(0, 1)
+
+
+def drift(tuned: Tensor, base: Tensor) -> Tensor:
+    """How far pictures of the same prompts and seeds have moved from those of the base: cosine distances, (N,)."""
+    return (1 - prompt_match(tuned, base)).clamp(min=0)  # rounding aside, it is never below
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Embeddings
 
 
 def image_embeddings(images: Images, model: nn.Module, processor: Processor, batch_size: int = 32) -> Tensor:
@@ -217,16 +273,6 @@ def rgb_arrays(images: Images) -> list[np.ndarray]:
     return [np.asarray(to_rgb(image)) for image in images]
 
 
-def _cosines(images: Images, texts: Sequence[str], model: nn.Module, processor: Processor, batch_size: int) -> Tensor:
-    """float32 (N,): that of each image with its own text."""
-    check_images(images)
-    _check_texts(texts)
-    if len(images) != len(texts):
-        raise UserError(f"there are {len(images):,} images and {len(texts):,} texts: each image needs its own text")
-    embedded_texts = text_embeddings(texts, model, processor, batch_size)
-    return (image_embeddings(images, model, processor, batch_size) * embedded_texts).sum(dim=1)
-
-
 def _batches(items: Any, batch_size: int) -> Iterator[Any]:
     if batch_size < 1:
         raise ValueError(f"the batch size must be positive, not {batch_size}")
@@ -248,7 +294,8 @@ def _unit(embeddings: Tensor, what: str) -> Tensor:
     return F.normalize(embeddings, dim=1)
 
 
-def _logit_scale(model: nn.Module) -> float:
+def logit_scale(model: nn.Module) -> float:
+    """What a CLIPModel multiplies its cosines by, as it learnt it."""
     return model.logit_scale.detach().float().exp().item()
 
 

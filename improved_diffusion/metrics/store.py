@@ -25,7 +25,7 @@ import numpy as np
 
 from improved_diffusion.cache import cache_directory
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import atomic_write, write_text
 from improved_diffusion.metrics.features import Features, finite
 from improved_diffusion.metrics.images.sources import Source
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor, FeatureSettings
@@ -98,8 +98,7 @@ class FeatureStore:
             "indices": np.concatenate([indices for indices, _ in parts]).tolist(),
             "broken": {index: reason for _, broken in parts for index, reason in broken.items()},
         }
-        with atomic_write(self.directory / "rows.json") as temporary:
-            temporary.write_text(json.dumps(rows))
+        write_text(self.directory / "rows.json", json.dumps(rows))
         with atomic_write(self.directory / "features.npy") as temporary, temporary.open("wb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": (n, size)}
             np.lib.format.write_array_header_1_0(file, header)

@@ -129,13 +129,18 @@ def _require_restarts_to_work() -> None:
 _TORCHRUN = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
 
+def default_device() -> torch.device:
+    """A GPU if there is one, or else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def usable_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of that name; by default a GPU if there is one, or else the CPU.
+    """The device of that name, or else `default_device`.
 
     Raises:
         UserError: it cannot be used here.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or default_device()
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -18,7 +18,7 @@ from PIL import Image
 from improved_diffusion.config import SamplingConfig
 from improved_diffusion.data.decode import EXTENSIONS
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 from improved_diffusion.provenance import project_version
 from improved_diffusion.sampling.generate import SampleKey
 from improved_diffusion.sampling.model import Model
@@ -93,8 +93,7 @@ def claim(folder: Path, manifest: Manifest, overwrite: bool) -> None:
     for pattern in (ROWS, f".{ARRAY}.*.tmp", f".{MANIFEST}.*.tmp", "*/.seed*.png.*.tmp"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
-    with atomic_write(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest) + "\n")
+    write_text(folder / MANIFEST, json.dumps(manifest) + "\n")
 
 
 def free_folder(parent: Path, name: str, manifest: Manifest) -> Path:

@@ -46,10 +46,15 @@ def current_series(records: Sequence[Record], now: Record) -> list[Record]:
     return last if last and protocol(last[0]) == protocol(now) else []
 
 
+def changed(before: Record, after: Record) -> list[str]:
+    """What of the protocol `after` was another in the record `before`, or was not said."""
+    return [name for name, value in after.items() if before.get(name) != value]
+
+
 def difference(before: Record, after: Record) -> str:
-    """In what two protocols differ, in words."""
-    changed = [name for name in PROTOCOL if before.get(name) != after.get(name)]
-    return ", ".join(f"{name} {shown(before.get(name))} to {shown(after.get(name))}" for name in changed)
+    """In what the protocol `after` differs from that of the record `before`, in words."""
+    names = changed(before, after)
+    return ", ".join(f"{name} {shown(before.get(name))} to {shown(after[name])}" for name in names)
 
 
 def shown(value: Any) -> str:

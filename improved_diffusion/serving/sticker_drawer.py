@@ -78,7 +78,7 @@ def open_sticker_drawer(config: ServingConfig, text: TextDrawer | None) -> Stick
         UserError: what is to cut out, or to caption, cannot be loaded.
     """
     models = config.models
-    matter = load_matter(SHIPPED if models.matting == PRETRAINED else models.matting)
+    matter = load_matter(SHIPPED if models.matting == PRETRAINED else models.matting, models.device)
     captioner = None if models.captioner is None else open_captioner(models.captioner, models.device)
     return StickerDrawer(config, matter, text, captioner)
 

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from improved_diffusion.errors import UserError
@@ -137,7 +136,7 @@ def open_text_drawer(config: ServingConfig) -> TextDrawer:
         UserError: the base cannot be loaded, or a style is no LoRA run.
     """
     models = config.models
-    device = usable_device(models.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(models.device)
     base = load_base(models.base).to(device, drawing_precision(device))
     runs = {name: RunDirectory(Path(path)) for name, path in models.styles.items()}
     own = functools.partial(run_of, config.results)

@@ -58,7 +58,7 @@ class Tuner:
 
     def __init__(self, config: ServingConfig):
         self.config = config
-        self.device = usable_device(config.models.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(config.models.device)
         self._kept: tuple[str, PersonalizeLoop] | None = None  # by its job
 
     def learn(self, job: Job, may_go_on: MayGoOn) -> list[Image.Image] | None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from improved_diffusion.personalize.data.captioning import describe
 from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_blip
 from improved_diffusion.stickers.photos import Outcome, Photo, make_each
 
 
-def caption_photos(photos: Sequence[Photo], out: Path, model_name: str, prefix: str, device: str) -> Outcome:
+def caption_photos(
+    photos: Sequence[Photo], out: Path, model_name: str, prefix: str, device: torch.device | str
+) -> Outcome:
     """Write out/NAME.txt for each photograph; see `make_each`.
 
     Args:

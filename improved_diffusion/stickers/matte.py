@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
@@ -12,6 +12,9 @@ from PIL import Image
 from improved_diffusion.data.decode import to_rgb
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import file_sha256
+
+if TYPE_CHECKING:
+    import torch
 
 SHIPPED = Path(__file__).parents[2] / "pretrained" / "cutout"
 NAMES = ("birefnet", "alpha")
@@ -30,15 +33,17 @@ class Matter(Protocol):
         """
 
 
-def load_matter(name: str | Path = SHIPPED) -> Matter:
+def load_matter(name: str | Path = SHIPPED, device: str | torch.device | None = None) -> Matter:
     """A matter by its name.
 
     Args:
         name: `birefnet`, or `alpha` for the transparency that a picture has itself, or a cut-out that
             `stickers.py segment train` made: its folder, or the .safetensors file there.
+        device: where a cut-out runs; by default a GPU if there is one. rembg chooses for itself where BiRefNet does.
 
     Raises:
-        UserError: there is no such cut-out, or what the name needs is not installed or not to be had.
+        UserError: there is no such cut-out, what the name needs is not installed or not to be had, or a device that
+            cannot be used.
     """
     if str(name) == "alpha":
         return own_alpha
@@ -50,7 +55,7 @@ def load_matter(name: str | Path = SHIPPED) -> Matter:
             f"there is no cut-out at {path}: give a folder that stickers.py segment train wrote, birefnet, or alpha"
         )
     segment = importlib.import_module("improved_diffusion.stickers.segment")  # torch and transformers take seconds
-    network = segment.load_cutout(path)
+    network = segment.load_cutout(path, device)
     return lambda image: network(to_rgb(image))
 
 

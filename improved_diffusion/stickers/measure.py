@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.metrics.estimate import bootstrap_interval
+from improved_diffusion.metrics.estimate import bootstrap_interval, mean_score
 from improved_diffusion.metrics.features import Features, finite
 from improved_diffusion.metrics.fid import frechet_inception_distance
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor, FeatureSettings
@@ -19,10 +19,10 @@ from improved_diffusion.metrics.pairs import ergas, lpips
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.personalize.data.captioned import CaptionedSet
 from improved_diffusion.personalize.data.crops import fit
-from improved_diffusion.personalize.measuring.scores import mean_score
 from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_vit_classifier
 from improved_diffusion.personalize.studies.evaluate import CaptionedSource
+from improved_diffusion.results import markdown_table
 
 INCEPTION = "inception"
 BATCH = 32
@@ -41,7 +41,7 @@ class Value:
     high: float | None
 
 
-def open_extractor(name: str, device: str, weights: Path | None = None) -> Extract:
+def open_extractor(name: str, device: torch.device | str, weights: Path | None = None) -> Extract:
     """What gives the features and the logits of a set: `inception`, or a ViT classifier by folder or name.
 
     Args:
@@ -124,12 +124,11 @@ def paired(pictures: CaptionedSet, reference: CaptionedSet, lpips_network: torch
 def table(sets: Sequence[CaptionedSet], measured: Sequence[Sequence[Value]]) -> str:
     """In Markdown: a row for each set, a column for each metric."""
     metrics = list(dict.fromkeys(value.metric for values in measured for value in values))
-    lines = [f"| set | n | {' | '.join(metrics)} |", "| --- " * (len(metrics) + 2) + "|"]
+    rows = []
     for pictures, values in zip(sets, measured, strict=True):
         cells = {value.metric: _cell(value) for value in values}
-        row = [pictures.path.name, f"{len(pictures):,}", *(cells.get(metric, "") for metric in metrics)]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        rows.append([pictures.path.name, f"{len(pictures):,}", *(cells.get(metric, "") for metric in metrics)])
+    return "\n".join(markdown_table(["set", "n", *metrics], rows))
 
 
 def _cell(value: Value) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import signal
 import time
 from types import FrameType
@@ -18,7 +19,7 @@ from improved_diffusion.models.build import swapped_weights
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.sampling.grids import save_png
-from improved_diffusion.sampling.series import current_series, difference
+from improved_diffusion.sampling.series import current_series, difference, protocol
 from improved_diffusion.training.curves import draw_curves
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.flops import flops_per_image, peak_tflops
@@ -30,10 +31,16 @@ STEPS_BETWEEN_STOP_CHECKS = 10  # with several processes, which must agree to st
 
 
 class StopRequest:
-    """Within its block, turns the first SIGINT or SIGTERM into a wish to stop; a second one interrupts at once."""
+    """Within its block, turns SIGINT and SIGTERM into a wish to stop. Whoever signals twice may not know that a step or
+    its saving is under way (torchrun passes on a Ctrl-C that its processes got themselves): the second one only says
+    so, and the third one interrupts at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signals = 0
+
+    @property
+    def requested(self) -> bool:
+        return self.signals > 0
 
     def __enter__(self) -> StopRequest:
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -47,9 +54,11 @@ class StopRequest:
         return self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        self.signals += 1
+        if self.signals == 2:  # print could be interrupted in the middle of itself
+            os.write(2, b"\nstopping as soon as all is saved; once more interrupts at once\n")
+        if self.signals > 2:
             raise KeyboardInterrupt
-        self.requested = True
 
 
 class TrainingLoop:
@@ -74,7 +83,7 @@ class TrainingLoop:
         self.evaluated_steps = {record["step"] for record in evaluations}
         series = current_series(evaluations, evaluator.protocol)
         if evaluations and not series and self.processes.is_first:
-            what = difference(evaluations[-1], evaluator.protocol)
+            what = difference(evaluations[-1], protocol(evaluator.protocol))
             print(f"evaluation: a new series, not compared with the one before, for its protocol differs: {what}")
         # Of a run that was turned back the best checkpoint until then may have been removed.
         scored = {record["step"]: record["value"] for record in series if "value" in record}

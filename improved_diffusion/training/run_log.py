@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write, read_jsonl
+from improved_diffusion.files import read_jsonl, write_text
 from improved_diffusion.run_directory import RunDirectory
 
 
@@ -24,8 +24,7 @@ class RunLog:
         run.turn_to(first_step)
         for file in (run.metrics_file, run.evaluations_file):
             kept = [record for record in read_jsonl(file) if record["step"] <= first_step]
-            with atomic_write(file) as temporary:
-                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            write_text(file, "".join(json.dumps(record) + "\n" for record in kept))
         self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
 
     def write_metrics(self, record: dict[str, Any]) -> None:

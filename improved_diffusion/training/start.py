@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from jsonargparse import ArgumentParser, Namespace
 
 from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.config import Config, ModelConfig, TrainingConfig, run_type
@@ -21,6 +22,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes, choose_precision
+from improved_diffusion.settings import parse_arguments, read_settings, to_settings
 from improved_diffusion.training.evaluation import Evaluator
 from improved_diffusion.training.optimization import learning_rate
 from improved_diffusion.training.trainer import Trainer
@@ -171,6 +173,26 @@ def run_to_resume(path: str, kind: type = Config) -> RunDirectory:
             f"{run.path} was imported or exported: it holds a model to sample from, and no run to go on with"
         )
     return run
+
+
+def settings_and_run(
+    kind: type, parser: ArgumentParser, arguments: list[str], options: Namespace
+) -> tuple[Any, RunDirectory | None]:
+    """The settings of the flags in `arguments` and, beneath them, of `--config`, or of the run that `--resume` names;
+    and that run.
+
+    Args:
+        kind: the dataclass of the settings.
+        parser: see `run_parser`.
+        arguments, options: before and after `parse_run`.
+
+    Raises:
+        UserError: as `run_to_resume` and `parse_arguments` do.
+    """
+    resumed = None if options.resume is None else run_to_resume(options.resume, kind)
+    file = options.config if resumed is None else resumed.config_file
+    settings = {} if file is None else read_settings(file)
+    return to_settings(kind, parser, parse_arguments(parser, arguments, settings, str(file))), resumed
 
 
 def state_to_resume(run: RunDirectory, path: str, keys: tuple[str, ...] = TRAINING_STATE) -> dict[str, Any]:

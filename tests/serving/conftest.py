@@ -43,8 +43,8 @@ def make_server(tmp_path) -> Callable[..., ServingConfig]:
     """Makes the home of a server whose pixel model is at `pixel`, with limits of one's own."""
 
     def make(pixel: Path | str | None = "pretrained", models: dict | None = None, **limits: object) -> ServingConfig:
-        settings = {"pixel": None if pixel is None else str(pixel), "matting": None, **(models or {})}
-        chosen = ModelsConfig(device="cpu", **settings)
+        settings = {"device": "cpu", "pixel": None if pixel is None else str(pixel), "matting": None}
+        chosen = ModelsConfig(**settings | (models or {}))
         ports = {"port": 0, "page_port": free_port()}
         config = ServingConfig(home=str(tmp_path / "home"), **ports, models=chosen, limits=LimitsConfig(**limits))
         make_home(config)

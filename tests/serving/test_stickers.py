@@ -101,6 +101,11 @@ def test_stickers_are_offered_where_something_cuts_them_out(tiny_run, make_serve
         ModelsConfig(matting="alpha")
 
 
+def test_the_cut_out_is_on_the_device_of_the_settings(make_server, cutout):  # noqa: F811
+    with pytest.raises(UserError, match="cuda:99 cannot be used here"):
+        open_drawers(make_server(None, {"matting": str(cutout), "device": "cuda:99"}))
+
+
 @pytest.mark.parametrize(
     ("values", "offer", "problem"),
     [

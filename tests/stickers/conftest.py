@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from improved_diffusion.runtime.devices import usable_device
 from tests.personalize.conftest import scripts, tiny_judges  # noqa: F401
 
 
@@ -23,7 +24,7 @@ def cutout(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "cutout"
     folder.mkdir()
     (folder / "cutout.safetensors").write_bytes(b"weights")
-    segment = SimpleNamespace(load_cutout=lambda path: darkness)
+    segment = SimpleNamespace(load_cutout=lambda path, device: usable_device(device) and darkness)
     monkeypatch.setitem(sys.modules, "improved_diffusion.stickers.segment", segment)
     return folder
 

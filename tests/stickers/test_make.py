@@ -39,6 +39,13 @@ def command(tiny_base, tiny_judges, cutout, keep_colours, photograph, tmp_path):
     return ("make", *photos, *flags, "--outline=6", f"--out={tmp_path / 'out'}")
 
 
+def test_a_picture_is_cut_out_on_the_device_that_was_asked_for(run_script, cutout, photograph, tmp_path):
+    where = (f"--matting={cutout}", "--device=cuda:99", f"--out={tmp_path / 'out'}")
+    outcome = run_script("stickers.py", "cut", photograph("a.png"), *where)
+    assert outcome.is_one_clear_line()
+    assert "cuda:99 cannot be used here" in outcome.err
+
+
 def test_all_stages_and_once_more_after_a_kill(command, run_script, photograph, tmp_path):
     out = tmp_path / "out"
     broken = photograph("broken.png")

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from improved_diffusion.data.names import base_name, is_held_out
 from improved_diffusion.errors import UserError
 from improved_diffusion.stickers.segment.drawing import TrainingPictures, draw, seeded
-from improved_diffusion.stickers.segment.names import base_name, is_held_out
 from improved_diffusion.stickers.segment.pictures import Photographs, joined, open_pictures
 from improved_diffusion.stickers.segment.scenery import DRAWN, background
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from improved_diffusion.data import open_image_set
@@ -19,7 +21,7 @@ from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.metrics.inception.weights import packaged_weights
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.sampling.series import PROTOCOL
-from improved_diffusion.training.evaluation import reference_set
+from improved_diffusion.training.evaluation import Evaluator, reference_set
 
 WEIGHTS = packaged_weights()
 needs_weights = pytest.mark.skipif(
@@ -39,6 +41,19 @@ def validated_set(tiny_set, tmp_path) -> Path:
     """The tiny set with a val split."""
     pack(with_validation(labelled_folder(tiny_set.parent / "files"), 2), tmp_path / "set", 16, workers=1)
     return tmp_path / "set"
+
+
+def test_a_compiled_network_draws_the_same(tiny_trainer, monkeypatch):
+    """As on a GPU, but by a backend that leaves the operations as they are; `fullgraph` raises where it cannot."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    small = ("--model.channel_multipliers=[1]", "--model.attention_resolutions=[]", "--evaluation.grid_columns=1")
+    trainer = tiny_trainer("--evaluation.features=null", "--sampling.steps=2", "--training.compile=true", *small)
+    evaluator = Evaluator(trainer.config, open_image_set(trainer.config.data), trainer.processes)
+    assert not evaluator.compiles
+    grids = []
+    for evaluator.compiles in (False, True):
+        grids.append(evaluator.evaluate(trainer.network, 0, lambda: False)[1].astype(int))
+    assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
 @needs_weights

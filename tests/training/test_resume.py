@@ -180,11 +180,13 @@ def test_every_line_of_the_record_is_that_of_an_unbroken_run(run_script, tiny_co
             interrupted.remove(trainer.step)
             if how == "killed":
                 raise KeyboardInterrupt
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)  # as torchrun sends it, of a Ctrl-C
         step(trainer, *batch)
 
     monkeypatch.setattr(Trainer, "train_step", interrupting)
     assert run_script("train.py", "--config", tiny_config_file, "--out", broken, *flags).code == 130
+    assert RunDirectory(broken).latest_checkpoint().name == f"step_000000{7 if how == 'stopped' else 4}.pt"
     assert run_script("train.py", "--resume", broken).code == 130
     outcome = run_script("train.py", "--resume", broken)
     assert outcome.code == 0, outcome.err

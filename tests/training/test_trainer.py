@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.run
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from improved_diffusion.diffusion.objective import LossTerms
 from improved_diffusion.diffusion.schedule import cosine_schedule
@@ -96,6 +98,35 @@ def test_augmented_images_are_trained_on_and_the_network_is_told(tiny_trainer):
     assert not any(torch.equal(a, b) for a, b in zip(as_it_is[~untouched], moved[~untouched], strict=True))
     assert gradients[1]["augmentation_embedding.weight"].abs().sum() > 0
     assert "augmentation_embedding.weight" not in gradients[0]
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of weights to bfloat16, and of their gradients back."""
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.names = {parameter.data_ptr(): name for name, parameter in network.named_parameters()}
+        self.weights: Counter[str] = Counter()
+        self.back = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype != out.dtype:
+            if args[0].data_ptr() in self.names:
+                self.weights[self.names[args[0].data_ptr()]] += 1
+            self.back += args[0].dtype == torch.bfloat16 and args[0].dim() == 4 and args[0].shape[-1] in (1, 3)
+        return out
+
+
+def test_bfloat16_casts_each_weight_once_in_a_part_of_the_batch(tiny_trainer):
+    small = ("--model.channel_multipliers=[1]", "--model.attention_resolutions=[]", "--training.batch_size=4")
+    trainer = tiny_trainer("--training.precision=bf16", "--training.accumulation=2", *small)
+    kernels = [name for name, weights in trainer.network.named_parameters() if weights.dim() == 4]
+    with Casts(trainer.network) as casts:
+        trainer.train_step(*trainer.stream.batch(0))
+    assert set(casts.weights.values()) == {2}
+    assert casts.weights.keys() >= set(kernels)
+    assert casts.back == 2 * len(kernels)
 
 
 def test_overfits_one_batch(tiny_trainer):

@@ -27,13 +27,11 @@ def run(arguments: list[str]) -> None:
         parser.error(f"--batch-size must be at least 1, not {options.batch_size}")
 
     # Imported only now: torch takes seconds, and typos are answered at once.
-    import torch
-
     from improved_diffusion.personalize.data.captioning import find_uncaptioned, write_captions
     from improved_diffusion.personalize.models.judges import load_blip
     from improved_diffusion.runtime.devices import usable_device
 
-    device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(options.device)
     found, uncaptioned = find_uncaptioned(options.folder, options.overwrite)
     for line in found.skipped:
         print(f"skipped {line}")

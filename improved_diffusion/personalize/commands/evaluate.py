@@ -37,9 +37,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     # Imported only now: torch takes seconds, and typos are answered at once.
-    import torch
-
-    from improved_diffusion.files import atomic_write
+    from improved_diffusion.files import write_text
     from improved_diffusion.metrics.report import table
     from improved_diffusion.personalize.data.captioned import open_captioned_set
     from improved_diffusion.personalize.measuring.judge import Judge
@@ -47,7 +45,7 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.runtime.devices import usable_device
 
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(options.device)
     generated = open_captioned_set(options.generated)
     references = open_captioned_set(options.references) if options.references is not None else None
     chosen = [metric for metric in METRICS if metric in options.metrics]
@@ -71,7 +69,6 @@ def run(arguments: list[str]) -> None:
         print(evaluate.similarity_table(found))
     if options.json:
         records = [m.as_dict() for m in measurements] + [dataclasses.asdict(similarity) for similarity in found]
-        with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps(records, indent=2) + "\n")
+        write_text(options.json, json.dumps(records, indent=2) + "\n")
     if refused:
         raise UserError("; ".join(refused))

@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> None:
         parser.error(f"--seed must be from 0 to 2^62, not {options.seed}")
 
     # Imported only now: torch takes seconds, and typos are answered at once.
-    from improved_diffusion.files import atomic_write, file_sha256
+    from improved_diffusion.files import file_sha256, write_text
     from improved_diffusion.personalize.data.captioned import MANIFEST, load_image
     from improved_diffusion.personalize.generate import Sampling
     from improved_diffusion.personalize.measuring.prompts import read_prompts
@@ -101,8 +101,7 @@ def run(arguments: list[str]) -> None:
         {"file_name": file.name, "text": text, "seed": seed}
         for file, text, seed in zip(files, wanted, seeds, strict=True)
     ]
-    with atomic_write(options.out / "metadata.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_text(options.out / "metadata.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     pictures = [load_image(file) for file in files]
     rows = [pictures[i : i + options.n] for i in range(0, len(pictures), options.n)]
     sheet = options.out.with_name(f"{options.out.name}.png")

@@ -87,9 +87,7 @@ def open_stack(
 
 def _where(options: argparse.Namespace) -> tuple[torch.device, str]:
     """The device, and the arithmetic on it."""
-    import torch
-
     from improved_diffusion.runtime.devices import drawing_precision, usable_device
 
-    device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(options.device)
     return device, options.precision or drawing_precision(device)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 
 
 def run(arguments: list[str]) -> None:
@@ -82,7 +82,6 @@ def _report(options: argparse.Namespace) -> None:
     report = summarise(read_answers(options.answers, key), key)
     print(table(report))
     if options.json:
-        with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps(asdict(report), indent=1) + "\n")
+        write_text(options.json, json.dumps(asdict(report), indent=1) + "\n")
     if options.plot:
         plot(report, options.plot)

@@ -31,12 +31,10 @@ def run(arguments: list[str]) -> None:
     config = to_settings(SweepConfig, parser, parse_arguments(parser, own, settings, options.config or ""))
 
     # Imported only now: torch takes seconds, and typos are answered at once.
-    import torch
-
     from improved_diffusion.personalize.studies import sweep, sweep_report
     from improved_diffusion.runtime.devices import drawing_precision, usable_device
 
-    device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(options.device)
     runs = [Path(run) for run in config.runs]
     if not runs:
         runs = sweep.train_runs(config.train, out / "runs", Path(options.config or "."), flags)

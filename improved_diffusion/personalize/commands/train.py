@@ -10,19 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
-from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_settings
+from improved_diffusion.run_flags import parse_run, run_parser
 
 
 def run(arguments: list[str]) -> None:
-    parser = settings_parser(PersonalizeConfig, prog="personalize.py train", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", help="YAML file of settings")
-    parser.add_argument("--out", help="directory of the run (default: a new one under runs/)")
-    parser.add_argument("--resume", help="directory of a run to go on with, or one of its checkpoints")
-    options = parse_arguments(parser, arguments)
-    if options.resume is not None and (options.config or options.out):
-        raise UserError("--resume takes the settings and the directory of its run: leave out --config and --out")
+    parser = run_parser(PersonalizeConfig, prog="personalize.py train", description=__doc__.splitlines()[0])
+    options = parse_run(parser, arguments)
 
     # Imported only now: torch takes seconds, and typos are answered at once.
     from accelerate.utils import broadcast_object_list
@@ -32,19 +26,13 @@ def run(arguments: list[str]) -> None:
         held_by_first,
         new_run,
         require_same_run,
-        run_to_resume,
+        settings_and_run,
         state_to_resume,
     )
 
-    settings, source = {}, ""
-    if options.resume is not None:
-        resumed = run_to_resume(options.resume, PersonalizeConfig)
-        settings, source = read_settings(resumed.config_file), str(resumed.config_file)
-    elif options.config is not None:
-        settings, source = read_settings(options.config), options.config
-    given = to_settings(PersonalizeConfig, parser, parse_arguments(parser, arguments, settings, source))
+    given, resumed = settings_and_run(PersonalizeConfig, parser, arguments, options)
     config, why = start.with_precision(given)
-    if options.resume is not None:
+    if resumed is not None:
         require_same_run(resumed.read_config(PersonalizeConfig), config, start.CHANGEABLE)
         opened = resumed.held()
     else:
@@ -53,7 +41,7 @@ def run(arguments: list[str]) -> None:
     accelerator = start.start_accelerator(config)
     say = accelerator.print
     with held_by_first(opened, accelerator.is_main_process, lambda value: broadcast_object_list([value])[0]) as run:
-        state = state_to_resume(run, options.resume, start.TRAINING_STATE) if options.resume is not None else None
+        state = None if resumed is None else state_to_resume(run, options.resume, start.TRAINING_STATE)
         say(f"run: {run.path}" + (f", going on at update {state['step']}" if state else ""))
         say(f"arithmetic: {why}")
         loop = start.build(config, run, state, accelerator, say)

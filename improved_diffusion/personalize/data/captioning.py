@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 from improved_diffusion.personalize.data.captioned import METADATA, CaptionedImage, CaptionedSet, open_captioned_set
 
 # That of the authors' demonstration (github.com/salesforce/BLIP). Nothing is sampled: captions can be repeated.
@@ -83,8 +83,7 @@ def write_captions(
         batch = images[start : start + batch_size]
         captions = describe([image.load() for image in batch], model, processor, prefix)
         for image, caption in zip(batch, captions, strict=True):
-            with atomic_write(_text_file(folder, image)) as temporary:
-                temporary.write_text(caption + "\n", encoding="utf-8")
+            write_text(_text_file(folder, image), caption + "\n")
             yield image.name, caption
 
 

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from improved_diffusion.personalize.measuring.scores import mean_score
+from improved_diffusion.metrics.estimate import Score, mean_score
 
 
 @dataclass(frozen=True)
@@ -100,5 +99,5 @@ def overfitting(looks: Sequence[Look], copy_cap: float) -> list[str]:
     return signs
 
 
-def _change(before: Sequence[float], after: Sequence[float]):
-    return mean_score(torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64))
+def _change(before: Sequence[float], after: Sequence[float]) -> Score:
+    return mean_score(np.subtract(after, before))

@@ -13,9 +13,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
-from improved_diffusion.metrics.similarity import dino_embeddings, image_embeddings, rgb_arrays, text_embeddings
+from improved_diffusion.metrics.similarity import (
+    copying,
+    dino_embeddings,
+    fidelity,
+    image_embeddings,
+    prompt_match,
+    rgb_arrays,
+    text_embeddings,
+)
 from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_clip, load_vision
 
@@ -27,19 +34,36 @@ BATCH = 32
 class Seen:
     """Embeddings of length 1 of N pictures, float32 (N, d) on the CPU; None of a model that is not there."""
 
-    clip: Tensor | None
-    vision: Tensor | None
+    clip: Tensor | None = None
+    vision: Tensor | None = None
 
-    def likeness(self) -> Tensor:
-        """Those by which pictures are compared with each other: the vision model's, or else CLIP's.
+    def likeness(self) -> Tensor | None:
+        """Those by which pictures are compared with each other: the vision model's, or else CLIP's."""
+        return self.vision if self.vision is not None else self.clip
 
-        Raises:
-            UserError: there is neither.
-        """
-        found = self.vision if self.vision is not None else self.clip
-        if found is None:
-            raise UserError("pictures can only be compared by a model: set vision to inception, say")
-        return found
+
+def scores_of(seen: Seen, texts: Tensor | None, real: Seen, copies: Seen) -> dict[str, Tensor]:
+    """{score: one value for each of N pictures, (N,)}: all for which there is a model, and something to compare with.
+
+    `clip_t` and `clip_i` by CLIP, `likeness` by the vision model, `copying` by it or else by CLIP; see
+    metrics/similarity.py.
+
+    Args:
+        seen: the pictures.
+        texts: CLIP's embeddings of their prompts, (N, d), or None.
+        real: what they should be like.
+        copies: what copies of it would be; of a single image, copies cannot be told.
+    """
+    values = {}
+    if seen.clip is not None and texts is not None:
+        values["clip_t"] = prompt_match(seen.clip, texts)
+    if seen.clip is not None and real.clip is not None:
+        values["clip_i"] = fidelity(seen.clip, real.clip)
+    if seen.vision is not None and real.vision is not None:
+        values["likeness"] = fidelity(seen.vision, real.vision)
+    if (known := copies.likeness()) is not None and len(known) > 1:
+        values["copying"] = copying(seen.likeness(), known)
+    return values
 
 
 class Judge:
@@ -85,7 +109,7 @@ class Judge:
     @property
     def compares(self) -> bool:
         """Whether there is a model by which pictures can be compared."""
-        return self._clip is not None or self._vision is not None
+        return bool(self.networks)
 
     def see(self, pictures: Iterable[Image.Image]) -> Seen:
         """What the models make of pictures of any sizes, of which only a few are held at a time."""

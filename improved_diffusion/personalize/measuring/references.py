@@ -10,8 +10,7 @@ from torch import Tensor
 
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import fit
-from improved_diffusion.personalize.measuring import scores
-from improved_diffusion.personalize.measuring.judge import Judge, Seen
+from improved_diffusion.personalize.measuring.judge import Judge, Seen, scores_of
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.encoding import rendered
 from improved_diffusion.progress import progress
@@ -37,26 +36,16 @@ def see_training(
                 bar.update()
 
     if not judge.compares:
-        return References(Seen(None, None), Seen(None, None))
+        return References(Seen(), Seen())
     return References(judge.see(squares()), judge.see(rendered(base, square) for square in squares()))
 
 
 def score_pictures(seen: Seen, texts: Tensor | None, references: References) -> dict[str, Tensor]:
-    """{score: one value for each of N pictures, (N,)}, of all scores for which there is a model.
-
-    `clip_t` and `clip_i` by CLIP, `likeness` by the vision model, `copying` by it or else by CLIP; see scores.py.
+    """{score: one value for each of N pictures, (N,)}; see `scores_of`.
 
     Args:
         seen: the pictures.
         texts: CLIP's embeddings of their prompts, (N, d).
-        references: the training images; of a single one, copies cannot be told.
+        references: the training images.
     """
-    values = {}
-    if seen.clip is not None:
-        values["clip_t"] = scores.prompt_match(seen.clip, texts)
-        values["clip_i"] = scores.fidelity(seen.clip, references.real.clip)
-    if seen.vision is not None:
-        values["likeness"] = scores.fidelity(seen.vision, references.real.vision)
-    if values and len(references.copies.likeness()) > 1:
-        values["copying"] = scores.copying(seen.likeness(), references.copies.likeness())
-    return values
+    return scores_of(seen, texts, references.real, references.copies)

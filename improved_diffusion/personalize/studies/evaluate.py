@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.metrics.estimate import Score, mean_score
 from improved_diffusion.metrics.images.sources import Batch, check_count
 from improved_diffusion.metrics.inception.extractor import FeatureExtractor
 from improved_diffusion.metrics.measure import FeatureSets, Measurement, feature_sizes, measure
@@ -21,8 +22,7 @@ from improved_diffusion.metrics.pairs import load_lpips, lpips
 from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.personalize.data.captioned import CaptionedSet
 from improved_diffusion.personalize.data.crops import fit
-from improved_diffusion.personalize.measuring import scores
-from improved_diffusion.personalize.measuring.judge import Judge, Seen
+from improved_diffusion.personalize.measuring.judge import Judge, Seen, scores_of
 
 INCEPTION_METRICS = ("kid", "fid", "inception-score")
 SIMILARITY_METRICS = ("clip-t", "clip-i", "likeness", "copying", "lpips")
@@ -34,7 +34,7 @@ class Similarity:
     """A mean over pictures, with what it was measured."""
 
     metric: str
-    score: scores.Score
+    score: Score
     n_references: int | None
     model: str
 
@@ -102,12 +102,15 @@ class Similarities:
         self.lpips_weights, self.device = lpips_weights, device
 
     @functools.cached_property
-    def _pictures(self) -> Seen:
-        return self.judge.see(image.load() for image in self.generated.images)
-
-    @functools.cached_property
-    def _real(self) -> Seen:
-        return self.judge.see(_square(image.load()) for image in self.references.images)
+    def _values(self) -> dict[str, torch.Tensor]:
+        """All scores that can be told. Unlike a look at a run, there is no autoencoder to render the references by."""
+        texts = None
+        if not self.generated.without_caption():
+            texts = self.judge.read([image.caption for image in self.generated.images])
+        real = Seen()
+        if self.references is not None:
+            real = self.judge.see(_square(image.load()) for image in self.references.images)
+        return scores_of(self.judge.see(image.load() for image in self.generated.images), texts, real, copies=real)
 
     def measure(self, metric: str) -> Similarity:
         """One of SIMILARITY_METRICS.
@@ -115,41 +118,22 @@ class Similarities:
         Raises:
             UserError: it needs references, prompts or weights that are not there.
         """
-        if metric in ("clip-i", "likeness", "copying") and self.references is None:
-            raise UserError(f"{metric} compares with real pictures: give --references")
-        measures = {
-            "clip-t": self._prompt_match,
-            "clip-i": self._clip_i,
-            "likeness": self._likeness,
-            "copying": self._copying,
-            "lpips": self._diversity,
-        }
-        return measures[metric]()
-
-    def _prompt_match(self) -> Similarity:
-        if missing := self.generated.without_caption():
+        if metric == "lpips":
+            return self._diversity()
+        if metric == "clip-t" and (missing := self.generated.without_caption()):
             raise UserError(
                 f"clip-t compares pictures with their prompts, and {missing[0]} has none in {self.generated.path}"
             )
-        texts = self.judge.read([image.caption for image in self.generated.images])
-        values = scores.prompt_match(self._pictures.clip, texts)
-        return Similarity("CLIP-T", scores.mean_score(values), None, self.judge.clip_name)
-
-    def _clip_i(self) -> Similarity:
-        values = scores.fidelity(self._pictures.clip, self._real.clip)
-        return Similarity("CLIP-I", scores.mean_score(values), len(self.references), self.judge.clip_name)
-
-    def _likeness(self) -> Similarity:
-        values, model = scores.fidelity(self._pictures.vision, self._real.vision), self.judge.vision_name
-        name = "DINO" if "dino" in model.lower() else "likeness"
-        return Similarity(name, scores.mean_score(values), len(self.references), model)
-
-    def _copying(self) -> Similarity:
-        """Against the real pictures themselves: unlike a look at a run, there is no autoencoder to render them by."""
-        if len(self.references) < 2:
+        if metric != "clip-t" and self.references is None:
+            raise UserError(f"{metric} compares with real pictures: give --references")
+        if metric == "copying" and len(self.references) < 2:
             raise UserError("copying needs at least two references, to know how close is close")
-        values = scores.copying(self._pictures.likeness(), self._real.likeness())
-        return Similarity("copying", scores.mean_score(values), len(self.references), self.judge.vision_name)
+        model = self.judge.clip_name if metric.startswith("clip") else self.judge.vision_name
+        name = {"clip-t": "CLIP-T", "clip-i": "CLIP-I"}.get(metric, metric)
+        if metric == "likeness" and "dino" in model.lower():
+            name = "DINO"
+        score = mean_score(self._values[metric.replace("-", "_")])
+        return Similarity(name, score, None if metric == "clip-t" else len(self.references), model)
 
     def _diversity(self) -> Similarity:
         """The mean LPIPS between pictures of one prompt (DIV; Ruiz et al. 2022, DreamBooth, section 4.3): for each
@@ -171,7 +155,7 @@ class Similarities:
                     values.append(lpips([picture] * len(others), others, network).mean())
         if not values:
             raise UserError("lpips measures how pictures of one prompt differ, and no prompt has two")
-        return Similarity("LPIPS", scores.mean_score(torch.stack(values)), None, "AlexNet")
+        return Similarity("LPIPS", mean_score(torch.stack(values)), None, "AlexNet")
 
 
 def _square(image: Image.Image) -> Image.Image:

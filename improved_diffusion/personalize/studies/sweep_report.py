@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from improved_diffusion.files import atomic_write
-from improved_diffusion.personalize.measuring import scores
+from improved_diffusion.metrics.estimate import mean_score
 from improved_diffusion.personalize.measuring.choice import on_front
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.personalize.studies.sweep import Drawn, Point
@@ -66,7 +65,7 @@ def _means(pictures: Sequence[Drawn], names: Sequence[str]) -> dict[str, Any]:
     for name in names:
         row |= dict.fromkeys((name, f"{name}_low", f"{name}_high"))
         if values := [picture.scores[name] for picture in pictures if name in picture.scores]:
-            score = scores.mean_score(torch.tensor(values))
+            score = mean_score(values)
             row |= {name: score.mean, f"{name}_low": score.low, f"{name}_high": score.high}
     return row
 

@@ -19,10 +19,11 @@ from improved_diffusion.personalize.generate import BrokenPicture
 from improved_diffusion.personalize.measuring.choice import Look, candidates, choose, overfitting
 from improved_diffusion.personalize.training.budget import Budget
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
-from improved_diffusion.personalize.training.watch import Watch, difference, fixed_loss, series_of, to_look
+from improved_diffusion.personalize.training.watch import Watch, fixed_loss, series_of, to_look
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.sampling.grids import save_png
+from improved_diffusion.sampling.series import changed
 from improved_diffusion.training.loop import StopRequest
 from improved_diffusion.training.run_log import RunLog
 
@@ -102,7 +103,10 @@ class PersonalizeLoop:
         protocol, known = self.watch.protocol, [record.get("protocol") for record in records]
         if known and known[-1] != protocol:
             which = "an earlier" if protocol in known else "a new"
-            tqdm.write(f"looks: {which} series, not compared with the last one ({difference(known[-1], protocol)})")
+            why = "how the earlier ones were made was not recorded"
+            if known[-1] is not None:
+                why = f"other {', '.join(changed(known[-1], protocol))}"
+            tqdm.write(f"looks: {which} series, not compared with the last one ({why})")
         number = series_of(records, protocol)
         return "watch" if number == 1 else f"watch_{number}"
 

@@ -34,7 +34,7 @@ from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 from improved_diffusion.personalize.training.watch import Watch, watched_prompts
 from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
-from improved_diffusion.runtime.devices import choose_precision
+from improved_diffusion.runtime.devices import choose_precision, default_device
 from improved_diffusion.settings import require, to_plain
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "scaler", "images_seen", "prior_seen", "data_hash")
@@ -51,7 +51,7 @@ CHANGEABLE = {
 def with_precision(config: PersonalizeConfig, device: torch.device | None = None) -> tuple[PersonalizeConfig, str]:
     """The settings with `training.precision: auto` settled by the device, by default a GPU if there is one, so that the
     run records it and keeps it wherever it is resumed; and a line that says why."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if config.training.precision == "auto" and device.type == "cpu":
         precision, why = "float32", "float32, for there is no GPU"
     else:

@@ -16,9 +16,10 @@ from PIL import Image
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
+from improved_diffusion.metrics.estimate import mean_score
+from improved_diffusion.metrics.similarity import drift
 from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
 from improved_diffusion.personalize.generate import BrokenPicture, Sampling, draw
-from improved_diffusion.personalize.measuring import scores
 from improved_diffusion.personalize.measuring.choice import Look
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.prompts import SUITES
@@ -110,7 +111,7 @@ class Watch:
         sheet = contact_sheet(rows, self.prompts + self.class_prompts, [f"seed {seed}" for seed in self.watch.seeds])
         record = {
             "step": step,
-            "scores": {name: dataclasses.asdict(scores.mean_score(value)) for name, value in values.items()},
+            "scores": {name: dataclasses.asdict(mean_score(value)) for name, value in values.items()},
             "values": {name: value.tolist() for name, value in values.items()},
             "clip": self.judge.clip_name,
             "vision": self.judge.vision_name,
@@ -133,7 +134,7 @@ class Watch:
         except OSError as error:
             folder = self._base_files[0].parent
             raise UserError(f"the base's pictures of the class have gone from {folder}: {error}") from error
-        return scores.drift(self.judge.see(pictures).likeness(), self.judge.see(before).likeness())
+        return drift(self.judge.see(pictures).likeness(), self.judge.see(before).likeness())
 
     def _save_base(self, pictures: Sequence[Image.Image]) -> None:
         for file, picture in zip(self._base_files, pictures, strict=True):
@@ -173,13 +174,6 @@ def series_of(records: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> in
         if said not in known:
             known.append(said)
     return known.index(protocol) + 1
-
-
-def difference(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
-    """In what two protocols differ, in words."""
-    if before is None:
-        return "how the earlier ones were made was not recorded"
-    return "other " + ", ".join(name for name in after if before.get(name) != after[name])
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 from improved_diffusion.serving.config import ServingConfig, config_file
 from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_plain, to_settings
 
@@ -26,8 +26,7 @@ def make_home(config: ServingConfig) -> None:
     """
     from improved_diffusion.serving.database import create_database  # takes seconds to import
 
-    with atomic_write(config_file(config.home)) as temporary:
-        temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    write_text(config_file(config.home), yaml.safe_dump(to_plain(config), sort_keys=False))
     for folder in (config.uploads, config.results):
         folder.mkdir(mode=0o700, exist_ok=True)
     create_database(config)

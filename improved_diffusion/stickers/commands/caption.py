@@ -6,13 +6,7 @@ python stickers.py caption photos/*.jpg --out captions
 from __future__ import annotations
 
 from improved_diffusion.errors import ArgumentParser
-from improved_diffusion.stickers.commands.options import (
-    DEVICE,
-    add_caption_options,
-    add_files,
-    report,
-    usable_device_of,
-)
+from improved_diffusion.stickers.commands.options import DEVICE, add_caption_options, add_files, report
 
 
 def run(arguments: list[str]) -> None:
@@ -26,10 +20,10 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.stickers.photos import find_photos
 
     photos = find_photos(options.photos)
-    device = usable_device_of(options)
+    from improved_diffusion.runtime.devices import usable_device
     from improved_diffusion.stickers.caption import caption_photos
 
-    outcome = caption_photos(photos, options.out, options.blip, options.prefix, device)
+    outcome = caption_photos(photos, options.out, options.blip, options.prefix, usable_device(options.device))
     for name, file in outcome.made.items():
         print(f"{name}: {file.read_text().strip()}")
     report(outcome, options.out)

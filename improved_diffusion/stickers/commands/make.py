@@ -14,7 +14,6 @@ from improved_diffusion.stickers.commands.options import (
     add_restyle_options,
     open_style,
     require_all,
-    usable_device_of,
 )
 
 
@@ -31,9 +30,9 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.stickers.photos import find_photos
 
     photos = find_photos(options.photos)
-    device = usable_device_of(options)
     from PIL import Image
 
+    from improved_diffusion.runtime.devices import usable_device
     from improved_diffusion.sampling.grids import save_png
     from improved_diffusion.stickers.caption import caption_photos
     from improved_diffusion.stickers.cut import cut_photos
@@ -44,7 +43,8 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.stickers.sheet import Stages, stages_sheet
 
     require_outline(options.outline)  # before minutes are spent
-    matter = load_matter(options.matting)
+    device = usable_device(options.device)
+    matter = load_matter(options.matting, device)
     out = options.out
     captioned = caption_photos(photos, out / "captions", options.blip, options.prefix, device)
     usable = [photo for photo in photos if photo.name in captioned.made]

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser
-from improved_diffusion.stickers.commands.options import DEVICE, usable_device_of
+from improved_diffusion.stickers.commands.options import DEVICE
 
 NETS = ("vgg", "alex", "squeeze")
 
@@ -31,11 +31,12 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.metrics.pairs import load_lpips
     from improved_diffusion.personalize.data.captioned import open_captioned_set
     from improved_diffusion.results import write_csv
+    from improved_diffusion.runtime.devices import usable_device
     from improved_diffusion.stickers import measure
 
     reference = open_captioned_set(options.reference)
     sets = [open_captioned_set(folder) for folder in options.sets]
-    device = usable_device_of(options)
+    device = usable_device(options.device)
     extract = measure.open_extractor(options.features, device, options.weights)
     weights = options.lpips_weights
     network = None if weights is None else load_lpips(weights, options.lpips_net, device)

@@ -63,15 +63,6 @@ def add_finish_options(parser: ArgumentParser) -> None:
     add("--format", choices=FORMATS, default=FORMATS[0], help="of the stickers (default: %(default)s)")
 
 
-def usable_device_of(options: argparse.Namespace) -> str:
-    """The device to work on. Raises UserError where the one that was asked for is not there."""
-    import torch
-
-    from improved_diffusion.runtime.devices import usable_device
-
-    return str(usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-
-
 def open_style(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Style, dict[str, object]]:
     """What draws, as the flags say, and what of it changes its pictures. Raises UserError as `open_model` does."""
     if not 0 <= options.seed < 2**62:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from improved_diffusion.errors import ArgumentParser
 from improved_diffusion.personalize.commands.options import add_model_options, open_model
 from improved_diffusion.personalize.config import CLIP
-from improved_diffusion.stickers.commands.options import usable_device_of
 
 if TYPE_CHECKING:
     from improved_diffusion.stickers.prompts.scoring import Scorer
@@ -49,9 +48,10 @@ def run(arguments: list[str]) -> None:
 
 
 def _open_scorers(options: argparse.Namespace) -> list[Scorer]:
+    from improved_diffusion.runtime.devices import usable_device
     from improved_diffusion.stickers.prompts.scoring import open_scorers
 
-    return open_scorers(options.clip, None if options.pick == "none" else options.pick, usable_device_of(options))
+    return open_scorers(options.clip, None if options.pick == "none" else options.pick, usable_device(options.device))
 
 
 def _tell_apart(parser: ArgumentParser, options: argparse.Namespace, prompts: list[str]) -> None:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from improved_diffusion.personalize.measuring.scores import Score, mean_score
+from improved_diffusion.metrics.estimate import Score, mean_score
 
 ROUNDS = ((200, 2), (50, 4), (12, 16))  # prompts that are left, and pictures of each
 
@@ -60,7 +59,7 @@ def compare(prompts: Sequence[str], scores: Scores) -> list[Standing]:
             prompts[p],
             values.shape[1],
             {name: float(scores[name][p].mean()) for name in scores},
-            mean_score(torch.from_numpy(values[order[0]] - values[p])),
+            mean_score(values[order[0]] - values[p]),
         )
         for p in order
     ]

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from improved_diffusion.files import atomic_write
-from improved_diffusion.personalize.measuring.scores import Score
+from improved_diffusion.files import atomic_write, write_text
+from improved_diffusion.metrics.estimate import Score
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
-from improved_diffusion.results import write_csv
+from improved_diffusion.results import markdown_table, write_csv
 from improved_diffusion.sampling.grids import save_png
 from improved_diffusion.stickers.prompts.halving import Standing
 from improved_diffusion.stickers.prompts.ranking import Ranked
@@ -30,8 +30,7 @@ LAST = 3  # and of the last
 def write_report(ranked: Sequence[Ranked], sets: Sequence[str], out: Path) -> None:
     """All three files. `sets` are their names, the best first."""
     write_csv(out / "prompts.csv", [{"rank": i, **_row(prompt, sets)} for i, prompt in enumerate(ranked, 1)])
-    with atomic_write(out / "prompts.md") as temporary:
-        temporary.write_text(table(ranked, sets) + "\n", encoding="utf-8")
+    write_text(out / "prompts.md", table(ranked, sets) + "\n")
     _plot(ranked, sets, out / "prompts.png")
 
 
@@ -60,14 +59,14 @@ def table(ranked: Sequence[Ranked], sets: Sequence[str]) -> str:
     scorers = list(ranked[0].means)
     margins = len(scorers) * (len(sets) - 1)
     head = ["", "prompt", "in order", *(f"{scorer}: {' > '.join(sets)}" for scorer in scorers), "spread", "behind"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    rows = []
     for i in _shown(ranked):
         prompt = ranked[i]
         means = [_means(prompt, scorer) for scorer in scorers]
         behind = "" if i == 0 else _interval(prompt.behind)
         order = f"{prompt.in_order} of {margins}"
-        lines.append(_line([str(i + 1), prompt.prompt, order, *means, _interval(prompt.spread), behind]))
-    return "\n".join(lines)
+        rows.append([str(i + 1), prompt.prompt, order, *means, _interval(prompt.spread), behind])
+    return "\n".join(markdown_table(head, rows))
 
 
 def _means(ranked: Ranked, scorer: str) -> str:
@@ -78,10 +77,6 @@ def _means(ranked: Ranked, scorer: str) -> str:
 
 def _interval(value: np.ndarray) -> str:
     return "{:.2f} ({:.2f} to {:.2f})".format(*value)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def _plot(ranked: Sequence[Ranked], sets: Sequence[str], file: Path) -> None:
@@ -121,20 +116,19 @@ def write_standings(standings: Sequence[Standing], out: Path) -> None:
         for i, standing in enumerate(standings, 1)
     ]
     write_csv(out / "prompts.csv", rows)
-    with atomic_write(out / "prompts.md") as temporary:
-        temporary.write_text(standings_table(standings) + "\n", encoding="utf-8")
+    write_text(out / "prompts.md", standings_table(standings) + "\n")
 
 
 def standings_table(standings: Sequence[Standing]) -> str:
     """In Markdown: pictures, the mean of each scorer, and how far behind the first of its round each is."""
     scorers = list(standings[0].means)
-    lines = [_line(["", "prompt", "pictures", *scorers, "behind"]), _line(["---"] * (len(scorers) + 4))]
+    rows = []
     for i in _shown(standings):
         standing = standings[i]
         means = [f"{standing.means[scorer]:.2f}" for scorer in scorers]
         behind = "" if i == 0 else _score(standing.behind)
-        lines.append(_line([str(i + 1), standing.prompt, str(standing.pictures), *means, behind]))
-    return "\n".join(lines)
+        rows.append([str(i + 1), standing.prompt, str(standing.pictures), *means, behind])
+    return "\n".join(markdown_table(["", "prompt", "pictures", *scorers, "behind"], rows))
 
 
 def _score(score: Score) -> str:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write, file_sha256
-from improved_diffusion.metrics.similarity import image_embeddings, text_embeddings
+from improved_diffusion.files import file_sha256, write_text
+from improved_diffusion.metrics.similarity import image_embeddings, logit_scale, text_embeddings
 from improved_diffusion.personalize.data.captioned import CaptionedImage, open_captioned_set
 from improved_diffusion.personalize.models.base import fingerprint
 from improved_diffusion.personalize.models.judges import load_clip
@@ -44,7 +45,7 @@ class Scorer:
         return (self.scale * cosines).clamp(min=self.least).numpy()
 
 
-def open_scorers(clip: str, pick: str | None, device: str) -> list[Scorer]:
+def open_scorers(clip: str, pick: str | None, device: torch.device | str) -> list[Scorer]:
     """CLIP score (Hessel et al. 2021) and, if it is given, PickScore (Kirstain et al. 2023); see metrics/similarity.py.
 
     Raises:
@@ -53,7 +54,7 @@ def open_scorers(clip: str, pick: str | None, device: str) -> list[Scorer]:
     scorers = [Scorer("CLIP score", *load_clip(clip, device, "--clip"), scale=100.0, least=0.0)]
     if pick is not None:
         model, processor = load_clip(pick, device, "--pick")
-        scorers.append(Scorer("PickScore", model, processor, model.logit_scale.exp().item(), -np.inf))
+        scorers.append(Scorer("PickScore", model, processor, logit_scale(model), -np.inf))
     return scorers
 
 
@@ -108,8 +109,7 @@ def score_sets(scorer: Scorer, sets: Sequence[PictureSet], prompts: Sequence[str
             scores = scorer([pictures[digest].load() for digest in batch], prompts)
             for digest, row in zip(batch, scores.tolist(), strict=True):
                 known[digest] |= dict(zip(prompts, row, strict=True))
-                with atomic_write(folder / f"{digest[:DIGITS]}.json", durable=False) as temporary:
-                    temporary.write_text(json.dumps(known[digest], indent=0))
+                write_text(folder / f"{digest[:DIGITS]}.json", json.dumps(known[digest], indent=0), durable=False)
             bar.update(len(batch))
     return [
         np.array([[known[digest][prompt] for prompt in prompts] for digest in group.digests], np.float32)

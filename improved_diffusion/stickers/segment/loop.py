@@ -55,19 +55,23 @@ class SegmentLoop:
         batches = self._batches()
         shown = {"total": training.steps, "initial": trainer.step, "desc": "training", "unit": "step"}
         with self.stop, self.log, progress(**shown) as bar:
-            self._look_if_due()
-            while trainer.step < training.steps and not self.stop.requested:
-                started = time.monotonic()
-                trainer.train_step(*next(batches))
-                trainer.seconds += time.monotonic() - started
-                bar.update()
-                if self._is_due(training.log_every):
-                    bar.set_postfix(self._log_metrics(), refresh=False)
-                if self._is_due(training.save_every):
+            while trainer.step < training.steps or self._look_is_due():
+                if self._look_is_due():
                     self._save()
-                self._look_if_due()
-            self._save()
-        return trainer.step >= training.steps
+                    self._look_and_record()
+                else:
+                    started = time.monotonic()
+                    trainer.train_step(*next(batches))
+                    trainer.seconds += time.monotonic() - started
+                    bar.update()
+                    if self._is_due(training.log_every):
+                        bar.set_postfix(self._log_metrics(), refresh=False)
+                    if self._is_due(training.save_every):
+                        self._save()
+                if self.stop.requested:  # a look that is due is left to the resumed run
+                    self._save()
+                    return False
+        return True
 
     def _batches(self) -> Iterator[list[Tensor]]:
         """Those from `trainer.step` on."""
@@ -116,11 +120,11 @@ class SegmentLoop:
             self.run.save_checkpoint(state, self.training.keep_checkpoints)
             self.saved_step = self.trainer.step
 
-    def _look_if_due(self) -> None:
+    def _look_is_due(self) -> bool:
+        return self._is_due(self.training.evaluate_every) and self.trainer.step not in self.looked_at
+
+    def _look_and_record(self) -> None:
         trainer, step = self.trainer, self.trainer.step
-        if not self._is_due(self.training.evaluate_every) or step in self.looked_at:
-            return
-        self._save()
         with swapped_weights(learned(trainer.network), trainer.ema.weights(self.training.ema_rate)):
             record, sheet = self.look(trainer.network)
         save_png(sheet, self.run.samples / f"step_{step:07d}.png")

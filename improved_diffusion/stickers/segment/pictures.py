@@ -15,8 +15,8 @@ from improved_diffusion.data.containers import Archive, Folder
 from improved_diffusion.data.decode import decode_upright, to_rgb, to_rgba
 from improved_diffusion.data.image_set import is_image_set, open_image_set
 from improved_diffusion.data.labelled_files import labelled_folder
+from improved_diffusion.data.names import base_name, is_held_out
 from improved_diffusion.errors import UserError
-from improved_diffusion.stickers.segment.names import base_name, is_held_out
 
 METADATA = "metadata.jsonl"
 NAMES = ("base", "name", "text")  # keys of its lines that say what a picture shows, the first that is there

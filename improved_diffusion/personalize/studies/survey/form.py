@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 
 MOST = 5  # answers are whole numbers from 0 to this; more is better in every question
 LONGEST_NAME = 40
@@ -55,8 +55,7 @@ class Key:
 
     def write(self, path: Path) -> None:
         """Raises UserError where that fails."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def key_path(page: Path) -> Path:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import atomic_write
+from improved_diffusion.files import write_text
 from improved_diffusion.personalize.data.captioned import CaptionedImage, CaptionedSet, open_captioned_set
 from improved_diffusion.personalize.studies.survey.form import (
     LONGEST_NAME,
@@ -93,8 +93,7 @@ def make_survey(
         "images": entries,
     }
     data = json.dumps(survey).replace("<", "\\u003c")  # a prompt with </script> would end the page's data
-    with atomic_write(out) as temporary:
-        temporary.write_text(TEMPLATE.read_text(encoding="utf-8").replace("SURVEY_DATA", data, 1), encoding="utf-8")
+    write_text(out, TEMPLATE.read_text(encoding="utf-8").replace("SURVEY_DATA", data, 1))
     key.write(key_path(out))
     return key
 

@@ -11,13 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from improved_diffusion.files import atomic_write
+from improved_diffusion.metrics.estimate import bootstrap_interval
 from improved_diffusion.personalize.studies.survey.form import MOST, Answers, Key
-from improved_diffusion.personalize.studies.survey.ratings import (
-    crossed_resamples,
-    krippendorff_alpha,
-    percentile_interval,
-    resampled_means,
-)
+from improved_diffusion.personalize.studies.survey.ratings import contrast, krippendorff_alpha
 
 FEW_PEOPLE = 10
 
@@ -57,43 +53,42 @@ class Report:
 
 
 def summarise(answers: Sequence[Answers], key: Key) -> Report:
-    """The report on the answers of one person or more. People and images are resampled; see `crossed_resamples`."""
-    ratings = to_ratings(answers, key)
+    """The report on the answers of one person or more. People and images are resampled; see `contrast`."""
+    ratings, items = to_ratings(answers, key), paired_items(key)
     system_of = np.array([image.system for image in key.images.values()])
-    systems, items = sorted(set(system_of)), paired_items(key)
-    resamples = crossed_resamples(len(answers), items)
-    own = {(s, q): np.where(system_of == s, ratings[q], np.nan) for s in systems for q in key.questions}
-    replicates = {pair: resampled_means(of_pair, resamples) for pair, of_pair in own.items()}
-    means = {pair: _mean(*pair, of_pair, replicates[pair]) for pair, of_pair in own.items()}
-    differences = []
-    for first, second in itertools.combinations(systems, 2):
-        pairs = len(set(items[system_of == first]) & set(items[system_of == second]))
-        for question in key.questions:
-            a, b = means[first, question].mean, means[second, question].mean
-            interval = percentile_interval(replicates[first, question] - replicates[second, question])
-            mean = None if a is None or b is None else a - b
-            differences.append(Difference(first, second, question, mean, interval, pairs))
-    agreement = {question: krippendorff_alpha(ratings[question]) for question in key.questions}
-    return Report(list(means.values()), differences, agreement, _notes(answers))
+    images_of = {system: system_of == system for system in sorted(set(system_of))}
+    means, differences = [], []
+    for system, own in images_of.items():
+        for question, given in ratings.items():
+            answered = ~np.isnan(given[:, own])
+            counts = int(answered.any(axis=0).sum()), int(answered.any(axis=1).sum())
+            means.append(Mean(system, question, *_with_interval(given, items, own), *counts))
+    for (first, own), (second, others) in itertools.combinations(images_of.items(), 2):
+        pairs = len(np.intersect1d(items[own], items[others]))
+        for question, given in ratings.items():
+            value = _with_interval(given, items, own, others)
+            differences.append(Difference(first, second, question, *value, pairs))
+    agreement = {question: krippendorff_alpha(given) for question, given in ratings.items()}
+    return Report(means, differences, agreement, _notes(answers))
 
 
-def _mean(system: str, question: str, ratings: np.ndarray, replicates: np.ndarray) -> Mean:
-    given = ~np.isnan(ratings)
-    return Mean(
-        system,
-        question,
-        float(ratings[given].mean()) if given.any() else None,
-        percentile_interval(replicates),
-        images=int(given.any(axis=0).sum()),
-        people=int(given.any(axis=1).sum()),
-    )
+def _with_interval(
+    ratings: np.ndarray, items: np.ndarray, *sides: np.ndarray
+) -> tuple[float | None, tuple[float, float] | None]:
+    estimate = contrast(ratings, items, *sides)
+    if estimate is None:
+        return None, None
+    # The influences do not know where the scale ends.
+    low, high = np.clip(bootstrap_interval(estimate), 0 if len(sides) == 1 else -MOST, MOST).tolist()
+    return estimate.value, (low, high) if low < high else None
 
 
 def to_ratings(answers: Sequence[Answers], key: Key) -> dict[str, np.ndarray]:
     """{question: float64 (people, images)}, the images in the key's order, NaN where a person did not answer."""
     return {
         question: np.array(
-            [[person.answers.get(image, {}).get(question, np.nan) for image in key.images] for person in answers]
+            [[person.answers.get(image, {}).get(question, np.nan) for image in key.images] for person in answers],
+            np.float64,
         )
         for question in key.questions
     }
@@ -117,7 +112,7 @@ def _notes(answers: Sequence[Answers]) -> list[str]:
     if len(answers) == 1:
         notes.append("one person answered: there is no agreement to measure, and the intervals are over images alone")
     else:
-        notes.append("intervals: people and images are resampled, independently (pigeonhole bootstrap)")
+        notes.append("intervals: people and images are resampled, independently")
         if len(answers) < FEW_PEOPLE:
             notes.append(f"{len(answers)} people are few: the intervals are rather too narrow")
     return notes

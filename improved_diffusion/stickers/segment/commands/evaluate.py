@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> None:
     import json
     from dataclasses import asdict
 
-    from improved_diffusion.files import atomic_write
+    from improved_diffusion.files import write_text
     from improved_diffusion.sampling.grids import save_png
     from improved_diffusion.stickers.segment.cutout import load_cutout
     from improved_diffusion.stickers.segment.evaluation import compare, draw_held_out, sheet, table
@@ -59,11 +59,9 @@ def run(arguments: list[str]) -> None:
     text = "\n\n".join((table(scores), "\n".join(trained), *(["\n".join(differences)] if differences else [])))
     print(text)
     if options.out is not None:
-        with atomic_write(options.out / "table.md") as temporary:
-            temporary.write_text(text + "\n")
+        write_text(options.out / "table.md", text + "\n")
         result = {"scores": [asdict(score) for score in scores], "models": trained, "differences": differences}
-        with atomic_write(options.out / "scores.json") as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(options.out / "scores.json", json.dumps(result, indent=2) + "\n")
         save_png(sheet(models, sets), options.out / "masks.png")
 
 

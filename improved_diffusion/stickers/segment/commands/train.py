@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 
-from improved_diffusion.settings import parse_arguments, read_settings, require, settings_parser, to_settings
+from improved_diffusion.run_flags import parse_run, run_parser
 from improved_diffusion.stickers.segment.config import SegmentConfig
 
 # Flags of which settings have long names, or several values.
@@ -19,7 +19,7 @@ SEVERAL = ("--data", "--backgrounds")
 
 
 def run(arguments: list[str]) -> None:
-    parser = settings_parser(
+    parser = run_parser(
         SegmentConfig,
         prog="stickers.py segment train",
         description=__doc__,
@@ -27,15 +27,8 @@ def run(arguments: list[str]) -> None:
         epilog=f"short for settings: {', '.join(f'{short} for {long}' for short, long in SHORT.items())}; "
         f"{' and '.join(SEVERAL)} take several paths",
     )
-    parser.add_argument("--config", help="YAML file of settings")
-    parser.add_argument("--out", help="directory of the run (default: a new one under runs/)")
-    parser.add_argument("--resume", help="directory of a run to go on with, or one of its checkpoints")
     arguments = in_full(arguments)
-    options = parse_arguments(parser, arguments)
-    require(
-        options.resume is None or not (options.config or options.out),
-        "--resume takes the settings and the directory of its run: leave out --config and --out",
-    )
+    options = parse_run(parser, arguments)
 
     # Imported only now: torch takes seconds, and typos are answered at once.
     import dataclasses
@@ -48,18 +41,12 @@ def run(arguments: list[str]) -> None:
         new_run,
         require_same_learning_rates,
         require_same_run,
-        run_to_resume,
+        settings_and_run,
         state_to_resume,
     )
 
-    settings, source = {}, ""
-    if options.resume is not None:
-        resumed = run_to_resume(options.resume, SegmentConfig)
-        settings, source = read_settings(resumed.config_file), str(resumed.config_file)
-    elif options.config is not None:
-        settings, source = read_settings(options.config), options.config
-    config = to_settings(SegmentConfig, parser, parse_arguments(parser, arguments, settings, source))
-    if options.resume is not None:
+    config, resumed = settings_and_run(SegmentConfig, parser, arguments, options)
+    if resumed is not None:
         before = resumed.read_config(SegmentConfig)
         require_same_run(before, config, start.CHANGEABLE)
         opened = resumed.held()
@@ -68,7 +55,7 @@ def run(arguments: list[str]) -> None:
         opened = new_run(options.out, f"cutout-{config.model.kind}")
     with opened as run:
         state = None
-        if options.resume is not None:
+        if resumed is not None:
             state = state_to_resume(run, options.resume, start.TRAINING_STATE)
             require_same_learning_rates(before.training, config.training, state["step"])
         print(f"run: {run.path}" + (f", going on at step {state['step']}" if state else ""))

@@ -8,12 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from improved_diffusion.personalize.studies.survey.ratings import (
-    crossed_resamples,
-    krippendorff_alpha,
-    percentile_interval,
-    resampled_means,
-)
+from improved_diffusion.metrics.estimate import bootstrap_interval
+from improved_diffusion.personalize.studies.survey.ratings import contrast, krippendorff_alpha
 
 _ = np.nan
 # Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", the data of its sections C and E.
@@ -47,42 +43,47 @@ def test_alpha_is_that_of_all_pairs(ratings):
     assert krippendorff_alpha(ratings) == (expected if expected is None else pytest.approx(expected, abs=1e-12))
 
 
-def test_resampled_means_are_the_means_of_the_ratings_drawn():
+def test_influences_are_those_of_leaving_one_out():
+    """To first order: without a person, or an item's images, the value is less by an n-th of the influence."""
     rng = np.random.default_rng(0)
-    ratings = rng.integers(0, 6, (4, 7)).astype(float)
+    ratings = rng.integers(0, 6, (30, 40)).astype(float)
     ratings[rng.random(ratings.shape) < 0.3] = np.nan
-    resamples = crossed_resamples(4, np.arange(7), replicates=20)
-    for people, images, mean in zip(*resamples, resampled_means(ratings, resamples), strict=True):
-        drawn = ratings[np.repeat(np.arange(4), people)][:, np.repeat(np.arange(7), images)]
-        assert mean == pytest.approx(np.nanmean(drawn))
-
-
-def test_images_of_one_item_are_drawn_together():
-    images = crossed_resamples(3, np.array([0, 1, 0, 2]), replicates=50).images
-    np.testing.assert_array_equal(images[:, 0], images[:, 2])
-    assert (images[:, 0] != images[:, 1]).any()
+    items, sides = np.arange(40) % 25, np.arange(40)[None] // 20 == np.array([[0], [1]])
+    whole = contrast(ratings, items, *sides)
+    assert whole.value == pytest.approx(np.nanmean(ratings[:, :20]) - np.nanmean(ratings[:, 20:]))
+    of_people, of_items = (influence.values for influence in whole.influences)
+    assert (len(of_people), len(of_items)) == (30, 25)
+    for person, influence in enumerate(of_people):
+        moved = contrast(np.delete(ratings, person, axis=0), items, *sides).value - whole.value
+        assert moved == pytest.approx(-influence / 30, rel=0.1, abs=2e-3)
+    for item, influence in enumerate(of_items):
+        left = items != item
+        moved = contrast(ratings[:, left], items[left], *sides[:, left]).value - whole.value
+        assert moved == pytest.approx(-influence / 25, rel=0.1, abs=6e-3)
 
 
 def test_the_spread_is_that_of_people_and_images_together():
     """Ratings that are a person's effect plus an image's: the variance of their mean is known."""
     rng = np.random.default_rng(0)
     people, images = rng.normal(size=(5, 1)), 2 * rng.normal(size=(1, 40))
-    means = resampled_means(people + images, crossed_resamples(5, np.arange(40), replicates=50_000))
-    assert means.var() == pytest.approx(people.var(ddof=1) / 5 + images.var(ddof=1) / 40, rel=0.03)
-    assert means.mean() == pytest.approx((people + images).mean(), abs=0.02)
+    low, high = interval(people + images, replicates=20_000)
+    deviation = np.sqrt(people.var(ddof=1) / 5 + images.var(ddof=1) / 40)
+    assert (high - low) / (2 * 1.96) == pytest.approx(deviation, rel=0.03)
+    assert (low + high) / 2 == pytest.approx((people + images).mean(), abs=0.03)
 
 
-@pytest.mark.parametrize(("people", "low", "high"), [(5, 0.86, 0.94), (20, 0.92, 0.98)])
+@pytest.mark.parametrize(("people", "low", "high"), [(5, 0.85, 0.93), (20, 0.91, 0.97)])
 def test_intervals_hold_the_truth(people, low, high):
     rng = np.random.default_rng(0)
     held = 0
     for seed in range(400):
         ratings = 0.7 * rng.normal(size=(people, 1)) + 0.7 * rng.normal(size=50) + 0.8 * rng.normal(size=(people, 50))
-        interval = percentile_interval(resampled_means(ratings, crossed_resamples(people, np.arange(50), 400, seed)))
-        held += interval[0] <= 0 <= interval[1]
+        bounds = interval(ratings, replicates=400, seed=seed)
+        held += bounds[0] <= 0 <= bounds[1]
     assert low <= held / 400 <= high
 
 
-def test_no_interval_where_replicates_do_not_differ():
-    assert percentile_interval(np.array([4.0, 4.0, np.nan])) is None
-    assert percentile_interval(np.array([np.nan, np.nan])) is None
+def interval(ratings: np.ndarray, **how: int) -> tuple[float, float]:
+    """Of the mean, each image being an item."""
+    images = ratings.shape[1]
+    return bootstrap_interval(contrast(ratings, np.arange(images), np.ones(images, bool)), **how)

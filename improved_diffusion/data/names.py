@@ -1,4 +1,4 @@
-"""Which pictures show the same thing, and which are held out.
+"""Which pictures show the same thing, by their names, and which are held out.
 
 Sets of icons hold a hand in five skin tones, and a runner as a man, a woman and a person: nearly the same mask each
 time. They share a base name, which is held out as a whole, in all styles.
@@ -17,6 +17,8 @@ VARIANTS = re.compile(
 
 def base_name(name: str) -> str:
     """What a picture called `name` shows, whoever it shows and in whatever colour: lower case, words apart by spaces.
+
+    Runs have these names in the hash of their data.
 
     >>> base_name("Waving hand: medium-light skin tone")
     'waving hand'
