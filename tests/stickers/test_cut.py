@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.stickers.cut import cut_out
@@ -56,6 +56,19 @@ def test_a_trained_cut_out_is_known_by_its_weights(cutout):
     assert identity(cutout / "cutout.safetensors") == before
     (cutout / "cutout.safetensors").write_bytes(b"others")
     assert identity(cutout) != before
+
+
+def test_what_ships_cuts_a_drawing_out_of_its_background():
+    """A face, drawn by nobody's icon set."""
+    picture = Image.new("RGB", (300, 200), (90, 160, 200))
+    face, whole = ImageDraw.Draw(picture), Image.new("L", picture.size)
+    ImageDraw.Draw(whole).ellipse((80, 30, 220, 170), fill=255)
+    face.ellipse((80, 30, 220, 170), fill=(250, 210, 60), outline=(120, 80, 10), width=6)
+    for x in (115, 165):
+        face.ellipse((x, 70, x + 18, 95), fill=(60, 40, 10))
+    face.arc((110, 80, 190, 150), 20, 160, fill=(60, 40, 10), width=6)
+    alpha, truth = load_matter()(picture) > 0.5, np.asarray(whole) > 0
+    assert (alpha & truth).sum() / (alpha | truth).sum() > 0.95
 
 
 def test_birefnet_is_that_of_rembg(monkeypatch):
