@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from improved_diffusion.personalize.config import ImagesConfig
+from improved_diffusion.personalize.config import ImagesConfig, TextConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import Crop, cut, variants
 from improved_diffusion.personalize.data.encoded_files import EncodedFiles
@@ -108,9 +108,13 @@ class Conditions:
         for text in texts:
             if text not in self._kept:
                 encode = functools.partial(self._encode_one, text)
-                self._kept[text] = encode() if self.files is None else self.files.find(text, encode)
+                self._kept[text] = encode() if self.files is None else self.files.find(self._key(text), encode)
         kept = [self._kept[text] for text in texts]
         return {name: torch.stack([of_text[name] for of_text in kept]) for name in kept[0]}
+
+    def _key(self, text: str) -> object:
+        how = self.base.text
+        return text if how == TextConfig() else (text, how.clip_skip, how.max_token_length)
 
     @torch.no_grad()
     def _encode_one(self, text: str) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ def _training(base: Base, config: PersonalizeConfig) -> dict[str, object]:
         "ss_caption_dropout_rate": images.caption_dropout,
         "ss_shuffle_caption": images.shuffle_tags,
         "ss_keep_tokens": images.keep_tags,
+        "ss_clip_skip": config.text.clip_skip,
+        "ss_max_token_length": config.text.max_token_length,
         "ss_flip_aug": images.flip,
         "ss_enable_bucket": images.buckets,
         "ss_resolution": (resolution_of(config, base),) * 2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def load_run(
     config = run.read_config(PersonalizeConfig)
     file = run.choose_checkpoint(checkpoint)
     state = read_checkpoint(file, ("step", "model", "ema"))
-    opened = load_base(base or config.base).to(device, dtype, config.training.vae_precision)
+    opened = replace(load_base(base or config.base), text=config.text)
+    opened.to(device, dtype, config.training.vae_precision)
     trained = prepare(opened, config)
     trained.load_state_dict(_drawn_from(state))
     if config.method == "full":

@@ -136,6 +136,7 @@ def build(
     require_token(config, [load_tokenizer(config.base)])  # before the weights, which take long, are read
     free = free_memory(accelerator.device)  # before anything of the run is there
     base = load_base(config.base, config.base_bits, precision_of(accelerator) if config.base_bits else "float32")
+    base = dataclasses.replace(base, text=config.text)
     fingerprint = base.fingerprint()  # before it is cast
     timesteps = len(base.alphas_cumprod)
     require(

@@ -63,7 +63,8 @@ def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
 
 @pytest.mark.usefixtures("no_estimate")
 def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train, run_script, tiny_bases, tmp_path):
-    outcome = train(tiny_bases["sd"], "run", "--adapter.targets=kohya+convolutions", "--adapter.rank=4", steps=1)
+    flags = ("--adapter.targets=kohya+convolutions", "--adapter.rank=4", "--text.clip_skip=2")
+    outcome = train(tiny_bases["sd"], "run", *flags, "--text.max_token_length=150", steps=1)
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
     where = (f"--run={run}", f"--out={tmp_path / 'exported'}")
@@ -81,19 +82,23 @@ def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train,
         "ss_max_train_steps": "1",
         "ss_unet_lr": "0.0001",
         "ss_seed": "0",
+        "ss_clip_skip": "2",
+        "ss_max_token_length": "150",
         "ss_resolution": "(16, 16)",
     }
     assert {key: said.get(key) for key in wanted} == wanted
     assert json.loads(said["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "8.0"}
     pictures = []
-    for name, flags in {"alone": (f"--run={run}",), "stacked": ("--adapters", f"{run}:1")}.items():
+    ways = {"alone": (), "stacked": ("--adapters", f"{run}:1"), "otherwise": ("--clip-skip=1",)}
+    for name, flags in ways.items():
+        flags = flags if name == "stacked" else (f"--run={run}", *flags)
         outcome = run_script(
             *("personalize.py", "generate", "a {token} {class}", "--n=1", "--steps=2", f"--out={tmp_path / name}"),
             *flags,
         )
         assert outcome.code == 0, outcome.err
         pictures.append((tmp_path / name / "0000.png").read_bytes())
-    assert pictures[0] == pictures[1]
+    assert pictures[0] == pictures[1] != pictures[2]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tiny_bases):
@@ -161,6 +166,8 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--images.background=mauvish",), "background 'mauvish' is no colour"),
         (("--images.held_out=5",), "images.held_out is 5, and there are 5 images"),
         (("--trainin.lr=1",), "trainin.lr"),
+        (("--text.clip_skip=4",), "the clip skip 4 is too large for"),
+        (("--text.max_token_length=100",), "text.max_token_length must be one of 75, 150, 225, not 100"),
         (("--config=nowhere.yaml",), "no config at nowhere.yaml"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
