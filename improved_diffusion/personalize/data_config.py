@@ -42,6 +42,12 @@ class ImagesConfig:
     """Bring what stands between the commas of a caption into another order at each sight."""
     keep_tags: int = 1
     """Of these, how many stay in front."""
+    masked_loss: bool = False
+    """Learn what masks show: white counts, black does not, grey in part. That of a.jpg is a.mask.png beside it."""
+    conditioning_data_dir: str | None = None
+    """Folder in which masks lie instead, under the names of their images, as kohya's scripts want it."""
+    alpha_mask: bool = False
+    """Take an image's own transparency for its mask."""
     cache: bool = True
     """Keep latents and text embeddings, in memory and from run to run on disk, instead of encoding at every step."""
 
@@ -53,11 +59,23 @@ class ImagesConfig:
             f"images.caption_dropout must be between 0 and 1, not {self.caption_dropout}",
         )
         require(self.keep_tags >= 0, f"images.keep_tags must not be negative, not {self.keep_tags}")
+        require(
+            self.masked_loss or self.conditioning_data_dir is None,
+            "images.conditioning_data_dir is of masks: set images.masked_loss true, or leave it out",
+        )
+        require(
+            not (self.masked_loss and self.alpha_mask),
+            "images.masked_loss takes masks from files and images.alpha_mask from the images: set one of them",
+        )
         require(self.held_out >= 0, f"images.held_out must not be negative, not {self.held_out}")
         require(
             self.resolution is None or (self.resolution >= 8 and self.resolution % 8 == 0),
             f"images.resolution must be a multiple of 8, not {self.resolution}",
         )
+
+    @property
+    def has_masks(self) -> bool:
+        return self.masked_loss or self.alpha_mask
 
 
 @dataclass(frozen=True)

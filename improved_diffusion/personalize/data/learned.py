@@ -10,6 +10,7 @@ import torch
 from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage, CaptionedSet, open_captioned_set
+from improved_diffusion.personalize.data.masks import with_masks
 from improved_diffusion.settings import require
 
 HELD_OUT = 300  # purpose of a generator, see training/trainer.py
@@ -35,7 +36,7 @@ class Learned:
     training: Captioned
     held_out: Captioned
     skipped: tuple[str, ...]  # what could not be used: one line each
-    content_hash: str  # of all images and captions
+    content_hash: str  # of all images, captions and masks
 
 
 def open_images(config: PersonalizeConfig) -> Learned:
@@ -51,6 +52,7 @@ def open_images(config: PersonalizeConfig) -> Learned:
         captions_required=config.subject.token is None,
         caption_column=config.images.caption_column,
     )
+    found = with_masks(found, config.images)
     count = config.images.held_out
     require(count < len(found), f"images.held_out is {count}, and there are {len(found)} images in {config.data}")
     order = torch.randperm(len(found), generator=seeded_generator(config.seed, HELD_OUT)).tolist()
@@ -83,4 +85,6 @@ def _content_hash(found: CaptionedSet) -> str:
         digest.update(hashlib.sha256(image.read()).digest())
         for caption in (image.caption or "", *image.other_captions):
             digest.update(caption.encode() + b"\0")
+        if image.mask is not None:
+            digest.update(image.mask().tobytes())
     return digest.hexdigest()

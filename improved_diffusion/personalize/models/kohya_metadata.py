@@ -65,6 +65,7 @@ def _training(base: Base, config: PersonalizeConfig) -> dict[str, object]:
         "ss_keep_tokens": images.keep_tags,
         "ss_clip_skip": config.text.clip_skip,
         "ss_max_token_length": config.text.max_token_length,
+        "ss_masked_loss": images.has_masks,
         "ss_flip_aug": images.flip,
         "ss_enable_bucket": images.buckets,
         "ss_resolution": (resolution_of(config, base),) * 2,

@@ -177,7 +177,7 @@ class Trainer:
         t = torch.randint(len(self.alphas_cumprod), (len(x_0),), generator=generator).to(device)
         if config.adapter.dropout:
             torch.manual_seed(seeded_generator(config.seed, DROPOUT, number).initial_seed())
-        losses = self.denoising_losses(x_0.to(device), noise.to(device), t, texts, latents.size_ids)
+        losses = self.denoising_losses(x_0.to(device), noise.to(device), t, texts, latents.size_ids, latents.mask)
         weights = None
         if config.training.min_snr_gamma is not None:
             gamma = config.training.min_snr_gamma
@@ -197,10 +197,12 @@ class Trainer:
         texts = [of_one[torch.randint(len(of_one), (), generator=of_texts)] for of_one in wordings]
         return source.examples(indices, variant), texts
 
-    def denoising_losses(self, x_0: Tensor, noise: Tensor, t: Tensor, texts: Sequence[str], size_ids: Tensor) -> Tensor:
+    def denoising_losses(
+        self, x_0: Tensor, noise: Tensor, t: Tensor, texts: Sequence[str], size_ids: Tensor, mask: Tensor
+    ) -> Tensor:
         """(N,): the mean-square error of each of N latents (N, 4, h, w), noised to t (N,), under its text.
 
-        size_ids: (N, 6), which SDXL alone is told."""
+        size_ids: (N, 6), which SDXL alone is told. mask: (N, 1, h, w), which runs with masks alone look at."""
         x_t = add_noise(x_0, noise, t, self.alphas_cumprod)
         with self.accelerator.autocast():
             conditions = {name: tensor.to(x_0.device) for name, tensor in self.conditions(texts).items()}
@@ -214,7 +216,7 @@ class Trainer:
                 added_cond_kwargs=added,
             ).sample
         expected = target(x_0, noise, t, self.alphas_cumprod, self.base.prediction)
-        return per_sample_loss(predicted, expected)
+        return per_sample_loss(predicted, expected, mask.to(x_0.device) if self.config.images.has_masks else None)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors and plain values."""

@@ -193,7 +193,7 @@ def fixed_loss(trainer: Trainer, source: EncodedSet, timesteps: Sequence[int]) -
         x_0, noise = (tensor.to(trainer.accelerator.device) for tensor in (latents.mean, noise))
         for t in timesteps:
             at = torch.tensor([t], device=x_0.device)
-            total += trainer.denoising_losses(x_0, noise, at, [text], latents.size_ids).item()
+            total += trainer.denoising_losses(x_0, noise, at, [text], latents.size_ids, latents.mask).item()
     return total / (len(source.wordings) * len(timesteps))
 
 

@@ -132,6 +132,9 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
     (places / "empty").mkdir()
     shutil.make_archive(str(places / "photos"), "zip", photos)
     shutil.copy(photos / "0.png", places / "a.png")
+    (places / "masked").mkdir()
+    for source, name in ((0, "a.png"), (1, "a.mask.png")):
+        shutil.copy(photos / f"{source}.png", places / "masked" / name)
     images = [(photos / f"{number}.png").read_bytes() for number in range(2)]
     pyarrow.parquet.write_table(pyarrow.table({"image": images, "text": ["a ball", None]}), places / "a.parquet")
     return places
@@ -145,6 +148,8 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--data={places}/photos.zip",), "it is a zip archive: unpack it, and give the folder"),
         (("--data={places}/a.png",), "it is a single picture: give the folder that holds it"),
         (("--data={places}/a.parquet", "--subject.token=null"), "fill in the caption of its row"),
+        (("--data={places}/masked", "--images.masked_loss=true"), "a.mask.png is 64 x 96 pixels large, and a.png 96 x"),
+        (("--images.masked_loss=true",), "5 of 5 images have no mask, 0.png for one"),
         (("--images.caption_column=en",), "leave out images.caption_column"),
         (("--training.steps=1.5",), "training.steps must be a whole number or null, not 1.5"),
         (("--base=models/dog.safetensors",), "models/dog.safetensors does not exist; give a folder"),

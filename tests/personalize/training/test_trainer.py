@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
@@ -23,6 +25,7 @@ from improved_diffusion.personalize.data.captioned import open_captioned_set  # 
 from improved_diffusion.personalize.data.examples import Examples  # noqa: E402
 from improved_diffusion.personalize.models.base import Base, load_base  # noqa: E402
 from improved_diffusion.personalize.models.trained import prepare  # noqa: E402
+from improved_diffusion.personalize.training import trainer as trainer_module  # noqa: E402
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer  # noqa: E402
 
 TEXTS = ("a photo of a sks ball", "a sks ball on a lawn", "red", "green", "blue")
@@ -48,7 +51,7 @@ def test_the_loss_is_what_diffusers_computes(base, photos):
     size_ids = torch.tensor([[100.0, 80.0, 0.0, 3.0, 64.0, 64.0], [64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])
     pipeline = base.pipeline
     with torch.no_grad():
-        found = trainer.denoising_losses(x_0, noise, t, TEXTS[:2], size_ids)
+        found = trainer.denoising_losses(x_0, noise, t, TEXTS[:2], size_ids, torch.ones(2, 1, 8, 8))
         x_t = DDPMScheduler.from_config(pipeline.scheduler.config).add_noise(x_0, noise, t)
         encoded = pipeline.encode_prompt(
             list(TEXTS[:2]), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -121,7 +124,7 @@ def test_prior_and_min_snr_by_hand(base, photos, batch_size, monkeypatch):
     errors = torch.linspace(0.2, 1.1, 2 * batch_size, requires_grad=True)
     seen = {}
 
-    def denoising_losses(x_0, noise, t, texts, size_ids):
+    def denoising_losses(x_0, noise, t, texts, size_ids, mask):
         seen.update(t=t, texts=texts)
         return errors
 
@@ -136,6 +139,36 @@ def test_prior_and_min_snr_by_hand(base, photos, batch_size, monkeypatch):
     own, of_prior = weighted[:batch_size], weighted[batch_size:]
     expected = sum(own) / batch_size + 0.7 * sum(of_prior) / batch_size
     assert losses["loss"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_masks_by_hand_and_a_prior_that_counts_whole(fresh_base, photos, monkeypatch):
+    config = PersonalizeConfig(
+        subject=SubjectConfig(token="sks", class_name="ball"),
+        prior=PriorConfig(images=2, weight=0.5),
+        images=ImagesConfig(alpha_mask=True),
+        training=TrainingConfig(steps=9, batch_size=2),
+    )
+    base, found = fresh_base("sd"), open_captioned_set(photos).images[:2]
+    left = Image.fromarray(np.repeat(np.arange(64)[None] < 16, 64, axis=0).astype(np.uint8) * 204)
+    whole, part = found[0], dataclasses.replace(found[1], mask=lambda: left)
+    examples = Examples(base, [part, part], [SIZE] * 2, config.images)
+    prior = {SIZE: EncodedSet(Examples(base, [whole, whole], [SIZE] * 2, config.images), [("a ball",)] * 2)}
+    trained = prepare(base, config)
+    trainer = Trainer(base, trained, config, EncodedSet(examples, WORDINGS[:2]), prior, Accelerator(cpu=True))
+    seen = []
+    forward = base.unet.forward
+    monkeypatch.setattr(base.unet, "forward", lambda x, *a, **k: seen.append((x, forward(x, *a, **k))) or seen[-1][1])
+    noises = []
+    really = trainer_module.target
+    monkeypatch.setattr(trainer_module, "target", lambda *a: noises.append(really(*a)) or noises[-1])
+    terms = trainer._losses(0)
+    (_, predicted), side = seen[0], noises[0].shape[-1]
+    errors = (predicted.sample.detach() - noises[0]).double().square().numpy()
+    # Of the first quarter of the columns each counts as much as the others; the prior counts whole.
+    own = [np.mean(errors[i, :, :, : side // 4]) for i in range(2)]
+    of_prior = [np.mean(errors[i]) for i in (2, 3)]
+    assert terms["mse"].item() == pytest.approx(np.mean(own), rel=1e-4)
+    assert terms["loss"].item() == pytest.approx(np.mean(own) + 0.5 * np.mean(of_prior), rel=1e-4)
 
 
 @pytest.mark.parametrize("batches", [{"accumulation": 2}, {"batch_size": 5}])
