@@ -31,15 +31,13 @@ def with_masks(found: CaptionedSet, config: ImagesConfig) -> CaptionedSet:
         return replace(found, images=tuple(replace(i, mask=functools.partial(_alpha, i)) for i in found.images))
     if not config.masked_loss:
         return found
-    files = [_file_of(image, found.path, config.conditioning_data_dir) for image in found.images]
-    if missing := [image.name for image, file in zip(found.images, files, strict=True) if file is None]:
-        stem = PurePosixPath(missing[0]).with_suffix("")
-        where = (
-            f"{config.conditioning_data_dir}/{stem}" if config.conditioning_data_dir else f"{found.path}/{stem}{MASK}"
-        )
+    places = [_place_of(image, found.path, config.conditioning_data_dir) for image in found.images]
+    files = [_file_at(place) for place in places]
+    if None in files:
+        first = files.index(None)
         raise UserError(
-            f"{len(missing)} of {len(found)} images have no mask, {missing[0]} for one: draw {where}.png, white where "
-            "the image counts, or leave out images.masked_loss"
+            f"{files.count(None)} of {len(found)} images have no mask, {found.images[first].name} for one: draw "
+            f"{places[first]}.png, white where the image counts, or leave out images.masked_loss"
         )
     for image, file in zip(found.images, files, strict=True):
         _require_mask(image, file)
@@ -65,12 +63,15 @@ def latent_mask(
     return F.interpolate(pixels[None, None], size=tuple(shape), mode="area")[0]
 
 
-def _file_of(image: CaptionedImage, path: Path, folder: str | None) -> Path | None:
-    """Of the mask: `a.mask.png` beside `a.jpg`; or, in a `folder` of masks, the `a` of any kind of image."""
-    if not path.is_dir() or not (path / image.name).is_file():
+def _place_of(image: CaptionedImage, path: Path, folder: str | None) -> Path:
+    """Of the mask, without its ending: `a.mask` beside `a.jpg`, or `a` in a `folder` of masks."""
+    if not (path / image.name).is_file():
         raise UserError(f"{path} is no folder of image files, so that no masks lie beside them: use images.alpha_mask")
-    stem = str(PurePosixPath(image.name).with_suffix(""))
-    place = path / f"{stem}{MASK}" if folder is None else Path(folder) / stem
+    stem = PurePosixPath(image.name).with_suffix("")
+    return path / f"{stem}{MASK}" if folder is None else Path(folder) / stem
+
+
+def _file_at(place: Path) -> Path | None:
     files = (place.with_name(place.name + suffix) for suffix in sorted(EXTENSIONS))
     return next((file for file in files if file.is_file()), None)
 

@@ -149,6 +149,7 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--data={places}/a.png",), "it is a single picture: give the folder that holds it"),
         (("--data={places}/a.parquet", "--subject.token=null"), "fill in the caption of its row"),
         (("--data={places}/masked", "--images.masked_loss=true"), "a.mask.png is 64 x 96 pixels large, and a.png 96 x"),
+        (("--data={places}/a.parquet", "--images.masked_loss=true"), "is no folder of image files, so that no masks"),
         (("--images.masked_loss=true",), "5 of 5 images have no mask, 0.png for one"),
         (("--images.caption_column=en",), "leave out images.caption_column"),
         (("--training.steps=1.5",), "training.steps must be a whole number or null, not 1.5"),
