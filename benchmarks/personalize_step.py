@@ -102,7 +102,7 @@ def compare(kind: str, batch_size: int) -> None:
     training = TrainingConfig(steps=1, batch_size=batch_size, precision="float32")
     config = PersonalizeConfig(training=training, images=ImagesConfig(resolution=RESOLUTION))
     base, trained, source = prepared(kind, config)
-    trainer = Trainer(base, trained, config, source, None, Accelerator(cpu=True))
+    trainer = Trainer(base, trained, config, source, {}, Accelerator(cpu=True))
     updates = {"trainer": trainer.train_step, "bare": Bare(*prepared(kind, config), config).step}
     times: dict[str, list[float]] = {name: [] for name in updates}
     for update in updates.values():

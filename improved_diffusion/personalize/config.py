@@ -6,10 +6,17 @@ In prompts, `{token}` and `{class}` stand for the subject's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from improved_diffusion.personalize.data_config import ImagesConfig, PriorConfig, SubjectConfig, TextConfig
+from improved_diffusion.personalize.data_config import (
+    ConceptConfig,
+    ImagesConfig,
+    PriorConfig,
+    SubjectConfig,
+    TextConfig,
+)
 from improved_diffusion.settings import require
 
 # Models that judge pictures, unless others are named.
@@ -161,6 +168,9 @@ class WatchConfig:
     """CLIP model, by name or folder, that measures CLIP-T and CLIP-I; null for none."""
     vision: str | None = DINO
     """What measures likeness: DINO or DINOv2, by name or folder; `inception`, which needs no download; or null."""
+    max_references: int | None = 100
+    """Training images of each concept, at most, with which pictures are compared; null for all. Copies of others are
+    not seen."""
     copy_cap: float = 0.2
     """Highest copy score of a checkpoint that may be chosen: 0 is as close to the training images as these are to each
     other, 1 is identical."""
@@ -168,7 +178,7 @@ class WatchConfig:
     """Timesteps at which the loss on held-out images is measured."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "steps", "batch_size"):
+        for name in ("every", "steps", "batch_size", "max_references"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"watch.{name} must be at least 1, not {value}")
         require(0 < self.share <= 1, f"watch.share must be above 0 and at most 1, not {self.share}")
@@ -187,6 +197,8 @@ class PersonalizeConfig:
     """The base model: a folder that save_pretrained wrote, or a name on the Hugging Face hub."""
     data: str | None = None
     """The images to learn from: a folder or a parquet file, with captions or without."""
+    concepts: tuple[ConceptConfig, ...] = ()
+    """Or several things to learn at once, each with images, a token and a class of its own."""
     base_bits: Literal[4, 8] | None = None
     """Hold the frozen UNet in so many bits (bitsandbytes, on a GPU)."""
     method: Literal["lora", "full", "textual_inversion"] = "lora"
@@ -223,8 +235,48 @@ class PersonalizeConfig:
             self.base_bits is None or self.method != "full",
             f"a base of {self.base_bits} bits cannot be trained in full: use the method lora",
         )
-        if self.prior.images:
+        if self.concepts:
+            own = {
+                "data": self.data,
+                "subject.token": self.subject.token,
+                "subject.class_name": self.subject.class_name,
+                "prior.path": self.prior.path,
+                "images.conditioning_data_dir": self.images.conditioning_data_dir,
+            }
+            given = [name for name, value in own.items() if value is not None]
+            require(not given, f"each of the concepts has its own {', '.join(given)}: set it to null beside them")
+            require(self.method != "textual_inversion", "textual inversion learns one word: leave out concepts")
+        elif self.prior.images:
             self.subject.fill(self.prior.prompt)  # says what is missing
+        _ = self.parts  # says what is wrong with one of them
+
+    @functools.cached_property
+    def parts(self) -> tuple[PersonalizeConfig, ...]:
+        """The settings of each concept, as if it were learned alone: of a run without `concepts` the run's own."""
+        return tuple(self._part(concept) for concept in self.concepts) or (self,)
+
+    def _part(self, concept: ConceptConfig) -> PersonalizeConfig:
+        subject = {"token": concept.token, "class_name": concept.class_name, "prompt": concept.prompt}
+        prior = {"prompt": concept.class_prompt, "images": concept.class_images, "path": concept.class_data_dir}
+        images = {"repeats": concept.repeats, "conditioning_data_dir": concept.conditioning_data_dir}
+        own = {"subject": subject, "prior": prior, "images": images}
+        groups = {
+            name: replace(getattr(self, name), **{key: value for key, value in values.items() if value is not None})
+            for name, values in own.items()
+        }
+        return replace(self, data=concept.data, concepts=(), **groups)
+
+    def prompts(self, template: str) -> list[str]:
+        """The prompt, filled in for each concept that is learned: several only where it names what they differ in.
+
+        Raises:
+            UserError: see `SubjectConfig.fill`.
+        """
+        return list(dict.fromkeys(part.subject.fill(template) for part in self.parts))
+
+    @property
+    def has_prior(self) -> bool:
+        return any(part.prior.images > 0 for part in self.parts)
 
     @property
     def trains_text(self) -> bool:

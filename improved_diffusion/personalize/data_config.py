@@ -35,7 +35,7 @@ class ImagesConfig:
     repeats: int = 1
     """Times that each image is seen in an epoch."""
     held_out: int = 0
-    """Images kept from training, to measure the loss on."""
+    """Images kept from training, of each concept, to measure the loss on."""
     caption_dropout: float = 0.0
     """Probability that an image is learned without its caption. 0.05 to 0.1 is usual."""
     shuffle_tags: bool = False
@@ -151,6 +151,30 @@ class PriorConfig:
         require(self.images >= 0, f"prior.images must not be negative, not {self.images}")
         require(self.weight >= 0, f"prior.weight must not be negative, not {self.weight}")
         require(self.steps >= 1, f"prior.steps must be at least 1, not {self.steps}")
+
+
+@dataclass(frozen=True)
+class ConceptConfig:
+    """One of several things that a run learns. What is null is as in the groups `subject`, `prior` and `images`."""
+
+    data: str
+    """Its images: a folder or a parquet file."""
+    token: str | None = None
+    """Its rare token."""
+    class_name: str | None = None
+    """What kind of thing it is."""
+    prompt: str | None = None
+    """Text of its images that have no caption."""
+    repeats: int | None = None
+    """Times that each of its images is seen in an epoch."""
+    class_prompt: str | None = None
+    """What the images of its prior show."""
+    class_images: int | None = None
+    """How many they are; 0 for none."""
+    class_data_dir: str | None = None
+    """Their folder; by default one in the cache."""
+    conditioning_data_dir: str | None = None
+    """Folder of its masks, with images.masked_loss; by default they lie beside its images."""
 
 
 @dataclass(frozen=True)

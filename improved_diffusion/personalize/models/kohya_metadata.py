@@ -59,7 +59,7 @@ def _training(base: Base, config: PersonalizeConfig) -> dict[str, object]:
         "ss_noise_offset": training.noise_offset,
         "ss_network_dropout": config.adapter.dropout,
         "ss_prior_loss_weight": config.prior.weight,
-        "ss_num_reg_images": config.prior.images,
+        "ss_num_reg_images": sum(part.prior.images for part in config.parts),
         "ss_caption_dropout_rate": images.caption_dropout,
         "ss_shuffle_caption": images.shuffle_tags,
         "ss_keep_tokens": images.keep_tags,

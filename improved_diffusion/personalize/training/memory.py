@@ -258,7 +258,7 @@ def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtyp
 
 def _loss(model: Base, config: PersonalizeConfig, dtype: torch.dtype) -> Tensor:
     """Of a micro-batch, the images of the prior included."""
-    count = config.training.batch_size * (2 if config.prior.images else 1)
+    count = config.training.batch_size * (2 if config.has_prior else 1)
     if not config.images.cache:
         _encode_images(model, config)
     with GPUArithmetic(dtype):

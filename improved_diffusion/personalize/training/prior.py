@@ -30,7 +30,7 @@ def prior_images(
     Args:
         base: draws them.
         fingerprint: of the base, by which another one's images are told.
-        config: of the run.
+        config: of the run, or of one of its concepts.
         resolution: pixels a side.
         batch_size: images at once.
 
