@@ -12,6 +12,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.settings import require
 
 FILLED = ("token", "class")  # what stands in braces in a prompt
+LONGEST_TEXT = 225  # tokens
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,11 @@ class SubjectConfig:
         try:
             text = template.format_map(_Set({"token": self.token, "class": self.class_name}))
         except KeyError as error:
-            known = "set subject.token and subject.class_name (a run has them)" if error.args[0] in FILLED else ""
+            known = (
+                "set subject.token and subject.class_name, or a concept's own (a run has them)"
+                if error.args[0] in FILLED
+                else ""
+            )
             advice = known or "only {token} and {class} can be filled in"
             raise UserError(f"the prompt {template!r} needs {{{error.args[0]}}}: {advice}") from error
         except (ValueError, IndexError, AttributeError) as error:

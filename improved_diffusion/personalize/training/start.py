@@ -21,6 +21,7 @@ from improved_diffusion.personalize.data.encoded_files import EncodedFiles
 from improved_diffusion.personalize.data.examples import Examples
 from improved_diffusion.personalize.data.learned import Captioned, Learned, open_images
 from improved_diffusion.personalize.data.stream import stream_of
+from improved_diffusion.personalize.data_config import LONGEST_TEXT
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
 from improved_diffusion.personalize.models.base import Base, load_base, load_tokenizer
@@ -134,7 +135,9 @@ def build(
     )
     _say_what_was_found(learned, config, say)
     prompts, class_prompts = watched_prompts(config, learned)
-    require_token(config, [load_tokenizer(config.base)])  # before the weights, which take long, are read
+    tokenizer = load_tokenizer(config.base)  # before the weights, which take long, are read
+    require_token(config, [tokenizer])
+    _say_what_is_cut(learned.training.texts, tokenizer, config.text.max_token_length, say)
     free = free_memory(accelerator.device)  # before anything of the run is there
     base = load_base(config.base, config.base_bits, precision_of(accelerator) if config.base_bits else "float32")
     base = dataclasses.replace(base, text=config.text)
@@ -203,6 +206,15 @@ def _say_what_was_found(learned: Learned, config: PersonalizeConfig, say: Callab
         token, texts = part.subject.token, learned.training.of(concept).texts
         if token is not None and (without := sum(token not in text for text in texts)):
             say(f"warning: {without} of {len(texts)} captions do not name the subject: write {token} into them")
+
+
+def _say_what_is_cut(texts: Sequence[str], tokenizer: Any, room: int, say: Callable[[str], None]) -> None:
+    lengths = [len(numbers) for numbers in tokenizer(list(texts), add_special_tokens=False).input_ids]
+    if long := sum(length > room for length in lengths):
+        advice = ": see text.max_token_length" if room < LONGEST_TEXT else ""
+        say(
+            f"warning: {long} of {len(texts)} texts are cut after {room} tokens, the longest has {max(lengths)}{advice}"
+        )
 
 
 def _say_what_is_small(

@@ -54,10 +54,26 @@ def assert_equal(one, other) -> None:
         assert one == other
 
 
+@pytest.fixture
+def several_concepts(photos, tiny_judges, tmp_path) -> tuple[str, ...]:
+    """Flags of a run that learns two, each with a token, a class, repeats and a prior of its own or none."""
+    dogs = tmp_path / "dogs"
+    dogs.mkdir()
+    for number in (1, 2):
+        shutil.copy(photos / f"{number}.png", dogs)
+    concepts = [
+        {"data": str(photos), "token": "sks", "class_name": "ball"},
+        {"data": str(dogs), "token": "oue", "class_name": "dog", "repeats": 2, "class_images": 0},
+    ]
+    nulls = ("--data=null", "--subject.token=null", "--subject.class_name=null")
+    return (f"--concepts={json.dumps(concepts)}", *nulls, f"--watch.vision={tiny_judges['dino']}")
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_resumed_run_is_an_unbroken_one(train, resume, tiny_bases, tmp_path, kind):
-    assert train(tiny_bases[kind], "unbroken", *EVERYTHING, steps=4).code == 0
-    assert train(tiny_bases[kind], "resumed", *EVERYTHING, steps=2).code == 0
+def test_a_resumed_run_is_an_unbroken_one(train, resume, several_concepts, tiny_bases, tmp_path, kind):
+    flags = (*EVERYTHING, *(several_concepts if kind == "sd" else ()))
+    assert train(tiny_bases[kind], "unbroken", *flags, steps=4).code == 0
+    assert train(tiny_bases[kind], "resumed", *flags, steps=2).code == 0
     outcome = resume("resumed", "--training.steps=4")
     assert outcome.code == 0, outcome.err
     assert "going on at update 2" in outcome.out
@@ -65,42 +81,13 @@ def test_a_resumed_run_is_an_unbroken_one(train, resume, tiny_bases, tmp_path, k
     records = [json.loads(line) for line in (tmp_path / "resumed" / "evaluations.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 2, 4]
     assert all("held_out_loss" in record for record in records)
-
-
-def test_several_concepts_at_once(train, resume, run_script, tiny_bases, tiny_judges, photos, tmp_path):
-    """Each with a token, a class, repeats and a prior of its own; measured by concept, resumed, and drawn from."""
-    dogs = tmp_path / "dogs"
-    dogs.mkdir()
-    for number in (1, 2):
-        shutil.copy(photos / f"{number}.png", dogs)
-    concepts = [
-        {"data": str(photos), "token": "sks", "class_name": "ball", "class_images": 2},
-        {"data": str(dogs), "token": "oue", "class_name": "dog", "repeats": 2},
-    ]
-    flags = (
-        f"--concepts={json.dumps(concepts)}",
-        *("--data=null", "--subject.token=null", "--subject.class_name=null", "--prior.steps=2"),
-        *("--images.held_out=1", "--training.batch_size=3", f"--watch.vision={tiny_judges['dino']}"),
-    )
-    outcome = train(tiny_bases["sd"], "unbroken", *flags, steps=4)
-    assert outcome.code == 0, outcome.err
-    assert "5 images x 1 to 2 repeats = 6 / batch 3 = 2 batches an epoch" in outcome.out
-    assert outcome.out.split("done: ")[1].split("\n")[0] in outcome.out.split("done: ")[0]
-    assert train(tiny_bases["sd"], "resumed", *flags, steps=2).code == 0
-    assert resume("resumed", "--training.steps=4").code == 0
-    assert_equal(checkpoint(tmp_path / "resumed", 4), checkpoint(tmp_path / "unbroken", 4))
-    record = json.loads((tmp_path / "unbroken" / "evaluations.jsonl").read_text().splitlines()[-1])
-    assert record["protocol"]["prompts"] == ["a sks ball", "a oue dog"]
-    likeness = [record["concepts"][token]["likeness"]["mean"] for token in ("sks", "oue")]
-    assert likeness == pytest.approx(record["values"]["likeness"])
-    moved = [{**concepts[0], "token": "red"}, concepts[1]]
-    outcome = resume("unbroken", f"--concepts={json.dumps(moved)}")
-    assert outcome.is_one_clear_line()
-    assert "cannot change concepts" in outcome.err
-    where = (f"--run={tmp_path / 'unbroken'}", f"--out={tmp_path / 'out'}")
-    outcome = run_script("personalize.py", "generate", "a {token}", "snow", "--n=1", "--steps=1", *where)
-    assert outcome.code == 0, outcome.err
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["prompts"] == ["a sks", "a oue", "snow"]
+    if kind == "sd":
+        assert records[-1]["protocol"]["prompts"] == ["a sks ball", "a oue dog"]
+        likeness = [records[-1]["concepts"][token]["likeness"]["mean"] for token in ("sks", "oue")]
+        assert likeness == pytest.approx(records[-1]["values"]["likeness"])
+        outcome = resume("unbroken", '--concepts=[{"data": "dogs", "class_name": "dog"}]')
+        assert outcome.is_one_clear_line()
+        assert "cannot change concepts" in outcome.err
 
 
 @pytest.fixture

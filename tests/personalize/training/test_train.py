@@ -115,11 +115,13 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     (folder / "broken.jpg").write_bytes((photos / "0.png").read_bytes()[:40])
     (folder / "manual.pdf").write_bytes(b"%PDF-1.4")
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(folder / "sticker.png")
+    (folder / "1.txt").write_text("sks " * 80)
     outcome = train(tiny_bases["sd"], "run", f"--data={folder}")
     assert outcome.code == 0, outcome.err
     assert "skipped broken.jpg: " in outcome.out
     assert "skipped manual.pdf: not an image" in outcome.out
     assert "budget: 6 images" in outcome.out
+    assert "1 of 6 texts are cut after 75 tokens, the longest has 80: see text.max_token_length" in outcome.out
 
 
 @pytest.fixture(scope="module")
