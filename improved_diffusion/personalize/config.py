@@ -7,6 +7,7 @@ In prompts, `{token}` and `{class}` stand for the subject's.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -266,13 +267,14 @@ class PersonalizeConfig:
         }
         return replace(self, data=concept.data, concepts=(), **groups)
 
-    def prompts(self, template: str) -> list[str]:
-        """The prompt, filled in for each concept that is learned: several only where it names what they differ in.
+    def prompts(self, templates: Sequence[str]) -> list[str]:
+        """The prompts, filled in for each concept: of one several only where it asks for what concepts differ in.
 
         Raises:
             UserError: see `SubjectConfig.fill`.
         """
-        return list(dict.fromkeys(part.subject.fill(template) for part in self.parts))
+        filled = (dict.fromkeys(part.subject.fill(template) for part in self.parts) for template in templates)
+        return [prompt for of_template in filled for prompt in of_template]
 
     @property
     def has_prior(self) -> bool:

@@ -137,8 +137,7 @@ def test_concepts_override_what_they_name():
     assert (of_dog.data, of_dog.images.repeats, of_dog.prior.images, of_dog.prior.prompt) == ("dogs", 3, 5, "a {class}")
     assert (of_cat.data, of_cat.images.repeats, of_cat.prior.images, of_cat.prior.path) == ("cats", 2, 2, "prior")
     assert (of_dog.subject.prompt, of_cat.subject.prompt) == (SubjectConfig().prompt, "my {class}")
-    assert config.prompts("a {token} in the snow") == ["a sks in the snow", "a oue in the snow"]
-    assert config.prompts("snow") == ["snow"]
+    assert config.prompts(["a {token} in the snow", "snow"]) == ["a sks in the snow", "a oue in the snow", "snow"]
     assert PersonalizeConfig(data="dogs").parts == (PersonalizeConfig(data="dogs"),)
 
 

@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> None:
     scales = (options.unet_scale, options.text_encoder_scale, options.text_encoder_2_scale)
     if not stack:
         set_scales(base, *scales)
-    prompts = [prompt for text in texts for prompt in config.prompts(text)]
+    prompts = config.prompts(texts)
     request = {
         "prompts": prompts,
         "n": options.n,

@@ -31,9 +31,7 @@ class MicroBatchStream:
         self.repeats = (repeats,) * len(self.sizes) if isinstance(repeats, int) else tuple(repeats)
         self.batch_size = batch_size
         self.seed = seed
-        rounds = range(max(self.repeats))
-        self._images = [i for number in rounds for i, times in enumerate(self.repeats) if number < times]
-        self.images_per_epoch = len(self._images)
+        self.images_per_epoch = sum(self.repeats)
         self.batches_per_epoch = len(self._epoch(0))
         self._cached_epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
@@ -53,10 +51,11 @@ class MicroBatchStream:
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         order = torch.randperm(self.images_per_epoch, generator=seeded_generator(self.seed, ORDER, epoch)).tolist()
+        rounds = range(max(self.repeats))
+        images = [image for number in rounds for image, times in enumerate(self.repeats) if number < times]
         of_size: dict[tuple[int, int], list[int]] = {size: [] for size in self.sizes}
         for position in order:
-            image = self._images[position]
-            of_size[self.sizes[image]].append(image)
+            of_size[self.sizes[images[position]]].append(images[position])
         batches = [
             images[start : start + self.batch_size]
             for images in of_size.values()

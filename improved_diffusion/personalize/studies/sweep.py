@@ -104,8 +104,8 @@ def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str,
     """
     judge = Judge(config.clip, config.vision, device)
     all_swept = [_open_run(config, run) for run in runs]
-    checkpoints = sum(len(swept.checkpoints) for swept in all_swept)
-    total = checkpoints * len(config.draw.points()) * len(config.draw.prompts) * len(config.draw.seeds)
+    prompts = sum(len(swept.checkpoints) * len(swept.config.prompts(config.draw.prompts)) for swept in all_swept)
+    total = prompts * len(config.draw.points()) * len(config.draw.seeds)
     drawn: list[Drawn] = []
     known: dict[tuple, list[References]] = {}
     with progress(total=total, desc="sweep", unit="picture") as bar:
@@ -123,8 +123,7 @@ def _open_run(config: SweepConfig, path: Path) -> SweptRun:
     """The run at `path`, after a trial of all that will be done with it but drawing: grids are drawn for hours."""
     run = RunDirectory(path)
     settings = run.read_config(PersonalizeConfig)
-    for prompt in config.draw.prompts:
-        settings.prompts(prompt)
+    settings.prompts(config.draw.prompts)
     settings = replace(settings, data=config.data or settings.data)
     training = open_images(settings).training
     # `best` and a file's name may be the same checkpoint.
@@ -141,7 +140,7 @@ def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iter
     side = resolution_of(tuned.config, tuned.base)
     weights = tuned.checkpoint.stat()
     what = (weights.st_size, weights.st_mtime_ns, tuned.base.name, side, grid.steps, grid.negative_prompt)
-    prompts = list(enumerate(prompt for template in grid.prompts for prompt in tuned.config.prompts(template)))
+    prompts = list(enumerate(tuned.config.prompts(grid.prompts)))
     for unet, text, guidance in (point.values() for point in grid.points()):
         point = Point(run, tuned.checkpoint.name, unet, text, guidance)
         folder = out / "pictures" / point.name
