@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("diffusers")
@@ -51,6 +51,7 @@ def test_copies_of_a_single_image_cannot_be_told_of_any_then():
     assert set(found) == {"likeness"}
 
 
+@settings(max_examples=30)
 @given(st.lists(st.binary(max_size=4), unique=True, max_size=12), st.integers(1, 12), st.randoms())
 def test_references_are_chosen_by_content(contents, most, random):
     images = [CaptionedImage(str(number), None, lambda data=data: data) for number, data in enumerate(contents)]

@@ -211,8 +211,8 @@ def test_beside_each_image_is_one_of_its_own_concepts_prior(fresh_base, photos, 
         assert whole
         for first in range(0, len(whole), count):
             assert sorted(whole[first : first + count]) == list(range(count))
-    for _ in range(4):
-        trainer.train_step()
+    for number in range(4):
+        trainer._count(trainer.stream.micro_batch(number))
     assert trainer.prior_seen == sum(text != "of 1" for batch in batches[:4] for text in batch if text[:2] == "of")
 
 
