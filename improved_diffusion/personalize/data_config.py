@@ -113,12 +113,9 @@ class SubjectConfig:
         try:
             text = template.format_map(_Set({"token": self.token, "class": self.class_name}))
         except KeyError as error:
-            known = (
-                "set subject.token and subject.class_name, or a concept's own (a run has them)"
-                if error.args[0] in FILLED
-                else ""
-            )
-            advice = known or "only {token} and {class} can be filled in"
+            advice = "only {token} and {class} can be filled in"
+            if error.args[0] in FILLED:
+                advice = "set subject.token and subject.class_name, or a concept's own (a run has them)"
             raise UserError(f"the prompt {template!r} needs {{{error.args[0]}}}: {advice}") from error
         except (ValueError, IndexError, AttributeError) as error:
             raise UserError(f"the prompt {template!r} cannot be filled in: {error}") from error
@@ -184,11 +181,11 @@ class ConceptConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """How texts are read, in training and wherever the run draws; both as in kohya's scripts."""
+    """How texts are read, in training and wherever the run draws."""
 
     clip_skip: int = 1
-    """Take the states of the last layer of the text encoder but so many, from 1: 2 is the layer before the last. SDXL
-    counts from the layer before the last of each of its two. In diffusers it is 1 less."""
+    """Which layer of the text encoder the UNet is told, from the end, as in kohya's scripts: 1 is the last, 2 the one
+    before it. SDXL counts from the layer before the last of each of its two. In diffusers it is 1 less."""
     max_token_length: Literal[75, 150, 225] = 75
     """Tokens of a text that are read, 75 at a time; what is longer is cut."""
 
