@@ -61,7 +61,7 @@ def make_trainer(kind: str, config: PersonalizeConfig) -> tuple[Trainer, float]:
     examples = Examples(base, images, [(RESOLUTION, RESOLUTION)] * len(images), config.images)
     seconds = time.perf_counter() - started
     return Trainer(
-        base, trained, config, EncodedSet(examples, [(i.caption,) for i in images]), None, Accelerator()
+        base, trained, config, EncodedSet(examples, [(i.caption,) for i in images]), {}, Accelerator()
     ), seconds
 
 

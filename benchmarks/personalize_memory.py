@@ -130,8 +130,8 @@ def measure(base: Base, config: PersonalizeConfig) -> tuple[int, int]:
         resolution = config.images.resolution or base.resolution
         examples = Examples(base, images, [(resolution, resolution)] * len(images), config.images)
         source = EncodedSet(examples, [("a picture",)] * len(images))
-        prior = {(resolution, resolution): source} if config.prior.images else None
-        trainer = Trainer(base, trained, config, source, prior, Accelerator(cpu=True, mixed_precision="no"))
+        priors = {0: {(resolution, resolution): source}} if config.prior.images else {}
+        trainer = Trainer(base, trained, config, source, priors, Accelerator(cpu=True, mixed_precision="no"))
         trainer.train_step()
         sampling = Sampling(1, config.watch.guidance_scale, height=resolution, width=resolution)
         step = bytes_that_stay(trainer) + allocator_peak(trainer.train_step)

@@ -85,14 +85,15 @@ def parse_arguments(
 
 def _in_words(complaint: str) -> str:
     """jsonargparse's complaint about a value, without Python's types; another complaint as it is."""
-    key = re.match(r'Parser key "([^"]+)"', complaint)
+    keys = re.findall(r'Parser key "([^"]+)"', complaint)
     types = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", complaint)
     value = re.search(r"(?:Got value|Given value): (.*)", complaint)
-    if not (key and types and value):
-        return complaint
+    if not (keys and types and value):
+        of_item = re.fullmatch(r'Parser key "(\w+)":\s+Problem with given class_path \S+\s+(.*)', complaint)
+        return f"{of_item[1]}: {of_item[2]}" if of_item else complaint  # of a list, each with settings of its own
     wanted = " or ".join(WRITTEN.get(name, name) if name else f"one of {choices}" for name, choices in types)
     example = f", '[{value[1]}]' say" if ("tuple", "") in types else ""
-    return f"{key[1]} must be {wanted}{example}, not {value[1]}"
+    return f"{'.'.join(keys)} must be {wanted}{example}, not {value[1]}"
 
 
 def to_settings(kind: type[Settings], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> Settings:
@@ -113,16 +114,20 @@ def _require_values(kind: type, values: argparse.Namespace, group: str = "") -> 
         UserError: the message names the setting.
     """
     for name, hint in typing.get_type_hints(kind).items():
+        if not hasattr(values, name):  # of an item of a list in the command line there is only what was given
+            continue
         value, key = getattr(values, name), group + name
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             _require_values(hint, value, f"{key}.")
             continue
         may_be_null = type(None) in typing.get_args(hint)
         require(value is not None or may_be_null, f"{key} cannot be null: give a value, or leave it out")
-        for number in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(number, (int, float)):
-                limit = LARGEST if isinstance(number, int) else math.inf  # neither inf nor nan is below that
-                require(abs(number) < limit, f"{key} must be a finite number, and a whole one below 2^63, not {number}")
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, argparse.Namespace):  # of a list of settings
+                _require_values(typing.get_args(hint)[0], item, f"{key}.")
+            elif isinstance(item, (int, float)):
+                limit = LARGEST if isinstance(item, int) else math.inf  # neither inf nor nan is below that
+                require(abs(item) < limit, f"{key} must be a finite number, and a whole one below 2^63, not {item}")
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:

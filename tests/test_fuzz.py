@@ -138,7 +138,7 @@ def test_settings_of_fine_tuning(changes, tmp_path):
         config.subject.fill(config.subject.prompt)
         sizes = buckets(config.images.resolution or 64, config.images.buckets)
         stream = MicroBatchStream(sizes[:1] * 5, config.images.repeats, config.training.batch_size, config.seed)
-        plan(stream, config.training, 1, with_prior=False)
+        plan(stream, config.training, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

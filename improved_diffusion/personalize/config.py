@@ -6,10 +6,18 @@ In prompts, `{token}` and `{class}` stand for the subject's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.data_config import (
+    ConceptConfig,
+    ImagesConfig,
+    PriorConfig,
+    SubjectConfig,
+    TextConfig,
+)
 from improved_diffusion.settings import require
 
 # Models that judge pictures, unless others are named.
@@ -17,133 +25,11 @@ CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"
 
 LEAST_FACTOR = 0.1  # of Prodigy's own learning rate
-FILLED = ("token", "class")  # what stands in braces in a prompt
 
 
 def is_seed(number: int) -> bool:
     """Whether PyTorch's generators take it."""
     return 0 <= number < 2**63
-
-
-@dataclass(frozen=True)
-class ImagesConfig:
-    """How the images to learn from are treated."""
-
-    captions: bool = True
-    """Use the captions that come with the images; an image without one gets the subject's prompt."""
-    caption_column: str | None = None
-    """Column of the captions in metadata or parquet; by default a usual name is looked for."""
-    background: str = "white"
-    """Colour under transparent images: a name or #rrggbb."""
-    resolution: int | None = None
-    """Pixels a side (with buckets: of a square of equal area); by default what the base was made for."""
-    buckets: bool = False
-    """Train at sizes of several aspect ratios instead of squares alone."""
-    crops: int = 1
-    """Crops of each image, evenly along its longer side; 1 is the centre."""
-    flip: bool = False
-    """Each crop mirrored as well."""
-    repeats: int = 1
-    """Times that each image is seen in an epoch."""
-    held_out: int = 0
-    """Images kept from training, to measure the loss on."""
-    caption_dropout: float = 0.0
-    """Probability that an image is learned without its caption. 0.05 to 0.1 is usual."""
-    shuffle_tags: bool = False
-    """Bring what stands between the commas of a caption into another order at each sight."""
-    keep_tags: int = 1
-    """Of these, how many stay in front."""
-    cache: bool = True
-    """Keep latents and text embeddings, in memory and from run to run on disk, instead of encoding at every step."""
-
-    def __post_init__(self) -> None:
-        for name in ("crops", "repeats"):
-            require(getattr(self, name) >= 1, f"images.{name} must be at least 1, not {getattr(self, name)}")
-        require(
-            0 <= self.caption_dropout <= 1,
-            f"images.caption_dropout must be between 0 and 1, not {self.caption_dropout}",
-        )
-        require(self.keep_tags >= 0, f"images.keep_tags must not be negative, not {self.keep_tags}")
-        require(self.held_out >= 0, f"images.held_out must not be negative, not {self.held_out}")
-        require(
-            self.resolution is None or (self.resolution >= 8 and self.resolution % 8 == 0),
-            f"images.resolution must be a multiple of 8, not {self.resolution}",
-        )
-
-
-@dataclass(frozen=True)
-class SubjectConfig:
-    """What a prompt calls the subject (DreamBooth, textual inversion)."""
-
-    token: str | None = None
-    """The rare token; with textual inversion the new word."""
-    class_name: str | None = None
-    """What kind of thing it is: dog, sticker, ..."""
-    prompt: str = "a photo of {token} {class}"
-    """Text of the images that have no caption."""
-    caption_prompt: str | None = None
-    """Text of those that have one, which stands for {caption} in it, so that every caption names the subject:
-    "{token} {class}, {caption}"; null for the caption as it is."""
-    allow_split_token: bool = False
-    """Take a token that a tokenizer splits, a name say, though its pieces have meanings of their own."""
-    vectors: int = 1
-    """Textual inversion: embeddings that the new word stands for."""
-
-    def __post_init__(self) -> None:
-        require(self.vectors >= 1, f"subject.vectors must be at least 1, not {self.vectors}")
-        require(
-            self.caption_prompt is None or "{caption}" in self.caption_prompt,
-            f"subject.caption_prompt {self.caption_prompt!r} has no {{caption}} for the caption",
-        )
-
-    def fill(self, template: str) -> str:
-        """The prompt, with the token and the class in their places.
-
-        Raises:
-            UserError: it asks for one that is not set, or for something else.
-        """
-        try:
-            text = template.format_map(_Set({"token": self.token, "class": self.class_name}))
-        except KeyError as error:
-            known = "set subject.token and subject.class_name (a run has them)" if error.args[0] in FILLED else ""
-            advice = known or "only {token} and {class} can be filled in"
-            raise UserError(f"the prompt {template!r} needs {{{error.args[0]}}}: {advice}") from error
-        except (ValueError, IndexError, AttributeError) as error:
-            raise UserError(f"the prompt {template!r} cannot be filled in: {error}") from error
-        return " ".join(text.split())
-
-
-class _Set(dict):
-    """Of which what is None is as good as missing."""
-
-    def __getitem__(self, name: str) -> str:
-        value = super().__getitem__(name)
-        if value is None:
-            raise KeyError(name)
-        return value
-
-
-@dataclass(frozen=True)
-class PriorConfig:
-    """Images of the class, which the base draws, trained on beside the subject so that the class is not forgotten."""
-
-    images: int = 0
-    """How many; 0 for none."""
-    weight: float = 1.0
-    """Of their loss."""
-    prompt: str = "a photo of a {class}"
-    """What they show."""
-    path: str | None = None
-    """Folder in which they are kept, or a folder of one's own images; by default one in the cache."""
-    steps: int = 50
-    """Sampling steps."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance."""
-
-    def __post_init__(self) -> None:
-        require(self.images >= 0, f"prior.images must not be negative, not {self.images}")
-        require(self.weight >= 0, f"prior.weight must not be negative, not {self.weight}")
-        require(self.steps >= 1, f"prior.steps must be at least 1, not {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -283,6 +169,9 @@ class WatchConfig:
     """CLIP model, by name or folder, that measures CLIP-T and CLIP-I; null for none."""
     vision: str | None = DINO
     """What measures likeness: DINO or DINOv2, by name or folder; `inception`, which needs no download; or null."""
+    max_references: int | None = 100
+    """Training images of each concept, at most, with which pictures are compared; null for all. Copies of others are
+    not seen."""
     copy_cap: float = 0.2
     """Highest copy score of a checkpoint that may be chosen: 0 is as close to the training images as these are to each
     other, 1 is identical."""
@@ -290,7 +179,7 @@ class WatchConfig:
     """Timesteps at which the loss on held-out images is measured."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "steps", "batch_size"):
+        for name in ("every", "steps", "batch_size", "max_references"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"watch.{name} must be at least 1, not {value}")
         require(0 < self.share <= 1, f"watch.share must be above 0 and at most 1, not {self.share}")
@@ -309,6 +198,8 @@ class PersonalizeConfig:
     """The base model: a folder that save_pretrained wrote, or a name on the Hugging Face hub."""
     data: str | None = None
     """The images to learn from: a folder or a parquet file, with captions or without."""
+    concepts: tuple[ConceptConfig, ...] = ()
+    """Or several things to learn at once, each with images, a token and a class of its own."""
     base_bits: Literal[4, 8] | None = None
     """Hold the frozen UNet in so many bits (bitsandbytes, on a GPU)."""
     method: Literal["lora", "full", "textual_inversion"] = "lora"
@@ -320,6 +211,7 @@ class PersonalizeConfig:
     wandb: str | None = None
     """Project of Weights & Biases to which the run is logged too."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     subject: SubjectConfig = field(default_factory=SubjectConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -344,8 +236,49 @@ class PersonalizeConfig:
             self.base_bits is None or self.method != "full",
             f"a base of {self.base_bits} bits cannot be trained in full: use the method lora",
         )
-        if self.prior.images:
+        if self.concepts:
+            own = {
+                "data": self.data,
+                "subject.token": self.subject.token,
+                "subject.class_name": self.subject.class_name,
+                "prior.path": self.prior.path,
+                "images.conditioning_data_dir": self.images.conditioning_data_dir,
+            }
+            given = [name for name, value in own.items() if value is not None]
+            require(not given, f"each of the concepts has its own {', '.join(given)}: set it to null beside them")
+            require(self.method != "textual_inversion", "textual inversion learns one word: leave out concepts")
+        elif self.prior.images:
             self.subject.fill(self.prior.prompt)  # says what is missing
+        _ = self.parts  # says what is wrong with one of them
+
+    @functools.cached_property
+    def parts(self) -> tuple[PersonalizeConfig, ...]:
+        """The settings of each concept, as if it were learned alone: of a run without `concepts` the run's own."""
+        return tuple(self._part(concept) for concept in self.concepts) or (self,)
+
+    def _part(self, concept: ConceptConfig) -> PersonalizeConfig:
+        subject = {"token": concept.token, "class_name": concept.class_name, "prompt": concept.prompt}
+        prior = {"prompt": concept.class_prompt, "images": concept.class_images, "path": concept.class_data_dir}
+        images = {"repeats": concept.repeats, "conditioning_data_dir": concept.conditioning_data_dir}
+        own = {"subject": subject, "prior": prior, "images": images}
+        groups = {
+            name: replace(getattr(self, name), **{key: value for key, value in values.items() if value is not None})
+            for name, values in own.items()
+        }
+        return replace(self, data=concept.data, concepts=(), **groups)
+
+    def prompts(self, templates: Sequence[str]) -> list[str]:
+        """The prompts, filled in for each concept: of one several only where it asks for what concepts differ in.
+
+        Raises:
+            UserError: see `SubjectConfig.fill`.
+        """
+        filled = (dict.fromkeys(part.subject.fill(template) for part in self.parts) for template in templates)
+        return [prompt for of_template in filled for prompt in of_template]
+
+    @property
+    def has_prior(self) -> bool:
+        return any(part.prior.images > 0 for part in self.parts)
 
     @property
     def trains_text(self) -> bool:

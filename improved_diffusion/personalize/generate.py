@@ -27,7 +27,7 @@ from torch import Tensor
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.data.crops import cut
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.personalize.models.encoding import decode_latents, latent_moments
+from improved_diffusion.personalize.models.encoding import decode_latents, encode_prompts, latent_moments
 
 # {sampler: diffusers' scheduler}. Latents are not pictures: they are not clipped.
 SAMPLERS: dict[str, type[SchedulerMixin]] = {
@@ -120,9 +120,7 @@ def draw(
             settings["image"] = latents.to(base.unet.dtype).expand(len(texts), -1, -1, -1)
         with _arithmetic(base):
             output = pipeline(
-                texts,
-                # For SDXL none at all and an empty one are not the same.
-                negative_prompt=[sampling.negative_prompt] * len(texts) if sampling.negative_prompt else None,
+                **encode_prompts(base, texts, sampling.negative_prompt, sampling.guidance_scale > 1),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
                 **settings,
             )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from improved_diffusion.files import atomic_write, file_sha256
+from improved_diffusion.personalize.data_config import TextConfig
 from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.progress import progress
@@ -22,6 +24,7 @@ def model_settings(base: Base, scales: Sequence[float | None], adapter: Path | N
         "base": base.name,
         "adapter": file_sha256(adapter) if adapter is not None else None,  # its alpha is no weight
         "weights": base.fingerprint(),
+        "text": None if base.text == TextConfig() else asdict(base.text),  # older descriptions do not tell
     }
 
 

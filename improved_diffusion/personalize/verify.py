@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def _round(parameters: Iterable[nn.Parameter], precision: str) -> None:
 
 def largest_difference(base: Base, written: Path, word: str | None) -> int:
     """Of the pixels, 0 to 255, of a picture that `base` draws and one that a fresh base draws with what was written."""
-    fresh = load_base(str(written) if written.is_dir() else base.name).to(base.unet.device)
+    fresh = replace(load_base(str(written) if written.is_dir() else base.name), text=base.text).to(base.unet.device)
     if learned_rows(base):
         _read_word(fresh, written, word)
     elif written.is_file():

@@ -118,6 +118,7 @@ class TextDrawer:
     def choose_style(self, request: TextRequest) -> PersonalizeConfig:
         """Let the base draw in a request's style, as much as it weighs; returns the settings of the style's run."""
         run = self.styles.use(request.style)
+        self.base = dataclasses.replace(self.base, text=run.text)
         if request.style is not None:
             set_scales(self.base, request.unet_scale, request.text_encoder_scale, name=request.style)
         return run

@@ -168,7 +168,7 @@ def run_to_resume(path: str, kind: type = Config) -> RunDirectory:
         UserError: no run, or none that can be resumed.
     """
     run = RunDirectory(Path(path).parent.parent if path.endswith(".pt") else Path(path))
-    if run.read_config(kind).data is None:
+    if kind is Config and run.read_config(kind).data is None:
         raise UserError(
             f"{run.path} was imported or exported: it holds a model to sample from, and no run to go on with"
         )

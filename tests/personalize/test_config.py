@@ -7,9 +7,24 @@ from pathlib import Path
 import pytest
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.config import PersonalizeConfig, PriorConfig, SubjectConfig, TrainingConfig
+from improved_diffusion.personalize.config import (
+    ConceptConfig,
+    ImagesConfig,
+    PersonalizeConfig,
+    PriorConfig,
+    SubjectConfig,
+    TrainingConfig,
+)
 from improved_diffusion.personalize.studies.sweep_config import SweepConfig
-from improved_diffusion.settings import load_settings, parse_arguments, read_settings, settings_parser, to_settings
+from improved_diffusion.settings import (
+    load_settings,
+    parse_arguments,
+    read_settings,
+    settings_of,
+    settings_parser,
+    to_plain,
+    to_settings,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -88,6 +103,10 @@ def test_the_cartoon_characters_runs_and_scales():
         ({"method": "full", "base_bits": 4}, "cannot be trained in full"),
         ({"prior": PriorConfig(images=2)}, "needs {class}: set subject.token and subject.class_name"),
         ({"seed": -1}, "seed must be from 0"),
+        ({"concepts": (ConceptConfig("a"),), "data": "b"}, "each of the concepts has its own data: set it to null"),
+        ({"concepts": (ConceptConfig("a"),), "subject": SubjectConfig("sks")}, "has its own subject.token"),
+        ({"concepts": (ConceptConfig("a", token="sks", class_images=2),)}, "needs {class}"),
+        ({"concepts": (ConceptConfig("a", repeats=0),)}, "images.repeats must be at least 1"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):
@@ -108,6 +127,38 @@ def test_settings_that_do_not_fit(settings, message):
 def test_values_of_another_type_are_named_in_words(kind, flag, message):
     with pytest.raises(UserError, match=f"^in the command line: {message}$"):
         parse_arguments(settings_parser(kind), [flag])
+
+
+def test_concepts_override_what_they_name():
+    dog = ConceptConfig("dogs", token="sks", class_name="dog", repeats=3, class_prompt="a {class}", class_images=5)
+    cat = ConceptConfig("cats", token="oue", class_name="cat", prompt="my {class}", class_data_dir="prior")
+    config = PersonalizeConfig(concepts=(dog, cat), prior=PriorConfig(images=2), images=ImagesConfig(repeats=2))
+    of_dog, of_cat = config.parts
+    assert (of_dog.data, of_dog.images.repeats, of_dog.prior.images, of_dog.prior.prompt) == ("dogs", 3, 5, "a {class}")
+    assert (of_cat.data, of_cat.images.repeats, of_cat.prior.images, of_cat.prior.path) == ("cats", 2, 2, "prior")
+    assert (of_dog.subject.prompt, of_cat.subject.prompt) == (SubjectConfig().prompt, "my {class}")
+    assert config.prompts(["a {token} in the snow", "snow"]) == ["a sks in the snow", "a oue in the snow", "snow"]
+    assert PersonalizeConfig(data="dogs").parts == (PersonalizeConfig(data="dogs"),)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "message"),
+    [
+        ([{"data": "a", "tokn": "x"}], "concepts: Option 'tokn' is not accepted"),
+        ([{"token": "x"}], "concepts: the following arguments are required: data"),
+        ([{"data": "a", "repeats": "often"}], "concepts.repeats must be a whole number or null, not often"),
+        ([{"data": "a", "repeats": 2**63}], "concepts.repeats must be a finite number"),
+        ({"data": "a"}, "concepts must be a list in brackets"),
+    ],
+)
+def test_mistakes_in_a_list_of_concepts(concepts, message):
+    with pytest.raises(UserError, match=message):
+        settings_of(PersonalizeConfig, {"concepts": concepts}, "run.yaml")
+
+
+def test_concepts_are_read_as_they_were_written():
+    config = PersonalizeConfig(concepts=(ConceptConfig("dogs", token="sks"), ConceptConfig("cats", repeats=2)))
+    assert settings_of(PersonalizeConfig, to_plain(config), "run.yaml") == config
 
 
 @pytest.mark.parametrize(

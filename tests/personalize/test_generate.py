@@ -173,6 +173,26 @@ class TestCommandLine:
         assert [record["text"] for record in records] == ["a dog", "a cat", "a red ball"]
         assert json.loads((tmp_path / "out" / "manifest.json").read_text())["sampler"] == "unipc"
 
+    def test_a_run_of_several_concepts_draws_each(self, run_script, tiny_bases, tmp_path):
+        from improved_diffusion.personalize.config import ConceptConfig, PersonalizeConfig
+        from improved_diffusion.personalize.models.base import load_base
+        from improved_diffusion.personalize.models.trained import prepare
+        from improved_diffusion.run_directory import RunDirectory
+
+        concepts = (ConceptConfig("a", token="sks", class_name="ball"), ConceptConfig("b", token="oue"))
+        config = PersonalizeConfig(base=str(tiny_bases["sd"]), concepts=concepts)
+        run = RunDirectory(tmp_path / "run")
+        run.write_config(config, [])
+        trained = prepare(load_base(config.base), config)
+        run.save_checkpoint({"step": 1, "model": trained.state_dict(), "ema": None}, 1)
+        where = (f"--run={run.path}", f"--out={tmp_path / 'out'}")
+        outcome = run_script("personalize.py", "generate", "a {token}", "snow", "--n=1", "--steps=1", *where)
+        assert outcome.code == 0, outcome.err
+        assert json.loads((tmp_path / "out" / "manifest.json").read_text())["prompts"] == ["a sks", "a oue", "snow"]
+        outcome = run_script("personalize.py", "generate", "a {class}", *where)
+        assert outcome.is_one_clear_line()
+        assert "needs {class}" in outcome.err
+
     def test_other_pictures_are_not_drawn_into_the_same_folder(self, run_script, tiny_bases, tmp_path):
         def generate(*changed: str):
             where = (f"--base={tiny_bases['sd']}", f"--out={tmp_path / 'out'}")

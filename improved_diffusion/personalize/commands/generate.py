@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> None:
     scales = (options.unet_scale, options.text_encoder_scale, options.text_encoder_2_scale)
     if not stack:
         set_scales(base, *scales)
-    prompts = [config.subject.fill(text) for text in texts]
+    prompts = config.prompts(texts)
     request = {
         "prompts": prompts,
         "n": options.n,

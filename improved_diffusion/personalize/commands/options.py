@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ def add_model_options(parser: ArgumentParser) -> None:
     add("--checkpoint", help="of the run: best, latest or step_0000450.pt (default: best, or else latest)")
     add("--base", help="base model, a folder or a name on the hub (default: the run's)")
     add("--adapter", type=Path, help="a .safetensors file of LoRA for --base, in diffusers' or kohya's form")
+    add("--clip-skip", type=int, help="2 for the layer before the last of the text encoder (default: the run's, or 1)")
+    add("--max-token-length", type=int, choices=(75, 150, 225), help="tokens of a prompt (default: the run's, or 75)")
     add("--allow-unknown", action="store_true", help="take of --adapter the layers that the base has, and no others")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--precision", choices=("float32", "bf16", "fp16"), help="default: float32 on a CPU, else bf16 or fp16")
@@ -53,8 +56,8 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
     device, precision = _where(options)
     if options.run is not None:
         tuned = load_run(RunDirectory(options.run), options.checkpoint, options.base, device, precision)
-        return tuned.base, tuned.config
-    base = load_base(options.base).to(device, precision)
+        return _as_asked(tuned.base, options), tuned.config
+    base = _as_asked(load_base(options.base), options).to(device, precision)
     if options.adapter is not None:
         taken, layers = load_adapter(base, options.adapter, options.allow_unknown)
         print(f"{options.adapter}: {taken} of {layers} layers taken", flush=True)
@@ -82,7 +85,15 @@ def open_stack(
     if options.base is None and first is None:
         parser.error("which base? --adapters of files alone need --base")
     base = load_base(options.base or lora_config(first).base).to(*_where(options))
-    return base, attach_stack(base, stack, options.allow_unknown)
+    config = attach_stack(base, stack, options.allow_unknown)
+    return _as_asked(replace(base, text=config.text), options), config
+
+
+def _as_asked(base: Base, options: argparse.Namespace) -> Base:
+    """The base, reading texts as the flags say."""
+    given = {name: getattr(options, name) for name in ("clip_skip", "max_token_length")}
+    said = {name: value for name, value in given.items() if value is not None}
+    return replace(base, text=replace(base.text, **said))
 
 
 def _where(options: argparse.Namespace) -> tuple[torch.device, str]:

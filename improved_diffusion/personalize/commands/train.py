@@ -36,7 +36,8 @@ def run(arguments: list[str]) -> None:
         require_same_run(resumed.read_config(PersonalizeConfig), config, start.CHANGEABLE)
         opened = resumed.held()
     else:
-        start.require_place(Path(options.out or "runs"), config.data)
+        for part in config.parts:
+            start.require_place(Path(options.out or "runs"), part.data)
         opened = new_run(options.out, f"{Path(config.data or 'data').name}-{config.method}")
     accelerator = start.start_accelerator(config)
     say = accelerator.print

@@ -7,6 +7,7 @@ A caption is found in one of these, in this order:
     a.txt              beside a.png
     *.parquet          a column of image bytes and one of captions, as the Hugging Face hub stores data sets
 
+a.mask.png beside a.png is no image but its mask, see masks.py.
 Phone photographs are turned upright, transparent stickers composited on a colour of choice. What cannot be used is
 skipped and named.
 """
@@ -33,6 +34,7 @@ CAPTION_COLUMNS = ("text", "caption", "en_text", "prompt")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 METADATA = ("metadata.jsonl", "metadata.csv")
 MANIFEST = "manifest.json"  # of pictures that were drawn: how
+MASK = ".mask"  # before the ending of an image's name: its mask
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class CaptionedImage:
     read: Callable[[], bytes]
     size: tuple[int, int] | None = None  # (width, height), upright; known once the image was found to be whole
     other_captions: tuple[str, ...] = ()  # that say the same in other words
+    mask: Callable[[], Image.Image] | None = None  # mode L, of the image's size: what of it counts
 
     def load(self, background: str = "white") -> Image.Image:
         """RGB, upright, of its own size; raises whatever Pillow raises for a damaged file."""
@@ -139,11 +142,15 @@ def _of_folder(path: Path, caption_column: str | None, skipped: list[str]) -> It
     names = sorted(name for name in folder.names() if not name.endswith("/") and not is_hidden(name))
     texts = {name for name in names if name.endswith(".txt")}
     captions = _metadata(path, caption_column)
+    stems = {str(PurePosixPath(name).with_suffix("")) for name in names}
     for name in names:
         suffix = PurePosixPath(name).suffix.lower()
         if suffix not in EXTENSIONS:
             if name not in (*METADATA, MANIFEST) and suffix != ".txt":
                 skipped.append(f"{name}: not an image")
+            continue
+        owner, is_mask, _ = name.rpartition(f"{MASK}{PurePosixPath(name).suffix}")
+        if is_mask and owner in stems:
             continue
         caption, *others = captions.pop(name, ("",))
         beside = str(PurePosixPath(name).with_suffix(".txt"))

@@ -10,21 +10,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from improved_diffusion.personalize.config import ImagesConfig
+from improved_diffusion.personalize.config import ImagesConfig, TextConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import Crop, cut, variants
 from improved_diffusion.personalize.data.encoded_files import EncodedFiles
+from improved_diffusion.personalize.data.masks import latent_mask
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.encoding import encode_texts, latent_moments
 from improved_diffusion.progress import progress
 
 
 class Latents(NamedTuple):
-    """What the autoencoder makes of N crops: its distribution, and how the crops were cut."""
+    """What the autoencoder makes of N crops: its distribution, how the crops were cut, and what of them counts."""
 
     mean: Tensor  # float32 (N, 4, h, w)
     std: Tensor  # float32 (N, 4, h, w)
     size_ids: Tensor  # float32 (N, 6), SDXL's conditions
+    mask: Tensor  # float32 (N, 1, h, w) on [0, 1]: what counts in the loss
 
 
 class Examples:
@@ -61,7 +63,9 @@ class Examples:
         """Latents of the images `indices`, all of one size, each in the crop of number `variant`, on the CPU."""
         pairs = list(zip(indices, variant, strict=True))
         if self._kept is None:
-            return self._encode([self._crop(index, number) for index, number in pairs])
+            encoded = self._encode([self._crop(index, number) for index, number in pairs])
+            masks = [self._mask(index, number, encoded["mean"]) for index, number in pairs]
+            return Latents(**encoded, mask=torch.stack(masks))
         return Latents(*(torch.stack(tensors) for tensors in zip(*(self._kept[pair] for pair in pairs), strict=True)))
 
     def _encode_all(self, files: EncodedFiles | None, process: int, processes: int) -> dict[tuple[int, int], Latents]:
@@ -73,19 +77,24 @@ class Examples:
                 for number, variant in enumerate(self.variants):
                     encode = functools.partial(self._encode_one, index, number)
                     key = (content, self.sizes[index], variant, self.background)
-                    kept[index, number] = Latents(**(encode() if files is None else files.find(key, encode)))
+                    encoded = encode() if files is None else files.find(key, encode)
+                    # The files hold no masks: of other masks an image has the same latents.
+                    kept[index, number] = Latents(**encoded, mask=self._mask(index, number, encoded["mean"]))
                 bar.update()
         return kept
 
     def _encode_one(self, index: int, number: int) -> dict[str, Tensor]:
-        return {name: tensor[0] for name, tensor in self._encode([self._crop(index, number)])._asdict().items()}
+        return {name: tensor[0] for name, tensor in self._encode([self._crop(index, number)]).items()}
 
     def _crop(self, index: int, number: int) -> Crop:
         return cut(self.images[index].load(self.background), self.sizes[index], *self.variants[number])
 
-    def _encode(self, crops: list[Crop]) -> Latents:
+    def _mask(self, index: int, number: int, latents: Tensor) -> Tensor:
+        return latent_mask(self.images[index], self.sizes[index], *self.variants[number], latents.shape[-2:])
+
+    def _encode(self, crops: list[Crop]) -> dict[str, Tensor]:
         mean, std = latent_moments(self.base, torch.stack([crop.pixels for crop in crops]))
-        return Latents(mean.cpu(), std.cpu(), torch.stack([crop.size_ids for crop in crops]))
+        return {"mean": mean.cpu(), "std": std.cpu(), "size_ids": torch.stack([crop.size_ids for crop in crops])}
 
 
 class Conditions:
@@ -108,9 +117,13 @@ class Conditions:
         for text in texts:
             if text not in self._kept:
                 encode = functools.partial(self._encode_one, text)
-                self._kept[text] = encode() if self.files is None else self.files.find(text, encode)
+                self._kept[text] = encode() if self.files is None else self.files.find(self._key(text), encode)
         kept = [self._kept[text] for text in texts]
         return {name: torch.stack([of_text[name] for of_text in kept]) for name in kept[0]}
+
+    def _key(self, text: str) -> object:
+        how = self.base.text
+        return text if how == TextConfig() else (text, how.clip_skip, how.max_token_length)
 
     @torch.no_grad()
     def _encode_one(self, text: str) -> dict[str, Tensor]:

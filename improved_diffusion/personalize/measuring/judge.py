@@ -37,6 +37,10 @@ class Seen:
     clip: Tensor | None = None
     vision: Tensor | None = None
 
+    def __getitem__(self, rows: Sequence[int]) -> Seen:
+        """Those of some of the pictures."""
+        return Seen(*(None if each is None else each[rows] for each in (self.clip, self.vision)))
+
     def likeness(self) -> Tensor | None:
         """Those by which pictures are compared with each other: the vision model's, or else CLIP's."""
         return self.vision if self.vision is not None else self.clip

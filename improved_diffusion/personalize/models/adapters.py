@@ -51,6 +51,7 @@ def attach_adapters(base: Base, config: AdapterConfig, text_encoders: bool, seed
             part.add_adapter(lora, adapter_name=name)
             for parameter in trainable(part):
                 parameter.data = parameter.data.float()
+            part.eval()  # PEFT's layers come in training, and would drop out in drawing
 
 
 def choose_adapters(base: Base, *names: str) -> None:

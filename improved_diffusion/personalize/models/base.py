@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.personalize.data_config import TextConfig
 from improved_diffusion.personalize.models.hub import opening, require_vocabulary
 
 _opening = functools.partial(opening, what="base model", index="model_index.json", setting="--base")
@@ -23,10 +24,21 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A base model: its pipeline, and its parts in the order in which the pipeline uses them."""
+    """A base model: its pipeline, and its parts in the order in which the pipeline uses them.
+
+    Raises:
+        UserError: `text` skips more layers than its text encoders have.
+    """
 
     name: str  # hub name or path, as it was given
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    text: TextConfig = TextConfig()  # how it reads texts
+
+    def __post_init__(self) -> None:
+        if self.text.clip_skip > 1:  # of SDXL the last layers are never read
+            layers = min(encoder.config.num_hidden_layers for encoder in self.text_encoders.values()) - self.is_sdxl
+            if self.text.clip_skip > layers:
+                raise UserError(f"the clip skip {self.text.clip_skip} is too large for {self.name}: at most {layers}")
 
     @property
     def is_sdxl(self) -> bool:

@@ -62,15 +62,13 @@ def resolution_of(config: PersonalizeConfig, base: Base) -> int:
 
 
 def require_token(config: PersonalizeConfig, tokenizers: Sequence[Any]) -> None:
-    """Raise UserError where the subject's token will not do: one that a tokenizer splits, or, for textual inversion,
+    """Raise UserError where a subject's token will not do: one that a tokenizer splits, or, for textual inversion,
     knows already."""
-    token = config.subject.token
-    if token is None:
-        return
-    if config.method == "textual_inversion":
-        require_new_word(token, tokenizers)
-    elif not config.subject.allow_split_token:
-        require_single_token(token, tokenizers)
+    for subject in (part.subject for part in config.parts if part.subject.token is not None):
+        if config.method == "textual_inversion":
+            require_new_word(subject.token, tokenizers)
+        elif not subject.allow_split_token:
+            require_single_token(subject.token, tokenizers)
 
 
 def prepare(base: Base, config: PersonalizeConfig) -> Trained:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.models.adapter_file import read_adapter
-from improved_diffusion.personalize.models.adapters import ADAPTER, attach_adapters, remove_adapters
+from improved_diffusion.personalize.models.adapters import ADAPTER, adapted_parts, attach_adapters, remove_adapters
 from improved_diffusion.personalize.models.base import Base, load_base
 from improved_diffusion.personalize.models.trained import prepare, trained_parts
 from improved_diffusion.run_directory import RunDirectory
@@ -53,7 +53,8 @@ def load_run(
     config = run.read_config(PersonalizeConfig)
     file = run.choose_checkpoint(checkpoint)
     state = read_checkpoint(file, ("step", "model", "ema"))
-    opened = load_base(base or config.base).to(device, dtype, config.training.vae_precision)
+    opened = replace(load_base(base or config.base), text=config.text)
+    opened.to(device, dtype, config.training.vae_precision)
     trained = prepare(opened, config)
     trained.load_state_dict(_drawn_from(state))
     if config.method == "full":
@@ -139,6 +140,8 @@ def load_adapter(base: Base, file: Path, allow_unknown: bool = False, name: str 
             }
             if magnitudes:
                 set_peft_model_state_dict(encoder, magnitudes, adapter_name=name)
+    for part in adapted_parts(base).values():
+        part.eval()  # PEFT's layers come in training, and a file may name a dropout
     return read.known, total
 
 

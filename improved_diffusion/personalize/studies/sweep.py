@@ -14,8 +14,7 @@ from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import PersonalizeConfig
-from improved_diffusion.personalize.data.captioned import CaptionedImage
-from improved_diffusion.personalize.data.learned import open_images
+from improved_diffusion.personalize.data.learned import Captioned, open_images
 from improved_diffusion.personalize.generate import Sampling
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import References, score_pictures, see_training
@@ -51,7 +50,7 @@ class SweptRun:
     run: RunDirectory
     config: PersonalizeConfig  # with the training images where they are now
     checkpoints: tuple[str, ...]  # names of files, each once
-    images: tuple[CaptionedImage, ...]  # that it was trained on
+    training: Captioned  # what it was trained on
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,10 @@ def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str,
     """
     all_swept = [_open_run(config, run) for run in runs]
     judge = Judge(config.clip, config.vision, device)
-    checkpoints = sum(len(swept.checkpoints) for swept in all_swept)
-    total = checkpoints * len(config.draw.points()) * len(config.draw.prompts) * len(config.draw.seeds)
+    prompts = sum(len(swept.checkpoints) * len(swept.config.prompts(config.draw.prompts)) for swept in all_swept)
+    total = prompts * len(config.draw.points()) * len(config.draw.seeds)
     drawn: list[Drawn] = []
-    known: dict[tuple, References] = {}
+    known: dict[tuple, list[References]] = {}
     with progress(total=total, desc="sweep", unit="picture") as bar:
         for swept in all_swept:
             for checkpoint in swept.checkpoints:
@@ -124,25 +123,24 @@ def _open_run(config: SweepConfig, path: Path) -> SweptRun:
     """The run at `path`, after a trial of all that will be done with it but drawing: grids are drawn for hours."""
     run = RunDirectory(path)
     settings = run.read_config(PersonalizeConfig)
-    for prompt in config.draw.prompts:
-        settings.subject.fill(prompt)
+    settings.prompts(config.draw.prompts)
     settings = replace(settings, data=config.data or settings.data)
-    images = open_images(settings).training.images
+    training = open_images(settings).training
     # `best` and a file's name may be the same checkpoint.
     checkpoints = tuple(dict.fromkeys(run.choose_checkpoint(name).name for name in config.draw.checkpoints))
     for checkpoint in checkpoints:
         tuned = load_run(run, checkpoint, config.base)
         for scales in config.draw.points():
             set_scales(tuned.base, scales["unet_scales"], scales["text_encoder_scales"])
-    return SweptRun(run, settings, checkpoints, images)
+    return SweptRun(run, settings, checkpoints, training)
 
 
 def _draw_checkpoint(grid: DrawGrid, tuned: Tuned, run: Path, out: Path) -> Iterator[list[Drawn]]:
     """For each point of this run and checkpoint its pictures, not yet scored; only what is missing is drawn."""
-    subject, side = tuned.config.subject, resolution_of(tuned.config, tuned.base)
+    side = resolution_of(tuned.config, tuned.base)
     weights = tuned.checkpoint.stat()
     what = (weights.st_size, weights.st_mtime_ns, tuned.base.name, side, grid.steps, grid.negative_prompt)
-    prompts = [(number, subject.fill(prompt)) for number, prompt in enumerate(grid.prompts)]
+    prompts = list(enumerate(tuned.config.prompts(grid.prompts)))
     for unet, text, guidance in (point.values() for point in grid.points()):
         point = Point(run, tuned.checkpoint.name, unet, text, guidance)
         folder = out / "pictures" / point.name
@@ -163,18 +161,20 @@ def _digest(*what: object) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
-def _references(tuned: Tuned, swept: SweptRun, judge: Judge, known: dict[tuple, References]) -> References:
+def _references(tuned: Tuned, swept: SweptRun, judge: Judge, known: dict[tuple, list[References]]) -> list[References]:
     """The training images of a run; those that several runs share are looked at once."""
     config, side = swept.config, resolution_of(swept.config, tuned.base)
-    key = (tuned.base.name, side, config.data, config.images, config.seed)
+    most = config.watch.max_references
+    key = (tuned.base.name, side, config.data, config.concepts, config.images, config.seed, most)
     if key not in known:
-        known[key] = see_training(tuned.base, judge, swept.images, config.images.background, side)
+        known[key] = see_training(tuned.base, judge, swept.training, config, side)
     return known[key]
 
 
-def _score(pictures: list[Drawn], judge: Judge, references: References) -> list[Drawn]:
+def _score(pictures: list[Drawn], judge: Judge, references: list[References]) -> list[Drawn]:
     seen = judge.see(Image.open(picture.file).convert("RGB") for picture in pictures)
-    values = score_pictures(seen, judge.read([picture.prompt for picture in pictures]), references)
+    prompts = [picture.prompt for picture in pictures]
+    values = score_pictures(seen, prompts, judge.read(prompts), references)
     return [
         replace(picture, scores={name: value[i].item() for name, value in values.items()})
         for i, picture in enumerate(pictures)

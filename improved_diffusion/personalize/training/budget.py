@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from improved_diffusion.errors import UserError
@@ -29,7 +30,7 @@ class Budget:
     """What a run is to do, and the arithmetic of it."""
 
     images: int
-    repeats: int
+    repeats: tuple[int, ...]  # of each image
     batch_size: int
     accumulation: int
     processes: int
@@ -42,20 +43,24 @@ class Budget:
 
     @property
     def epochs(self) -> float:
-        return self.total.images_seen / (self.images * self.repeats)
+        return self.total.images_seen / sum(self.repeats)
 
     def __str__(self) -> str:
         gpus = f" / {self.processes} processes" if self.processes > 1 else ""
+        least, most = min(self.repeats), max(self.repeats)
+        repeats = f"{most} repeats" if least == most else f"{least} to {most} repeats = {sum(self.repeats):,}"
         return (
-            f"{self.images:,} images x {self.repeats} repeats / batch {self.batch_size} = {self.batches_per_epoch:,} "
+            f"{self.images:,} images x {repeats} / batch {self.batch_size} = {self.batches_per_epoch:,} "
             f"batches an epoch / accumulation {self.accumulation}{gpus} = "
             f"{self.batches_per_epoch / self.batches_per_update:,.2f} updates an epoch; "
             f"in all {self.epochs:,.1f} epochs: {self.total}"
         )
 
 
-def plan(stream: MicroBatchStream, training: TrainingConfig, processes: int, with_prior: bool) -> Budget:
-    """The budget of a run over `stream`.
+def plan(
+    stream: MicroBatchStream, training: TrainingConfig, processes: int, with_prior: Collection[int] = ()
+) -> Budget:
+    """The budget of a run over `stream`, in which beside the images `with_prior` others of their priors are seen.
 
     Raises:
         UserError: neither updates nor epochs are given.
@@ -67,7 +72,8 @@ def plan(stream: MicroBatchStream, training: TrainingConfig, processes: int, wit
         updates = max(1, math.ceil(training.epochs * stream.batches_per_epoch / batches_per_update))
     else:
         raise UserError("how long to train? give training.steps, in updates, or training.epochs")
-    seen = stream.images_in(updates * batches_per_update)
+    batches = updates * batches_per_update
+    seen = Counters(updates, stream.images_in(batches), stream.images_in(batches, with_prior))
     return Budget(
         images=len(stream.sizes),
         repeats=stream.repeats,
@@ -75,7 +81,7 @@ def plan(stream: MicroBatchStream, training: TrainingConfig, processes: int, wit
         accumulation=training.accumulation,
         processes=processes,
         batches_per_epoch=stream.batches_per_epoch,
-        total=Counters(updates, seen, seen if with_prior else 0),
+        total=seen,
     )
 
 

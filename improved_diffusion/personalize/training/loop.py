@@ -195,6 +195,9 @@ class PersonalizeLoop:
         said = [f"{name} {score['mean']:.3f}" for name, score in record["scores"].items()]
         said += [f"held-out loss {record['held_out_loss']:.4f}"] if "held_out_loss" in record else []
         tqdm.write(f"step {step}: {', '.join(said) or 'drawn'}")
+        for concept, of_concept in record.get("concepts", {}).items():
+            means = (f"{name} {score['mean']:.3f}" for name, score in of_concept.items())
+            tqdm.write(f"    {concept}: {', '.join(means)}")
         if (look := to_look(record)) is not None:
             self.looks.append(look)
             self._choose_and_warn()

@@ -40,9 +40,17 @@ def min_snr_weights(t: Tensor, alphas_cumprod: Tensor, gamma: float, prediction:
     return snr.clamp(max=gamma) / (snr + 1 if prediction == "v_prediction" else snr.clamp(min=1e-8))
 
 
-def per_sample_loss(predicted: Tensor, expected: Tensor) -> Tensor:
-    """(N,): the mean-square error of each sample, in float32 whatever the network computed in."""
-    return (predicted.float() - expected.float()).square().flatten(1).mean(dim=1)
+def per_sample_loss(predicted: Tensor, expected: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(N,): the mean-square error of each sample, in float32 whatever the network computed in.
+
+    With a `mask`, (N, 1, H, W) of weights from 0 to 1, it is the weighted mean, sum(mask * error) / sum(mask): a small
+    subject counts as much as a large one. (kohya's scripts divide by the number of all latents instead.) 0 where the
+    mask is 0 all over."""
+    errors = (predicted.float() - expected.float()).square()
+    if mask is None:
+        return errors.flatten(1).mean(dim=1)
+    weighted, area = (errors * mask).flatten(1).sum(dim=1), mask.flatten(1).sum(dim=1) * errors.shape[1]
+    return torch.where(area > 0, weighted / area.clamp(min=1e-8), 0.0)
 
 
 def dreambooth_loss(losses: Tensor, weights: Tensor | None, instances: int, prior_weight: float) -> Tensor:

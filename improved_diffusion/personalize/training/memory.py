@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -207,7 +207,7 @@ def _without_weights(base: Base, adds_words: bool) -> Base:
             if adds_words:
                 tokenizer = name.replace("text_encoder", "tokenizer")
                 setattr(pipeline, tokenizer, copy.deepcopy(getattr(pipeline, tokenizer)))
-    return Base(base.name, pipeline)
+    return replace(base, pipeline=pipeline)
 
 
 def _weight_bytes(part: nn.Module, bits: int | None) -> int:
@@ -258,7 +258,7 @@ def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtyp
 
 def _loss(model: Base, config: PersonalizeConfig, dtype: torch.dtype) -> Tensor:
     """Of a micro-batch, the images of the prior included."""
-    count = config.training.batch_size * (2 if config.prior.images else 1)
+    count = config.training.batch_size * (2 if config.has_prior else 1)
     if not config.images.cache:
         _encode_images(model, config)
     with GPUArithmetic(dtype):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
 from improved_diffusion.cache import cache_directory
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.config import PersonalizeConfig, TextConfig
 from improved_diffusion.personalize.data.captioned import CaptionedSet, open_captioned_set
 from improved_diffusion.personalize.generate import Sampling
 from improved_diffusion.personalize.models.base import Base
@@ -29,7 +30,7 @@ def prior_images(
     Args:
         base: draws them.
         fingerprint: of the base, by which another one's images are told.
-        config: of the run.
+        config: of the run, or of one of its concepts.
         resolution: pixels a side.
         batch_size: images at once.
 
@@ -45,6 +46,9 @@ def prior_images(
         "guidance_scale": prior.guidance_scale,
         "resolution": resolution,
     }
+    text = None  # as older descriptions are, which do not tell
+    if config.text != TextConfig():
+        text = settings["text"] = dataclasses.asdict(config.text)
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     folder = Path(prior.path) if prior.path else cache_directory() / "prior" / name
     description = folder / DESCRIPTION
@@ -53,7 +57,8 @@ def prior_images(
         if len(own) < prior.images:
             raise UserError(f"prior.images is {prior.images} and {folder} holds {len(own)}: lower it, or add images")
         return CaptionedSet(own.path, own.images[: prior.images], own.skipped)
-    claim(description, settings, f"choose another prior.path, or remove {folder} to draw the prior anew")
+    advice = f"choose another prior.path, or remove {folder} to draw the prior anew"
+    claim(description, {**settings, "text": text}, advice)
     files = [folder / f"{number:05d}.png" for number in range(prior.images)]
     seeds = [config.seed + number for number in range(prior.images)]
     sampling = Sampling(prior.steps, prior.guidance_scale, height=resolution, width=resolution)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from improved_diffusion.personalize.data.crops import buckets, choose_bucket
 from improved_diffusion.personalize.data.encoded_files import EncodedFiles
 from improved_diffusion.personalize.data.examples import Examples
 from improved_diffusion.personalize.data.learned import Captioned, Learned, open_images
-from improved_diffusion.personalize.data.stream import MicroBatchStream
+from improved_diffusion.personalize.data.stream import stream_of
+from improved_diffusion.personalize.data_config import LONGEST_TEXT
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
 from improved_diffusion.personalize.models.base import Base, load_base, load_tokenizer
@@ -129,13 +130,17 @@ def build(
     learned = open_images(config)
     require(
         state is None or state["data_hash"] == learned.content_hash,
-        f"{config.data} does not hold the images and captions that {run.path} was trained on",
+        f"{', '.join(part.data for part in config.parts)} does not hold the images and captions that {run.path} was "
+        "trained on",
     )
     _say_what_was_found(learned, config, say)
-    prompts, class_prompts = watched_prompts(config, (*learned.held_out.texts, *learned.training.texts))
-    require_token(config, [load_tokenizer(config.base)])  # before the weights, which take long, are read
+    prompts, class_prompts = watched_prompts(config, learned)
+    tokenizer = load_tokenizer(config.base)  # before the weights, which take long, are read
+    require_token(config, [tokenizer])
+    _say_what_is_cut(learned.training.texts, tokenizer, config.text.max_token_length, say)
     free = free_memory(accelerator.device)  # before anything of the run is there
     base = load_base(config.base, config.base_bits, precision_of(accelerator) if config.base_bits else "float32")
+    base = dataclasses.replace(base, text=config.text)
     fingerprint = base.fingerprint()  # before it is cast
     timesteps = len(base.alphas_cumprod)
     require(
@@ -146,8 +151,9 @@ def build(
     sizes = buckets(resolution, config.images.buckets)
     of_images = choose_sizes(learned.training.images, sizes)
     _say_what_is_small(learned.training.images, of_images, say)
-    stream = MicroBatchStream(of_images, config.images.repeats, config.training.batch_size, config.seed)
-    budget = plan(stream, config.training, accelerator.num_processes, with_prior=config.prior.images > 0)
+    stream = stream_of(of_images, learned.training.concepts, config)
+    with_prior = [i for i, concept in enumerate(learned.training.concepts) if config.parts[concept].prior.images]
+    budget = plan(stream, config.training, accelerator.num_processes, frozenset(with_prior))
     if state is not None:
         require_same_updates(stream, budget, state["step"], state["images_seen"])
     say(f"budget: {budget}")
@@ -164,19 +170,23 @@ def build(
         require_memory(estimate, free, config, precision, accelerator.device)
 
     base.to(accelerator.device, precision, config.training.vae_precision)
-    prior = _prior(base, fingerprint, config, of_images, resolution, accelerator)  # drawn by the base as it came
+    priors = {}  # drawn by the base as it came
+    for concept, part in enumerate(config.parts):
+        if part.prior.images:
+            own = {size for size, of in zip(of_images, learned.training.concepts, strict=True) if of == concept}
+            priors[concept] = _prior(base, fingerprint, part, own, resolution, accelerator)
     trained = prepare(base, config)
     say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}")
     source = _encode(base, learned.training, of_images, config, accelerator)
     # Of adapted or learning text encoders no text is kept.
     text_files = EncodedFiles(*base.text_encoders.values()) if config.images.cache and not config.trains_text else None
-    trainer = Trainer(base, trained, config, source, prior, accelerator, text_files)
+    trainer = Trainer(base, trained, config, source, priors, accelerator, text_files)
     held_out = None
     if learned.held_out.images:
         held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config, accelerator)
     watch = None
     if judge is not None:
-        references = see_training(base, judge, learned.training.images, config.images.background, resolution)
+        references = see_training(base, judge, learned.training, config, resolution)
         folder = run.samples / "class_base"
         watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder)
         if state is not None:
@@ -192,9 +202,19 @@ def build(
 def _say_what_was_found(learned: Learned, config: PersonalizeConfig, say: Callable[[str], None]) -> None:
     for line in learned.skipped:
         say(f"skipped {line}")
-    token, texts = config.subject.token, learned.training.texts
-    if token is not None and (without := sum(token not in text for text in texts)):
-        say(f"warning: {without} of {len(texts)} captions do not name the subject: write {token} into them")
+    for concept, part in enumerate(config.parts):
+        token, texts = part.subject.token, learned.training.of(concept).texts
+        if token is not None and (without := sum(token not in text for text in texts)):
+            say(f"warning: {without} of {len(texts)} captions do not name the subject: write {token} into them")
+
+
+def _say_what_is_cut(texts: Sequence[str], tokenizer: Any, room: int, say: Callable[[str], None]) -> None:
+    lengths = [len(numbers) for numbers in tokenizer(list(texts), add_special_tokens=False).input_ids]
+    if long := sum(length > room for length in lengths):
+        advice = ": see text.max_token_length" if room < LONGEST_TEXT else ""
+        say(
+            f"warning: {long} of {len(texts)} texts are cut after {room} tokens, the longest has {max(lengths)}{advice}"
+        )
 
 
 def _say_what_is_small(
@@ -220,31 +240,35 @@ def _encode(
 ) -> EncodedSet:
     files = EncodedFiles(base.pipeline.vae) if config.images.cache else None
     share = (accelerator.process_index, accelerator.num_processes)
-    return EncodedSet(Examples(base, found.images, sizes, config.images, files, share), found.wordings)
+    return EncodedSet(Examples(base, found.images, sizes, config.images, files, share), found.wordings, found.concepts)
 
 
 def _prior(
     base: Base,
     fingerprint: str,
     config: PersonalizeConfig,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Collection[tuple[int, int]],
     resolution: int,
     accelerator: Accelerator,
-) -> dict[tuple[int, int], EncodedSet] | None:
-    """The prior at each size that the images have; the first process draws what is missing of it."""
-    if not config.prior.images:
-        return None
+) -> dict[tuple[int, int], EncodedSet]:
+    """The prior of a concept at each of the `sizes`; the first process draws what is missing of it."""
     with accelerator.main_process_first():
         found = prior_images(base, fingerprint, config, resolution)
-    drawn = Captioned(found.images, ((config.subject.fill(config.prior.prompt),),) * len(found))
+    text = config.subject.fill(config.prior.prompt)
+    drawn = Captioned(found.images, ((text,),) * len(found), (0,) * len(found))
     plain = dataclasses.replace(config, images=dataclasses.replace(config.images, crops=1, flip=False))
-    return {size: _encode(base, drawn, [size] * len(found), plain, accelerator) for size in set(sizes)}
+    return {size: _encode(base, drawn, [size] * len(found), plain, accelerator) for size in sizes}
 
 
 def _record_provenance(
     run: RunDirectory, config: PersonalizeConfig, learned: Learned, accelerator: Accelerator
 ) -> None:
-    data = {"path": config.data, "images": len(learned.training.images), "content_hash": learned.content_hash}
+    paths = [part.data for part in config.parts]
+    data = {
+        "path": paths if config.concepts else config.data,
+        "images": len(learned.training.images),
+        "content_hash": learned.content_hash,
+    }
     entry = provenance_entry(data, accelerator.device, accelerator.num_processes, PACKAGES)
     run.write_config(config, [*run.read_provenance(), entry])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captions import vary
 from improved_diffusion.personalize.data.encoded_files import EncodedFiles
 from improved_diffusion.personalize.data.examples import Conditions, Examples, Latents
-from improved_diffusion.personalize.data.stream import MicroBatchStream, PriorStream
+from improved_diffusion.personalize.data.stream import PriorStream, stream_of
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.trained import Trained
 from improved_diffusion.personalize.training.budget import Counters, plan
@@ -43,6 +43,10 @@ class EncodedSet:
 
     examples: Examples
     wordings: Sequence[Sequence[str]]
+    concepts: Sequence[int] = ()  # to which of the run's concepts each belongs; by default to the first
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "concepts", tuple(self.concepts) or (0,) * len(self.wordings))
 
 
 class Trainer:
@@ -56,7 +60,8 @@ class Trainer:
         trained: which of its parameters learn.
         config: of the run.
         source: what is learned.
-        prior: what is kept, of one size for each size of the source: {(height, width): images}; or None.
+        priors: {concept: what is kept beside it, of one size for each size of its images: {(height, width): images}},
+            of the concepts that have one.
         accelerator: device, precision and processes.
         text_files: where encoded texts are kept from run to run, or None.
     """
@@ -67,19 +72,22 @@ class Trainer:
         trained: Trained,
         config: PersonalizeConfig,
         source: EncodedSet,
-        prior: dict[tuple[int, int], EncodedSet] | None,
+        priors: Mapping[int, Mapping[tuple[int, int], EncodedSet]],
         accelerator: Accelerator,
         text_files: EncodedFiles | None = None,
     ):
         training = config.training
         self.base, self.trained, self.config, self.accelerator = base, trained, config, accelerator
-        self.source, self.prior = source, prior
-        self.stream = MicroBatchStream(source.examples.sizes, config.images.repeats, training.batch_size, config.seed)
-        self.prior_stream = PriorStream(config.prior.images, config.seed) if prior else None
+        self.source, self.priors = source, priors
+        self.stream = stream_of(source.examples.sizes, source.concepts, config)
+        self.prior_streams = {c: PriorStream(config.parts[c].prior.images, config.seed) for c in priors}
+        # Indices of the images beside which those of a prior are seen.
+        self.beside = {c: frozenset(i for i, own in enumerate(source.concepts) if own == c) for c in priors}
+        self.with_prior = frozenset().union(*self.beside.values())
         keeps_texts = config.images.cache and not config.trains_text and not config.images.shuffle_tags
         self.conditions = Conditions(base, keeps_texts, text_files)
         self.alphas_cumprod = base.alphas_cumprod.to(accelerator.device)
-        self.updates = plan(self.stream, training, accelerator.num_processes, with_prior=bool(prior)).total.updates
+        self.updates = plan(self.stream, training, accelerator.num_processes, self.with_prior).total.updates
         optimizer = make_optimizer({part: list(named.values()) for part, named in trained.parts.items()}, config)
         self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=True)
         self.ema = EMA(trained.parameters, (training.ema_rate,)) if training.ema_rate is not None else None
@@ -112,7 +120,7 @@ class Trainer:
             for name, value in terms.items():
                 means[name] = means.get(name, 0) + value.detach() / training.accumulation
             for number in range(first, first + accelerator.num_processes):
-                self._count(len(self.stream.micro_batch(number)))
+                self._count(self.stream.micro_batch(number))
         self._share_gradients(self._parameters)
         limit = float("inf") if training.grad_clip is None else training.grad_clip
         means["grad_norm"] = accelerator.clip_grad_norm_(self._parameters, limit)
@@ -144,9 +152,9 @@ class Trainer:
                 getattr(self.base.pipeline, part).train(mode)
             self._is_training = mode
 
-    def _count(self, images: int) -> None:
-        self.images_seen += images
-        self.prior_seen += images if self.prior else 0
+    def _count(self, indices: list[int]) -> None:
+        self.images_seen += len(indices)
+        self.prior_seen += sum(index in self.with_prior for index in indices)
 
     def _share_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Average over the processes, once an update: simpler than a wrapper about each part, and no slower for what
@@ -164,10 +172,12 @@ class Trainer:
         of_texts = seeded_generator(config.seed, CAPTIONS, number)
         latents, texts = self._draw(self.source, indices, generator, of_texts)
         draws = [(latents, vary(texts, config.images, of_texts))]
-        if self.prior:
-            prior = self.prior[self.source.examples.sizes[indices[0]]]
-            of_prior = self.prior_stream.images(self.stream.images_in(number), len(indices))
-            draws.append(self._draw(prior, of_prior, generator, of_texts))
+        for concept, prior in self.priors.items():
+            if count := sum(index in self.beside[concept] for index in indices):
+                before = self.stream.images_in(number, self.beside[concept])
+                of_prior = self.prior_streams[concept].images(before, count)
+                size = self.source.examples.sizes[indices[0]]
+                draws.append(self._draw(prior[size], of_prior, generator, of_texts))
         latents = Latents(*(torch.cat(tensors) for tensors in zip(*(latents for latents, _ in draws), strict=True)))
         texts = [text for _, of_source in draws for text in of_source]
         x_0 = latents.mean + latents.std * torch.randn(latents.mean.shape, generator=generator)
@@ -177,14 +187,16 @@ class Trainer:
         t = torch.randint(len(self.alphas_cumprod), (len(x_0),), generator=generator).to(device)
         if config.adapter.dropout:
             torch.manual_seed(seeded_generator(config.seed, DROPOUT, number).initial_seed())
-        losses = self.denoising_losses(x_0.to(device), noise.to(device), t, texts, latents.size_ids)
+        losses = self.denoising_losses(x_0.to(device), noise.to(device), t, texts, latents.size_ids, latents.mask)
         weights = None
         if config.training.min_snr_gamma is not None:
             gamma = config.training.min_snr_gamma
             weights = min_snr_weights(t, self.alphas_cumprod, gamma, self.base.prediction)
         own, of_prior = losses[: len(indices)], losses[len(indices) :]
         terms = {"loss": dreambooth_loss(losses, weights, len(indices), config.prior.weight), "mse": own.mean()}
-        return terms | ({"mse_prior": of_prior.mean()} if self.prior else {})
+        if self.priors:  # 0 where the images of this micro-batch have none
+            terms["mse_prior"] = of_prior.mean() if len(of_prior) else losses.new_zeros(())
+        return terms
 
     @staticmethod
     def _draw(
@@ -197,10 +209,12 @@ class Trainer:
         texts = [of_one[torch.randint(len(of_one), (), generator=of_texts)] for of_one in wordings]
         return source.examples(indices, variant), texts
 
-    def denoising_losses(self, x_0: Tensor, noise: Tensor, t: Tensor, texts: Sequence[str], size_ids: Tensor) -> Tensor:
+    def denoising_losses(
+        self, x_0: Tensor, noise: Tensor, t: Tensor, texts: Sequence[str], size_ids: Tensor, mask: Tensor
+    ) -> Tensor:
         """(N,): the mean-square error of each of N latents (N, 4, h, w), noised to t (N,), under its text.
 
-        size_ids: (N, 6), which SDXL alone is told."""
+        size_ids: (N, 6), which SDXL alone is told. mask: (N, 1, h, w), which runs with masks alone look at."""
         x_t = add_noise(x_0, noise, t, self.alphas_cumprod)
         with self.accelerator.autocast():
             conditions = {name: tensor.to(x_0.device) for name, tensor in self.conditions(texts).items()}
@@ -214,7 +228,7 @@ class Trainer:
                 added_cond_kwargs=added,
             ).sample
         expected = target(x_0, noise, t, self.alphas_cumprod, self.base.prediction)
-        return per_sample_loss(predicted, expected)
+        return per_sample_loss(predicted, expected, mask.to(x_0.device) if self.config.images.has_masks else None)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors and plain values."""

@@ -19,11 +19,12 @@ from improved_diffusion.files import atomic_write
 from improved_diffusion.metrics.estimate import mean_score
 from improved_diffusion.metrics.similarity import drift
 from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
+from improved_diffusion.personalize.data.learned import Learned
 from improved_diffusion.personalize.generate import BrokenPicture, Sampling, draw
 from improved_diffusion.personalize.measuring.choice import Look
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.prompts import SUITES
-from improved_diffusion.personalize.measuring.references import References, score_pictures
+from improved_diffusion.personalize.measuring.references import References, rows_by_concept, score_pictures
 from improved_diffusion.personalize.measuring.sheet import contact_sheet
 from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.base import Base
@@ -41,7 +42,7 @@ class Watch:
         base: with the weights that are looked at.
         watch: seeds, scales and so on.
         judge: measures the pictures.
-        references: the training images.
+        references: the training images, of each concept.
         prompts: what is drawn.
         class_prompts: what tuned and base should draw alike; may be empty.
         resolution: pixels a side of the pictures.
@@ -54,7 +55,7 @@ class Watch:
         base: Base,
         watch: WatchConfig,
         judge: Judge,
-        references: References,
+        references: Sequence[References],
         prompts: list[str],
         class_prompts: list[str],
         resolution: int,
@@ -79,6 +80,9 @@ class Watch:
             "loss_timesteps": list(watch.loss_timesteps),
             "judges": judge.fingerprints(),
         }
+        most = watch.max_references
+        if most is not None and any(of_concept.images > most for of_concept in references):
+            self.protocol["max_references"] = most
         name = hashlib.sha256(json.dumps(drawing).encode()).hexdigest()[:16]
         pictures = len(class_prompts) * len(watch.seeds)
         self._base_files = [folder / name / f"{number:03d}.png" for number in range(pictures)]
@@ -103,15 +107,20 @@ class Watch:
         _require_pictures(drawn, step)
         per_prompt = len(self.watch.seeds)
         pictures, of_class = drawn[: len(self.prompts) * per_prompt], drawn[len(self.prompts) * per_prompt :]
-        texts = self.judge.read([prompt for prompt in self.prompts for _ in self.watch.seeds])
-        values = score_pictures(self.judge.see(pictures), texts, self.references)
+        said = [prompt for prompt in self.prompts for _ in self.watch.seeds]
+        values = score_pictures(self.judge.see(pictures), said, self.judge.read(said), self.references)
+        by_concept = {
+            name: _means({score: value[rows] for score, value in values.items()})
+            for name, rows in rows_by_concept(said, self.references).items()
+        }
         if of_class and self.judge.compares:
             values["drift"] = self._drift(step, of_class)
         rows = [drawn[i : i + per_prompt] for i in range(0, len(drawn), per_prompt)]
         sheet = contact_sheet(rows, self.prompts + self.class_prompts, [f"seed {seed}" for seed in self.watch.seeds])
         record = {
             "step": step,
-            "scores": {name: dataclasses.asdict(mean_score(value)) for name, value in values.items()},
+            "scores": _means(values),
+            **({"concepts": by_concept} if len(self.references) > 1 else {}),
             "values": {name: value.tolist() for name, value in values.items()},
             "clip": self.judge.clip_name,
             "vision": self.judge.vision_name,
@@ -142,19 +151,32 @@ class Watch:
                 picture.save(temporary, format="png")
 
 
-def watched_prompts(config: PersonalizeConfig, captions: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The prompts that `watch` asks for, and those of the class, filled in. Of a set without a subject or of the suite
-    `captions`, some of its captions.
+def _means(values: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """{score: its mean over pictures}."""
+    return {name: dataclasses.asdict(mean_score(value)) for name, value in values.items()}
+
+
+def watched_prompts(config: PersonalizeConfig, learned: Learned) -> tuple[list[str], list[str]]:
+    """The prompts that `watch` asks for, and those of the class, filled in for each concept. Of a set without a subject
+    or of the suite `captions`, some of its captions.
 
     Raises:
         UserError: one that asks for what is not set.
     """
-    watch, subject = config.watch, config.subject
-    of_class = watch.class_prompts if subject.class_name is not None else ()
-    class_prompts = [subject.fill(prompt) for prompt in of_class]
-    if not watch.prompts and (watch.suite == "captions" or subject.token is None):
-        return list(dict.fromkeys(captions))[:CAPTIONS], class_prompts
-    return [subject.fill(prompt) for prompt in watch.prompts or SUITES[watch.suite]], class_prompts
+    watch = config.watch
+    prompts, class_prompts = [], []
+    for concept, part in enumerate(config.parts):
+        subject = part.subject
+        of_class = watch.class_prompts if subject.class_name is not None else ()
+        class_prompts += [subject.fill(prompt) for prompt in of_class]
+        if not watch.prompts and (watch.suite == "captions" or subject.token is None):
+            captions = (*learned.held_out.of(concept).texts, *learned.training.of(concept).texts)
+            prompts += list(dict.fromkeys(captions))[:CAPTIONS]
+        else:
+            prompts += [subject.fill(prompt) for prompt in watch.prompts or SUITES[watch.suite]]
+    if config.concepts:  # which may have prompts in common
+        return list(dict.fromkeys(prompts)), list(dict.fromkeys(class_prompts))
+    return prompts, class_prompts
 
 
 def to_look(record: dict[str, Any]) -> Look | None:
@@ -187,7 +209,7 @@ def fixed_loss(trainer: Trainer, source: EncodedSet, timesteps: Sequence[int]) -
         x_0, noise = (tensor.to(trainer.accelerator.device) for tensor in (latents.mean, noise))
         for t in timesteps:
             at = torch.tensor([t], device=x_0.device)
-            total += trainer.denoising_losses(x_0, noise, at, [text], latents.size_ids).item()
+            total += trainer.denoising_losses(x_0, noise, at, [text], latents.size_ids, latents.mask).item()
     return total / (len(source.wordings) * len(timesteps))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
-from improved_diffusion.personalize.config import ImagesConfig  # noqa: E402
+from improved_diffusion.personalize.config import ImagesConfig, TextConfig  # noqa: E402
 from improved_diffusion.personalize.data import examples  # noqa: E402
 from improved_diffusion.personalize.data.captioned import open_captioned_set  # noqa: E402
 from improved_diffusion.personalize.data.encoded_files import EncodedFiles  # noqa: E402
@@ -59,6 +61,13 @@ def test_images_and_texts_are_encoded_once(base, photos, cache, encoded):
     encoded.clear()
     assert all(map(torch.equal, first, encode()))
     assert encoded == []
+
+
+def test_a_text_that_is_read_otherwise_is_another_file(fresh_base, cache, encoded):
+    base = fresh_base("sd")
+    for number, how in enumerate([TextConfig(), TextConfig(clip_skip=2), TextConfig(max_token_length=150)] * 2):
+        Conditions(replace(base, text=how), True, EncodedFiles(*base.text_encoders.values()))(["a ball"])
+        assert len(encoded) == min(number + 1, 3)
 
 
 def test_another_autoencoder_image_or_crop_is_another_file(fresh_base, photos, cache, encoded):

@@ -7,7 +7,12 @@ import pytest
 from PIL import Image
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.config import PersonalizeConfig, SubjectConfig
+from improved_diffusion.personalize.config import (
+    ConceptConfig,
+    ImagesConfig,
+    PersonalizeConfig,
+    SubjectConfig,
+)
 from improved_diffusion.personalize.data.learned import open_images
 
 
@@ -27,6 +32,21 @@ def texts_of(tmp_path):
 
 def test_captions_as_they_are_and_the_prompt_for_what_has_none(texts_of):
     assert texts_of() == ("on a lawn", "a photo of sks dog")
+
+
+def test_each_concept_has_its_images_and_texts(texts_of, tmp_path):
+    dog = ConceptConfig(str(tmp_path), token="sks", class_name="dog")
+    cat = ConceptConfig(str(tmp_path), token="oue", class_name="cat", prompt="{token} {class}")
+    one, both, other_order = (
+        open_images(PersonalizeConfig(concepts=concepts, images=ImagesConfig(held_out=1)))
+        for concepts in ((dog,), (dog, cat), (cat, dog))
+    )
+    assert both.training.concepts == (0, 1)
+    assert both.training.of(0).texts == one.training.texts
+    assert [image.name for image in both.training.images] == [one.training.images[0].name] * 2
+    assert {both.training.of(1).texts, both.held_out.of(1).texts} == {("on a lawn",), ("oue cat",)}
+    assert both.content_hash != one.content_hash
+    assert other_order.training.of(1).texts == one.training.texts
 
 
 def test_every_caption_can_name_the_subject(texts_of):

@@ -22,10 +22,16 @@ def test_an_epoch_shows_every_image_repeats_times_in_batches_of_one_size(sizes, 
     assert all(len({sizes[image] for image in batch}) == 1 for batch in batches)
 
 
-@given(SIZES, st.integers(1, 3), st.integers(1, 5), st.integers(0, 40))
-def test_images_are_counted_as_they_are_seen(sizes, repeats, batch_size, count):
-    stream = MicroBatchStream(sizes, repeats, batch_size, seed=0)
-    assert stream.images_in(count) == sum(len(stream.micro_batch(number)) for number in range(count))
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 40), st.data())
+def test_images_are_counted_as_they_are_seen(repeats, batch_size, count, data):
+    """Those of one concept too, and each as often as it is to be seen."""
+    stream = MicroBatchStream([(64, 64)] * len(repeats), repeats, batch_size, seed=0)
+    seen = [image for number in range(count) for image in stream.micro_batch(number)]
+    assert stream.images_in(count) == len(seen)
+    some = data.draw(st.frozensets(st.integers(0, len(repeats) - 1)))
+    assert stream.images_in(count, some) == sum(image in some for image in seen)
+    epoch = [image for number in range(stream.batches_per_epoch) for image in stream.micro_batch(number)]
+    assert Counter(epoch) == dict(enumerate(repeats))
 
 
 def test_the_order_depends_on_the_seed_and_the_epoch_alone():

@@ -96,6 +96,17 @@ def test_scales_weigh_each_part_and_zero_is_the_base(adapted, fresh_base):
     assert len({image.numpy().tobytes() for image in (plain, full, unet_only, text_only)}) == 4
 
 
+def test_dropout_is_for_training_alone(fresh_base, tmp_path):
+    """Neither a run's adapters nor those of a file that names it drop anything in drawing."""
+    base, fresh = fresh_base("sd"), fresh_base("sd")
+    attach_adapters(base, AdapterConfig(rank=3, dropout=0.5), text_encoders=True)
+    disturb(base)
+    load_adapter(fresh, export_diffusers(base, tmp_path))
+    drawn = [picture(model) for model in (base, base, fresh)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+
+
 def test_dora_is_there_or_not(base):
     plain = picture(base)
     attach_adapters(base, AdapterConfig(rank=3, dora=True), text_encoders=False)

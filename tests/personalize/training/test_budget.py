@@ -28,14 +28,14 @@ SQUARE, TALL = (64, 64), (128, 64)
 )
 def test_the_arithmetic_by_hand(sizes, repeats, training, processes, total, epochs):
     stream = MicroBatchStream(sizes, repeats, training.batch_size, seed=0)
-    budget = plan(stream, training, processes, with_prior=False)
+    budget = plan(stream, training, processes)
     assert budget.total == total
     assert budget.epochs == pytest.approx(epochs)
 
 
 def test_it_says_what_it_counts():
     stream = MicroBatchStream([SQUARE] * 833, 1, 1, seed=0)
-    text = str(plan(stream, TrainingConfig(steps=1250, accumulation=4), 1, with_prior=True))
+    text = str(plan(stream, TrainingConfig(steps=1250, accumulation=4), 1, with_prior=range(833)))
     assert text == (
         "833 images x 1 repeats / batch 1 = 833 batches an epoch / accumulation 4 = 208.25 updates an epoch; "
         "in all 6.0 epochs: 1,250 updates, 5,000 images seen, 5,000 of the prior"
@@ -44,7 +44,7 @@ def test_it_says_what_it_counts():
 
 def test_no_length_at_all():
     with pytest.raises(UserError, match=r"how long to train\? give training.steps"):
-        plan(MicroBatchStream([SQUARE], 1, 1, seed=0), TrainingConfig(), 1, with_prior=False)
+        plan(MicroBatchStream([SQUARE], 1, 1, seed=0), TrainingConfig(), 1)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_no_length_at_all():
 def test_a_resumed_run_takes_as_many_micro_batches_an_update(accumulation, processes, advice):
     """Five images in batches of 2, so that an update may see more images or fewer: its first run had 8 processes."""
     stream = MicroBatchStream([SQUARE] * 5, 1, 2, seed=0)
-    seen = plan(stream, TrainingConfig(steps=7, batch_size=2), 8, with_prior=False).total.images_seen
+    seen = plan(stream, TrainingConfig(steps=7, batch_size=2), 8).total.images_seen
     training = TrainingConfig(steps=20, batch_size=2, accumulation=accumulation)
-    budget = plan(stream, training, processes, with_prior=False)
+    budget = plan(stream, training, processes)
     if advice is None:
         require_same_updates(stream, budget, 7, seen)
     else:

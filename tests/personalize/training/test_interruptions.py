@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -53,10 +54,26 @@ def assert_equal(one, other) -> None:
         assert one == other
 
 
+@pytest.fixture
+def several_concepts(photos, tiny_judges, tmp_path) -> tuple[str, ...]:
+    """Flags of a run that learns two, each with a token, a class, repeats and a prior of its own or none."""
+    dogs = tmp_path / "dogs"
+    dogs.mkdir()
+    for number in (1, 2):
+        shutil.copy(photos / f"{number}.png", dogs)
+    concepts = [
+        {"data": str(photos), "token": "sks", "class_name": "ball"},
+        {"data": str(dogs), "token": "oue", "class_name": "dog", "repeats": 2, "class_images": 0},
+    ]
+    nulls = ("--data=null", "--subject.token=null", "--subject.class_name=null")
+    return (f"--concepts={json.dumps(concepts)}", *nulls, f"--watch.vision={tiny_judges['dino']}")
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_resumed_run_is_an_unbroken_one(train, resume, tiny_bases, tmp_path, kind):
-    assert train(tiny_bases[kind], "unbroken", *EVERYTHING, steps=4).code == 0
-    assert train(tiny_bases[kind], "resumed", *EVERYTHING, steps=2).code == 0
+def test_a_resumed_run_is_an_unbroken_one(train, resume, several_concepts, tiny_bases, tmp_path, kind):
+    flags = (*EVERYTHING, *(several_concepts if kind == "sd" else ()))
+    assert train(tiny_bases[kind], "unbroken", *flags, steps=4).code == 0
+    assert train(tiny_bases[kind], "resumed", *flags, steps=2).code == 0
     outcome = resume("resumed", "--training.steps=4")
     assert outcome.code == 0, outcome.err
     assert "going on at update 2" in outcome.out
@@ -64,6 +81,13 @@ def test_a_resumed_run_is_an_unbroken_one(train, resume, tiny_bases, tmp_path, k
     records = [json.loads(line) for line in (tmp_path / "resumed" / "evaluations.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 2, 4]
     assert all("held_out_loss" in record for record in records)
+    if kind == "sd":
+        assert records[-1]["protocol"]["prompts"] == ["a sks ball", "a oue dog"]
+        likeness = [records[-1]["concepts"][token]["likeness"]["mean"] for token in ("sks", "oue")]
+        assert likeness == pytest.approx(records[-1]["values"]["likeness"])
+        outcome = resume("unbroken", '--concepts=[{"data": "dogs", "class_name": "dog"}]')
+        assert outcome.is_one_clear_line()
+        assert "cannot change concepts" in outcome.err
 
 
 @pytest.fixture

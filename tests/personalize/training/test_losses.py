@@ -75,6 +75,24 @@ def test_prior_and_min_snr_by_hand(pairs):
     assert dreambooth_loss(losses, weights, pairs, 0.7).item() == pytest.approx(hand, rel=1e-6)
 
 
+def test_masks_by_hand():
+    rng = np.random.default_rng(0)
+    predicted, expected = rng.normal(size=(2, 3, 4, 3, 5))
+    mask = rng.uniform(size=(3, 1, 3, 5))
+    mask[2] = 0
+    by_hand = []
+    for i in range(2):
+        total = weight = 0.0
+        for channel in range(4):
+            for y in range(3):
+                for x in range(5):
+                    total += mask[i, 0, y, x] * (predicted[i, channel, y, x] - expected[i, channel, y, x]) ** 2
+                    weight += mask[i, 0, y, x]
+        by_hand.append(total / weight)
+    found = per_sample_loss(*map(torch.from_numpy, (predicted, expected, mask)))
+    assert found.tolist() == pytest.approx([*by_hand, 0.0], rel=1e-5)
+
+
 def test_without_a_prior_or_weights_it_is_the_mean():
     losses = torch.tensor([1.0, 3.0])
     assert dreambooth_loss(losses, None, 2, 0.5).item() == 2

@@ -63,7 +63,8 @@ def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
 
 @pytest.mark.usefixtures("no_estimate")
 def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train, run_script, tiny_bases, tmp_path):
-    outcome = train(tiny_bases["sd"], "run", "--adapter.targets=kohya+convolutions", "--adapter.rank=4", steps=1)
+    flags = ("--adapter.targets=kohya+convolutions", "--adapter.rank=4", "--text.clip_skip=2")
+    outcome = train(tiny_bases["sd"], "run", *flags, "--text.max_token_length=150", steps=1)
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
     where = (f"--run={run}", f"--out={tmp_path / 'exported'}")
@@ -81,19 +82,23 @@ def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train,
         "ss_max_train_steps": "1",
         "ss_unet_lr": "0.0001",
         "ss_seed": "0",
+        "ss_clip_skip": "2",
+        "ss_max_token_length": "150",
         "ss_resolution": "(16, 16)",
     }
     assert {key: said.get(key) for key in wanted} == wanted
     assert json.loads(said["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "8.0"}
     pictures = []
-    for name, flags in {"alone": (f"--run={run}",), "stacked": ("--adapters", f"{run}:1")}.items():
+    ways = {"alone": (), "stacked": ("--adapters", f"{run}:1"), "otherwise": ("--clip-skip=1",)}
+    for name, flags in ways.items():
+        flags = flags if name == "stacked" else (f"--run={run}", *flags)
         outcome = run_script(
             *("personalize.py", "generate", "a {token} {class}", "--n=1", "--steps=2", f"--out={tmp_path / name}"),
             *flags,
         )
         assert outcome.code == 0, outcome.err
         pictures.append((tmp_path / name / "0000.png").read_bytes())
-    assert pictures[0] == pictures[1]
+    assert pictures[0] == pictures[1] != pictures[2]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tiny_bases):
@@ -110,11 +115,13 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     (folder / "broken.jpg").write_bytes((photos / "0.png").read_bytes()[:40])
     (folder / "manual.pdf").write_bytes(b"%PDF-1.4")
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(folder / "sticker.png")
+    (folder / "1.txt").write_text("sks " * 80)
     outcome = train(tiny_bases["sd"], "run", f"--data={folder}")
     assert outcome.code == 0, outcome.err
     assert "skipped broken.jpg: " in outcome.out
     assert "skipped manual.pdf: not an image" in outcome.out
     assert "budget: 6 images" in outcome.out
+    assert "1 of 6 texts are cut after 75 tokens, the longest has 80: see text.max_token_length" in outcome.out
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,9 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
     (places / "empty").mkdir()
     shutil.make_archive(str(places / "photos"), "zip", photos)
     shutil.copy(photos / "0.png", places / "a.png")
+    (places / "masked").mkdir()
+    for source, name in ((0, "a.png"), (1, "a.mask.png")):
+        shutil.copy(photos / f"{source}.png", places / "masked" / name)
     images = [(photos / f"{number}.png").read_bytes() for number in range(2)]
     pyarrow.parquet.write_table(pyarrow.table({"image": images, "text": ["a ball", None]}), places / "a.parquet")
     return places
@@ -140,6 +150,9 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--data={places}/photos.zip",), "it is a zip archive: unpack it, and give the folder"),
         (("--data={places}/a.png",), "it is a single picture: give the folder that holds it"),
         (("--data={places}/a.parquet", "--subject.token=null"), "fill in the caption of its row"),
+        (("--data={places}/masked", "--images.masked_loss=true"), "a.mask.png is 64 x 96 pixels large, and a.png 96 x"),
+        (("--data={places}/a.parquet", "--images.masked_loss=true"), "is no folder of image files, so that no masks"),
+        (("--images.masked_loss=true",), "5 of 5 images have no mask, 0.png for one"),
         (("--images.caption_column=en",), "leave out images.caption_column"),
         (("--training.steps=1.5",), "training.steps must be a whole number or null, not 1.5"),
         (("--base=models/dog.safetensors",), "models/dog.safetensors does not exist; give a folder"),
@@ -161,6 +174,8 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--images.background=mauvish",), "background 'mauvish' is no colour"),
         (("--images.held_out=5",), "images.held_out is 5, and there are 5 images"),
         (("--trainin.lr=1",), "trainin.lr"),
+        (("--text.clip_skip=4",), "the clip skip 4 is too large for"),
+        (("--text.max_token_length=100",), "text.max_token_length must be one of 75, 150, 225, not 100"),
         (("--config=nowhere.yaml",), "no config at nowhere.yaml"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
