@@ -306,7 +306,10 @@ class PersonalizeConfig:
     """A run."""
 
     base: str | None = None
-    """The base model: a folder that save_pretrained wrote, or a name on the Hugging Face hub."""
+    """The base model: a folder that save_pretrained wrote, a single .safetensors file, or a name on the Hugging Face
+    hub."""
+    variant: str | None = None
+    """Of the files with the base's weights, where there are several: fp16, say."""
     data: str | None = None
     """The images to learn from: a folder or a parquet file, with captions or without."""
     base_bits: Literal[4, 8] | None = None

@@ -21,7 +21,8 @@ def add_model_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--run", type=Path, help="run directory of a tuned model")
     add("--checkpoint", help="of the run: best, latest or step_0000450.pt (default: best, or else latest)")
-    add("--base", help="base model, a folder or a name on the hub (default: the run's)")
+    add("--base", help="base model, a folder, a .safetensors file or a name on the hub (default: the run's)")
+    add("--variant", help="of the base's files, fp16 for one (default: the run's, or none)")
     add("--adapter", type=Path, help="a .safetensors file of LoRA for --base, in diffusers' or kohya's form")
     add("--allow-unknown", action="store_true", help="take of --adapter the layers that the base has, and no others")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
@@ -52,9 +53,10 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
         parser.error("--run has an adapter of its own: give --base with --adapter, or --run alone")
     device, precision = _where(options)
     if options.run is not None:
-        tuned = load_run(RunDirectory(options.run), options.checkpoint, options.base, device, precision)
+        run = RunDirectory(options.run)
+        tuned = load_run(run, options.checkpoint, options.base, device, precision, options.variant)
         return tuned.base, tuned.config
-    base = load_base(options.base).to(device, precision)
+    base = load_base(options.base, options.variant).to(device, precision)
     if options.adapter is not None:
         taken, layers = load_adapter(base, options.adapter, options.allow_unknown)
         print(f"{options.adapter}: {taken} of {layers} layers taken", flush=True)
@@ -81,7 +83,11 @@ def open_stack(
     first = next((adapter.run for adapter in stack if adapter.run is not None), None)
     if options.base is None and first is None:
         parser.error("which base? --adapters of files alone need --base")
-    base = load_base(options.base or lora_config(first).base).to(*_where(options))
+    name, variant = options.base, options.variant
+    if name is None:
+        config = lora_config(first)
+        name, variant = config.base, variant or config.variant
+    base = load_base(name, variant).to(*_where(options))
     return base, attach_stack(base, stack, options.allow_unknown)
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 from transformers import CLIPTokenizer
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.models.hub import opening, require_vocabulary
-
-_opening = functools.partial(opening, what="base model", index="model_index.json", setting="--base")
+from improved_diffusion.personalize.models.single_file import (
+    INDEX,
+    advice_on_settings,
+    is_single_file,
+    open_single_file,
+    settings_of,
+)
+from improved_diffusion.settings import require
 
 PREDICTIONS = ("epsilon", "v_prediction")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +35,7 @@ class Base:
 
     name: str  # hub name or path, as it was given
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    variant: str | None = None  # of the files with its weights
 
     @property
     def is_sdxl(self) -> bool:
@@ -86,32 +95,48 @@ def fingerprint(*parts: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_base(name: str, bits: int | None = None, dtype: str = "float32") -> Base:
-    """The pipeline in a folder, or of that name on the Hugging Face hub, on the CPU, without its safety checker.
+@contextlib.contextmanager
+def _opening(name: str) -> Iterator[tuple[str, bool]]:
+    """See `hub.opening`. Yields also where the settings and tokenizers are, which a single file has not."""
+    if not is_single_file(name):
+        with opening(name, "base model", INDEX, "--base") as local_files_only:
+            yield name, local_files_only
+        return
+    settings = settings_of(Path(name))
+    what = f"model that {name} takes its settings and tokenizers from,"
+    with opening(settings, what, INDEX, "--base", advice_on_settings(Path(name))) as local_files_only:
+        yield settings, local_files_only
+
+
+def load_base(name: str, variant: str | None = None) -> Base:
+    """The pipeline in a folder, in a single file or of that name on the Hugging Face hub: on the CPU, in float32,
+    without its safety checker.
 
     Args:
-        name: the folder or the name.
-        bits: hold the UNet in 4 (NF4; Dettmers et al. 2023, arXiv:2305.14314) or 8 bits, which takes a GPU.
-        dtype: of the weights; with `bits`, of what the UNet computes in.
+        name: the folder, the .safetensors file, whose settings single_file.py looks for, or the name.
+        variant: of the files with the weights, of which there may be several: `fp16`, say.
 
     Raises:
         UserError: no such folder, a folder that is none, another kind of pipeline, or a hub that cannot be reached; the
             message says what to download and where to put it.
     """
-    with _opening(name) as local_files_only:
-        settings = {} if bits is None else {"quantization_config": _few_bits(bits, DTYPES[dtype])}
-        pipeline = DiffusionPipeline.from_pretrained(
-            name,
-            local_files_only=local_files_only,
-            torch_dtype=DTYPES[dtype],
-            safety_checker=None,  # a network of 1.2 GB that nothing here asks
-            requires_safety_checker=False,
-            **settings,
-        )
+    require(variant is None or not is_single_file(name), f"{name} is a single file, which has no variant {variant}")
+    with _opening(name) as (settings, local_files_only):
+        if is_single_file(name):
+            pipeline = open_single_file(Path(name), settings, local_files_only)
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(
+                name,
+                variant=variant,
+                local_files_only=local_files_only,
+                torch_dtype=torch.float32,
+                safety_checker=None,  # a network of 1.2 GB that nothing here asks
+                requires_safety_checker=False,
+            )
         if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
             kind = type(pipeline).__name__
             raise UserError(f"{name} is a {kind}: only Stable Diffusion 1 and 2 and SDXL are supported")
-        base = Base(name, pipeline)
+        base = Base(name, pipeline, variant)
         if base.prediction not in PREDICTIONS or not hasattr(pipeline.scheduler, "alphas_cumprod"):
             raise UserError(f"{name} predicts {base.prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
         for tokenizer in base.tokenizers:
@@ -132,22 +157,13 @@ def _name_the_end_token(base: Base) -> None:
                 module.eos_token_id = tokenizer.eos_token_id
 
 
-def _few_bits(bits: int, dtype: torch.dtype) -> PipelineQuantizationConfig:
-    details = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype} if bits == 4 else {}
-    return PipelineQuantizationConfig(
-        quant_backend=f"bitsandbytes_{bits}bit",
-        quant_kwargs={f"load_in_{bits}bit": True, **details},
-        components_to_quantize=["unet"],
-    )
-
-
 def load_tokenizer(name: str) -> CLIPTokenizer:
     """The tokenizer of a base model, without the rest; that of SDXL's second encoder splits words alike.
 
     Raises:
         UserError: see `load_base`.
     """
-    with _opening(name) as local_files_only:
-        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", local_files_only=local_files_only)
+    with _opening(name) as (settings, local_files_only):
+        tokenizer = CLIPTokenizer.from_pretrained(settings, subfolder="tokenizer", local_files_only=local_files_only)
         require_vocabulary(tokenizer)
     return tokenizer

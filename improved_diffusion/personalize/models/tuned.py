@@ -38,6 +38,7 @@ def load_run(
     base: str | None = None,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    variant: str | None = None,
 ) -> Tuned:
     """The model of a run: the moving average of what it trained, where it keeps one.
 
@@ -46,6 +47,7 @@ def load_run(
         checkpoint: best, latest or a file's name; by default the best, or else the latest.
         base: where the base is now; by default where the run had it.
         device, dtype: where the model is wanted, and in what.
+        variant: of the base's files; by default that of the run, unless another `base` is given.
 
     Raises:
         UserError: no such run, checkpoint or base, or a base of another architecture.
@@ -53,7 +55,8 @@ def load_run(
     config = run.read_config(PersonalizeConfig)
     file = run.choose_checkpoint(checkpoint)
     state = read_checkpoint(file, ("step", "model", "ema"))
-    opened = load_base(base or config.base).to(device, dtype, config.training.vae_precision)
+    variant = variant or (config.variant if base is None else None)
+    opened = load_base(base or config.base, variant).to(device, dtype, config.training.vae_precision)
     trained = prepare(opened, config)
     trained.load_state_dict(_drawn_from(state))
     if config.method == "full":

@@ -42,7 +42,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy",
 
 # What a resumed run may change; all else decides what the run computes.
 CHANGEABLE = {
-    "": ("data", "base", "wandb"),
+    "": ("data", "base", "variant", "wandb"),
     "training": ("steps", "epochs", "accumulation", "log_every", "save_every", "keep_checkpoints"),
     "watch": tuple(field.name for field in dataclasses.fields(WatchConfig)),
 }
@@ -135,7 +135,7 @@ def build(
     prompts, class_prompts = watched_prompts(config, (*learned.held_out.texts, *learned.training.texts))
     require_token(config, [load_tokenizer(config.base)])  # before the weights, which take long, are read
     free = free_memory(accelerator.device)  # before anything of the run is there
-    base = load_base(config.base, config.base_bits, precision_of(accelerator) if config.base_bits else "float32")
+    base = load_base(config.base, config.variant)
     fingerprint = base.fingerprint()  # before it is cast
     timesteps = len(base.alphas_cumprod)
     require(

@@ -55,7 +55,7 @@ def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
     assert (run / "samples" / "step_0000002.png").is_file()
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()
-    form = FORMS.get(method, ())
+    form = (*FORMS.get(method, ()), *(("--format=single-file",) if (kind, method) == ("sdxl", "full") else ()))
     exported = run_script("personalize.py", "export", f"--run={run}", f"--out={tmp_path / 'exported'}", *form)
     assert exported.code == 0, exported.err
     assert "largest difference of a pixel: 0" in exported.out
@@ -142,7 +142,7 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--data={places}/a.parquet", "--subject.token=null"), "fill in the caption of its row"),
         (("--images.caption_column=en",), "leave out images.caption_column"),
         (("--training.steps=1.5",), "training.steps must be a whole number or null, not 1.5"),
-        (("--base=models/dog.safetensors",), "models/dog.safetensors does not exist; give a folder"),
+        (("--base=models/dog.safetensors",), "models/dog.safetensors does not exist; give a file"),
         (("--subject.token=null",), "have no caption, the first is 1.png: write 1.txt beside it"),
         (("--base=nowhere",), "the base model nowhere does not exist"),
         (("--subject.token=zwx",), "the token 'zwx' splits into"),
