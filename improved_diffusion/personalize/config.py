@@ -312,8 +312,10 @@ class PersonalizeConfig:
     """Of the files with the base's weights, where there are several: fp16, say."""
     data: str | None = None
     """The images to learn from: a folder or a parquet file, with captions or without."""
+    quantize: Literal["nf4", "int8", "fp8"] | None = None
+    """Hold the frozen UNet in few bits: NF4 (bitsandbytes), int8 or fp8 (torchao)."""
     base_bits: Literal[4, 8] | None = None
-    """Hold the frozen UNet in so many bits (bitsandbytes, on a GPU)."""
+    """The former name of `quantize`: nf4 or int8."""
     method: Literal["lora", "full", "textual_inversion"] = "lora"
     """What is trained: adapters; all weights; or the embeddings of a new word. With a subject, DreamBooth."""
     train_text_encoder: bool = False
@@ -343,9 +345,11 @@ class PersonalizeConfig:
             not (self.method == "textual_inversion" and self.train_text_encoder),
             "textual inversion trains embeddings alone: leave out train_text_encoder, or use the method lora or full",
         )
+        if self.base_bits is not None:
+            object.__setattr__(self, "quantize", {4: "nf4", 8: "int8"}[self.base_bits])
         require(
-            self.base_bits is None or self.method != "full",
-            f"a base of {self.base_bits} bits cannot be trained in full: use the method lora",
+            self.quantize is None or self.method != "full",
+            f"a base in {self.quantize} cannot be trained in full: use the method lora",
         )
         if self.prior.images:
             self.subject.fill(self.prior.prompt)  # says what is missing

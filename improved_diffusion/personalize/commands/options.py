@@ -36,8 +36,11 @@ def add_scale_options(parser: ArgumentParser) -> None:
     add("--text-encoder-2-scale", type=float, help="of SDXL's second one (default: as the first)")
 
 
-def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Base, PersonalizeConfig]:
-    """The model that the flags name, and the settings of its run (the defaults, if it comes from none).
+def open_model(
+    parser: ArgumentParser, options: argparse.Namespace, on_cpu: bool = False
+) -> tuple[Base, PersonalizeConfig]:
+    """The model that the flags name, on the device that they name unless it is to be left on the CPU, and the settings
+    of its run (the defaults, if it comes from none).
 
     Raises:
         UserError: flags that do not go together, or what `load_run` and `load_adapter` raise.
@@ -51,7 +54,8 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
         parser.error("which model? give --run, or --base and perhaps --adapter")
     if options.run is not None and options.adapter is not None:
         parser.error("--run has an adapter of its own: give --base with --adapter, or --run alone")
-    device, precision = _where(options)
+    device, precision = where(options)
+    device = "cpu" if on_cpu else device
     if options.run is not None:
         run = RunDirectory(options.run)
         tuned = load_run(run, options.checkpoint, options.base, device, precision, options.variant)
@@ -64,10 +68,10 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
 
 
 def open_stack(
-    parser: ArgumentParser, options: argparse.Namespace, stack: Sequence[Stacked]
+    parser: ArgumentParser, options: argparse.Namespace, stack: Sequence[Stacked], on_cpu: bool = False
 ) -> tuple[Base, PersonalizeConfig]:
-    """The base that the flags name, or else that of the first run in the `stack`, with all its adapters, and the
-    settings of that run (the defaults, if there is none).
+    """The base that the flags name, or else that of the first run in the `stack`, with all its adapters, on the device
+    or the CPU, and the settings of that run (the defaults, if there is none).
 
     Raises:
         UserError: flags that do not go together, or what `attach_stack` raises.
@@ -87,11 +91,12 @@ def open_stack(
     if name is None:
         config = lora_config(first)
         name, variant = config.base, variant or config.variant
-    base = load_base(name, variant).to(*_where(options))
+    device, precision = where(options)
+    base = load_base(name, variant).to("cpu" if on_cpu else device, precision)
     return base, attach_stack(base, stack, options.allow_unknown)
 
 
-def _where(options: argparse.Namespace) -> tuple[torch.device, str]:
+def where(options: argparse.Namespace) -> tuple[torch.device, str]:
     """The device, and the arithmetic on it."""
     import torch
 

@@ -26,6 +26,7 @@ from improved_diffusion.personalize.models.single_file import (
 from improved_diffusion.settings import require
 
 PREDICTIONS = ("epsilon", "v_prediction")
+TILE = 512  # pixels; the autoencoder of SDXL says 1024 of itself, where nothing would be gained
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,14 +76,36 @@ class Base:
         """That of all weights that decide what is drawn."""
         return fingerprint(self.unet, *self.text_encoders.values())
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """{component name: network} of all that have weights."""
+        return {"unet": self.unet, "vae": self.pipeline.vae, **self.text_encoders}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, also where parts wait on the CPU until they are needed (`enable_model_cpu_offload`)."""
+        return self.pipeline._execution_device
+
     def to(self, device: torch.device | str, dtype: str = "float32", vae_dtype: str = "float32") -> Base:
-        """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32. A UNet of few bits
-        stays as it was loaded, on the GPU."""
+        """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32."""
         for part in (self.unet, *self.text_encoders.values()):
-            if not getattr(part, "is_quantized", False):
-                part.to(device, DTYPES[dtype])
+            part.to(device, DTYPES[dtype])
         self.pipeline.vae.to(device, DTYPES[vae_dtype])
         return self
+
+    def place(self, device: torch.device | str, *names: str) -> Base:
+        """Move these components to the device and the others to the CPU, in place; without names all."""
+        for name, part in self.networks.items():
+            part.to(device if not names or name in names else "cpu")
+        return self
+
+    def tile_vae(self) -> None:
+        """Let the autoencoder work on large pictures in tiles of TILE pixels, which takes less memory and changes them
+        a little."""
+        vae = self.pipeline.vae
+        vae.enable_tiling()
+        vae.tile_sample_min_size = min(vae.tile_sample_min_size, TILE)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // self.pipeline.vae_scale_factor
 
 
 def fingerprint(*parts: nn.Module) -> str:
