@@ -50,7 +50,7 @@ from improved_diffusion.personalize.data.captioned import open_captioned_set
 from improved_diffusion.personalize.data.examples import Examples
 from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.personalize.models.trained import prepare
+from improved_diffusion.personalize.models.trained import needed_for_updates, prepare
 from improved_diffusion.personalize.training.memory import estimate_memory
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 
@@ -134,13 +134,14 @@ def measure(base: Base, config: PersonalizeConfig) -> tuple[int, int]:
         trainer = Trainer(base, trained, config, source, prior, Accelerator(cpu=True, mixed_precision="no"))
         trainer.train_step()
         sampling = Sampling(1, config.watch.guidance_scale, height=resolution, width=resolution)
-        step = bytes_that_stay(trainer) + allocator_peak(trainer.train_step)
-        return step, bytes_that_stay(trainer) + allocator_peak(lambda: list(draw(base, ["a dog"], [0], sampling)))
+        step = bytes_that_stay(trainer, needed_for_updates(base, config)) + allocator_peak(trainer.train_step)
+        peak = allocator_peak(lambda: list(draw(base, ["a dog"], [0], sampling)))
+        return step, bytes_that_stay(trainer, list(base.networks)) + peak
 
 
-def bytes_that_stay(trainer: Trainer) -> int:
-    base = trainer.base
-    parts = (base.unet, base.pipeline.vae, *base.text_encoders.values())
+def bytes_that_stay(trainer: Trainer, names: list[str]) -> int:
+    """Of these components, which on a GPU would be there, and of what belongs to the parameters."""
+    parts = [trainer.base.networks[name] for name in names]
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
     tensors += [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
     if trainer.ema is not None:

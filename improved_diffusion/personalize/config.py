@@ -17,6 +17,7 @@ CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"
 
 LEAST_FACTOR = 0.1  # of Prodigy's own learning rate
+FUSABLE = ("adamw", "adafactor", "lion")  # in which no parameter asks for another's gradient
 FILLED = ("token", "class")  # what stands in braces in a prompt
 
 
@@ -196,6 +197,9 @@ class TrainingConfig:
     """AdamW; with its state in 8 bits (bitsandbytes, on a GPU), or besides moved to the CPU when memory is short;
     Adafactor, with next to no state; Lion, which wants a third to a tenth of AdamW's rate; or Prodigy, which finds the
     rate itself: set lr to 1."""
+    fused_backward: bool = False
+    """Update each parameter in the backward pass, once its gradient is there, and drop that: there are never all
+    gradients at once. Needs grad_clip null, accumulation 1, and AdamW, Adafactor or Lion."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     grad_clip: float | None = 1.0
@@ -206,6 +210,8 @@ class TrainingConfig:
     """Arithmetic of the networks; auto is bf16 on a GPU that has hardware for it. What is trained stays float32."""
     vae_precision: Literal["bf16", "fp16", "float32"] = "float32"
     """Arithmetic of the autoencoder; that of SDXL overflows in fp16."""
+    vae_tiling: bool = False
+    """Let it work on large pictures in tiles of 512 pixels: less memory; latents and pictures differ a little."""
     tf32: bool = True
     """Let a GPU multiply float32 matrices in TF32."""
     min_snr_gamma: float | None = None
@@ -241,6 +247,17 @@ class TrainingConfig:
             self.optimizer != "prodigy" or self.lr >= LEAST_FACTOR,
             f"prodigy finds the learning rate itself, and training.lr is a factor of it: set it to 1, not {self.lr:g}",
         )
+        unfit = {
+            "grad_clip null": self.grad_clip is not None,
+            "accumulation 1": self.accumulation > 1,
+            "optimizer adamw, adafactor or lion": self.optimizer not in FUSABLE,
+            "precision bf16 or float32": self.precision == "fp16",
+        }
+        for setting, is_unfit in unfit.items():
+            require(
+                not (self.fused_backward and is_unfit),
+                f"training.fused_backward never has the whole gradient: set training.{setting}",
+            )
         for name in ("warmup_steps", "weight_decay", "noise_offset"):
             require(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")
         require(
@@ -279,6 +296,8 @@ class WatchConfig:
     """Weight of the text encoders' adapters."""
     batch_size: int = 1
     """Pictures drawn at once on a GPU; more are faster and take more memory."""
+    offload: bool = False
+    """Keep only the part that is at work on the GPU while pictures are drawn: slower, less memory."""
     clip: str | None = CLIP
     """CLIP model, by name or folder, that measures CLIP-T and CLIP-I; null for none."""
     vision: str | None = DINO
@@ -353,6 +372,11 @@ class PersonalizeConfig:
         )
         if self.prior.images:
             self.subject.fill(self.prior.prompt)  # says what is missing
+
+    @property
+    def keeps_texts(self) -> bool:
+        """Whether texts are encoded once, before the first update."""
+        return self.images.cache and not self.trains_text and not self.images.shuffle_tags
 
     @property
     def trains_text(self) -> bool:

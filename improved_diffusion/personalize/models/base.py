@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,21 @@ class Base:
         for name, part in self.networks.items():
             part.to(device if not names or name in names else "cpu")
         return self
+
+    @contextlib.contextmanager
+    def drawing(self, device: torch.device | str, offload: bool, afterwards: Sequence[str]) -> Iterator[None]:
+        """Within it the base draws on the device: with all of its parts there, or each only while it is at work
+        (`offload`). Afterwards these components are there, and the others on the CPU."""
+        if offload:
+            self.pipeline.enable_model_cpu_offload(device=device)
+        else:
+            self.place(device)
+        try:
+            yield
+        finally:
+            if offload:
+                self.pipeline.remove_all_hooks()
+            self.place(device, *afterwards)
 
     def tile_vae(self) -> None:
         """Let the autoencoder work on large pictures in tiles of TILE pixels, which takes less memory and changes them

@@ -45,6 +45,8 @@ def prior_images(
         "guidance_scale": prior.guidance_scale,
         "resolution": resolution,
     }
+    if config.training.vae_tiling:
+        settings["vae_tiling"] = True
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     folder = Path(prior.path) if prior.path else cache_directory() / "prior" / name
     description = folder / DESCRIPTION

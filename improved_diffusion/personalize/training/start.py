@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import textwrap
 from collections.abc import Callable, Sequence
@@ -18,17 +20,19 @@ from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import buckets, choose_bucket
 from improved_diffusion.personalize.data.encoded_files import EncodedFiles
-from improved_diffusion.personalize.data.examples import Examples
+from improved_diffusion.personalize.data.examples import Conditions, Examples
 from improved_diffusion.personalize.data.learned import Captioned, Learned, open_images
 from improved_diffusion.personalize.data.stream import MicroBatchStream
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
 from improved_diffusion.personalize.models.base import Base, load_base, load_tokenizer
-from improved_diffusion.personalize.models.trained import prepare, require_token, resolution_of
+from improved_diffusion.personalize.models.quantize import LIBRARIES as QUANTIZING
+from improved_diffusion.personalize.models.quantize import quantize, require_library
+from improved_diffusion.personalize.models.trained import needed_for_updates, prepare, require_token, resolution_of
 from improved_diffusion.personalize.training.budget import plan, plan_looks, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
-from improved_diffusion.personalize.training.optimizers import NEEDS_CUDA
+from improved_diffusion.personalize.training.optimizers import LIBRARIES
 from improved_diffusion.personalize.training.prior import prior_images
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 from improved_diffusion.personalize.training.watch import Watch, watched_prompts
@@ -84,16 +88,19 @@ def start_accelerator(config: PersonalizeConfig, cpu: bool = False) -> Accelerat
 
     Raises:
         UserError: what takes a CUDA device, without one.
+        ModuleNotFoundError: a library that is not installed.
     """
     has_cuda = torch.cuda.is_available() and not cpu
     precision = config.training.precision
     needs_cuda = {
         "training.precision fp16": precision == "fp16",
-        f"training.optimizer {config.training.optimizer}": config.training.optimizer in NEEDS_CUDA,
-        f"base_bits {config.base_bits}": config.base_bits is not None,
+        "watch.offload": config.watch.offload,
     }
     for setting, is_set in needs_cuda.items():
         require(has_cuda or not is_set, f"{setting} needs a CUDA device: leave it out here")
+    for library in (LIBRARIES.get(config.training.optimizer), QUANTIZING.get(config.quantize)):
+        if library is not None:
+            require_library(library)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     return Accelerator(
         cpu=not has_cuda,
@@ -157,30 +164,39 @@ def build(
     judge = None
     if accelerator.is_main_process and looks.every is not None:
         judge = Judge(config.watch.clip, config.watch.vision, accelerator.device, "watch.")
+        judge.rest()
     precision = precision_of(accelerator)
     estimate = estimate_memory(base, config, precision, judge.nbytes if judge is not None else 0)
     say(f"memory on a GPU, in {precision}:\n{textwrap.indent(str(estimate), '  ')}")
     if free is not None:
         require_memory(estimate, free, config, precision, accelerator.device)
 
-    base.to(accelerator.device, precision, config.training.vae_precision)
-    prior = _prior(base, fingerprint, config, of_images, resolution, accelerator)  # drawn by the base as it came
+    base.to("cpu", precision, config.training.vae_precision)
+    if config.quantize is not None:
+        quantize(base.unet, config.quantize)
+    if config.training.vae_tiling:
+        base.tile_vae()
+    device, needed = accelerator.device, needed_for_updates(base, config)
+    drawing = functools.partial(base.drawing, device, config.watch.offload, needed)
+    prior = _prior(base, fingerprint, config, of_images, resolution, accelerator, drawing)  # by the base as it came
     trained = prepare(base, config)
     say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}")
-    source = _encode(base, learned.training, of_images, config, accelerator)
-    # Of adapted or learning text encoders no text is kept.
-    text_files = EncodedFiles(*base.text_encoders.values()) if config.images.cache and not config.trains_text else None
-    trainer = Trainer(base, trained, config, source, prior, accelerator, text_files)
-    held_out = None
+    base.place(device, "vae")
+    source, held_out = _encode(base, learned.training, of_images, config, accelerator), None
     if learned.held_out.images:
         held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config, accelerator)
     watch = None
     if judge is not None:
-        references = see_training(base, judge, learned.training.images, config.images.background, resolution)
+        with judge.at_work():
+            references = see_training(base, judge, learned.training.images, config.images.background, resolution)
         folder = run.samples / "class_base"
-        watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder)
+        watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder, drawing)
         if state is not None:
             watch.keep_base()
+    base.place(device, *base.text_encoders)
+    conditions = _conditions(base, config, accelerator, [source, held_out, *(prior or {}).values()])
+    base.place(device, *needed)
+    trainer = Trainer(base, trained, config, source, prior, accelerator, conditions)
     if accelerator.is_main_process:
         _record_provenance(run, config, learned, accelerator)
     if state is not None:
@@ -223,6 +239,21 @@ def _encode(
     return EncodedSet(Examples(base, found.images, sizes, config.images, files, share), found.wordings)
 
 
+def _conditions(
+    base: Base, config: PersonalizeConfig, accelerator: Accelerator, sources: Sequence[EncodedSet | None]
+) -> Conditions:
+    """What encodes texts; where they are kept, with those of all `sources`, and the empty one of a caption dropped."""
+    # Of adapted or learning text encoders no text is kept.
+    files = EncodedFiles(*base.text_encoders.values()) if config.images.cache and not config.trains_text else None
+    conditions = Conditions(base, config.keeps_texts, files)
+    texts = [text for source in sources if source is not None for wordings in source.wordings for text in wordings]
+    if config.images.caption_dropout:
+        texts.append("")
+    with accelerator.autocast():
+        conditions.encode(texts)
+    return conditions
+
+
 def _prior(
     base: Base,
     fingerprint: str,
@@ -230,12 +261,14 @@ def _prior(
     sizes: Sequence[tuple[int, int]],
     resolution: int,
     accelerator: Accelerator,
+    drawing: Callable[[], contextlib.AbstractContextManager],
 ) -> dict[tuple[int, int], EncodedSet] | None:
     """The prior at each size that the images have; the first process draws what is missing of it."""
     if not config.prior.images:
         return None
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), drawing():
         found = prior_images(base, fingerprint, config, resolution)
+    base.place(accelerator.device, "vae")
     drawn = Captioned(found.images, ((config.subject.fill(config.prior.prompt),),) * len(found))
     plain = dataclasses.replace(config, images=dataclasses.replace(config.images, crops=1, flip=False))
     return {size: _encode(base, drawn, [size] * len(found), plain, accelerator) for size in set(sizes)}

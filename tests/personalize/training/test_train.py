@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,15 @@ def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train,
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.parametrize("flag", ["--training.adam_8bit=true", "--base_bits=4", "--quantize=int8"])
+def test_a_library_that_is_missing_is_named(train, tiny_bases, monkeypatch, flag):
+    for name in ("bitsandbytes", "torchao"):
+        monkeypatch.setitem(sys.modules, name, None)
+    outcome = train(tiny_bases["sd"], "run", flag)
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "is missing: in the checkout, pip install -e '.[few-bits]'" in outcome.err
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(train, tiny_bases):
     outcome = train(tiny_bases["sd"], "run", "--training.lr=1e30", "--training.grad_clip=null", steps=9)
     assert outcome.code == 2
@@ -149,8 +159,8 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--adapter.rank=0",), "adapter.rank must be at least 1, not 0"),
         (("--training.steps=null",), "how long to train? give training.steps"),
         (("--training.precision=fp16",), "training.precision fp16 needs a CUDA device"),
-        (("--training.adam_8bit=true",), "training.optimizer adamw_8bit needs a CUDA device"),
-        (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
+        (("--watch.offload=true",), "watch.offload needs a CUDA device"),
+        (("--training.fused_backward=true",), "never has the whole gradient: set training.grad_clip null"),
         (("--training.epochs=3",), "both given: set one of them to null"),
         (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),
         (("--seed=99999999999999999999",), "seed must be a finite number, and a whole one below 2^63"),
