@@ -11,8 +11,8 @@ but for what is trained and the autoencoder, looks as they are by default, in GB
 activations are what does not fit into the room of the gradients, which come when they go. Then the moments of a run
 whole, each with 0.5 GB for what is not counted, and the largest of them. All of LoRA but the first have gradient
 checkpointing. `fused`: Adafactor that updates in the backward pass, tiles and offload; `text`: the text encoders are
-trained too; `prior`: DreamBooth, with an image of the class beside each; `float32`: as on a GPU that is slow at bfloat16;
-`tiles`, `offload`, `nf4` and `int8`: with `training.vae_tiling`, `watch.offload` and `quantize`.
+trained too; `prior`: DreamBooth, with an image of the class beside each; `float32`: as on a GPU that is slow at
+bfloat16; `tiles`, `offload`, `nf4` and `int8`: with `training.vae_tiling`, `watch.offload` and `quantize`.
 """
 
 from __future__ import annotations

@@ -110,7 +110,8 @@ def test_a_library_that_is_missing_is_named(kind, generate, monkeypatch):
     assert f"{LIBRARIES[kind]} is missing: in the checkout, pip install -e '.[few-bits]'" in outcome.err
 
 
-def test_tiles_take_their_size_from_large_pictures_alone(fresh_base):
+def test_large_pictures_are_decoded_in_tiles(fresh_base, monkeypatch):
+    monkeypatch.setattr("improved_diffusion.personalize.models.base.TILE", 64)
     base = fresh_base("sd")
     vae = base.pipeline.vae
     base.tile_vae()

@@ -26,7 +26,7 @@ from improved_diffusion.personalize.models.single_file import (
 from improved_diffusion.settings import require
 
 PREDICTIONS = ("epsilon", "v_prediction")
-TILE = 512  # pixels; the autoencoder of SDXL says 1024 of itself, where nothing would be gained
+TILE = 512  # pixels, in place of what a config says: 1024 of SDXL, where nothing would be gained
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -119,8 +119,8 @@ class Base:
         a little."""
         vae = self.pipeline.vae
         vae.enable_tiling()
-        vae.tile_sample_min_size = min(vae.tile_sample_min_size, TILE)
-        vae.tile_latent_min_size = vae.tile_sample_min_size // self.pipeline.vae_scale_factor
+        vae.tile_sample_min_size = TILE
+        vae.tile_latent_min_size = TILE // self.pipeline.vae_scale_factor
 
 
 def fingerprint(*parts: nn.Module) -> str:
