@@ -71,6 +71,8 @@ class MemoryEstimate:
     """What the UNet makes on its way through the pictures that are drawn at once."""
     decoding: int
     """What the autoencoder makes of the latents of one picture."""
+    draws: bool = True
+    """Whether the run draws anything: a prior, or for looks."""
     offload: bool = False
     """Whether only the part that is at work is there while pictures are drawn."""
     allowance: int = ALLOWANCE
@@ -87,8 +89,14 @@ class MemoryEstimate:
         return sum(self.parts("look").values())
 
     @property
+    def moments(self) -> dict[str, int]:
+        """{one of MOMENTS: its bytes} of those that the run has."""
+        has = {"encoding": True, "step": True, "look": self.draws, "judging": self.judges > 0}
+        return {moment: sum(self.parts(moment).values()) for moment in MOMENTS if has[moment]}
+
+    @property
     def total(self) -> int:
-        return max(sum(self.parts(moment).values()) for moment in MOMENTS)
+        return max(self.moments.values())
 
     def parts(self, moment: str) -> dict[str, int]:
         """What there is at one of MOMENTS: {name: bytes}."""
@@ -114,7 +122,7 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         lines = []
-        for moment in MOMENTS:
+        for moment in self.moments:
             parts = self.parts(moment)
             named = " + ".join(f"{name} {_amount(size)}" for name, size in parts.items() if size >= 1e6)
             largest = " (the largest)" if sum(parts.values()) == self.total else ""
@@ -171,6 +179,7 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
         encoding=encoding,
         denoising=denoising,
         decoding=decoding,
+        draws=config.watch.every is not None or config.prior.images > 0,
         offload=config.watch.offload,
     )
 
@@ -191,7 +200,7 @@ def require_memory(
         precision: see `estimate_memory`.
         device: of the run.
     """
-    needs = {name: sum(estimate.parts(moment).values()) for moment, name in MOMENTS.items()}
+    needs = {MOMENTS[moment]: size for moment, size in estimate.moments.items()}
     if estimate.total <= available:
         return
     largest, *others = sorted(needs, key=needs.get, reverse=True)
@@ -208,7 +217,7 @@ def _remedies(
 ) -> list[str]:
     """Settings that lower what does not fit."""
     training, watch, is_full = config.training, config.watch, config.method == "full"
-    encoding, step, look, judging = (sum(estimate.parts(moment).values()) > available for moment in MOMENTS)
+    encoding, step, look, judging = (estimate.moments.get(moment, 0) > available for moment in MOMENTS)
     after_encoding = step or look or judging
     decodes = look and estimate.decoding > estimate.denoising
     fuses = is_full and training.optimizer in FUSABLE and training.accumulation == 1 and precision != "fp16"

@@ -252,6 +252,7 @@ def test_the_moments_are_printed_and_the_largest_is_named():
     assert "optimizer 190 MB + decoding 4.3 GB + allowance 500 MB = 12.2 GB (the largest)" in str(LORA)
     offloaded = str(replace(LORA, offload=True))
     assert "look: weights 5.3 GB + optimizer 190 MB + denoising 300 MB + allowance 500 MB = 6.3 GB" in offloaded
+    assert list(replace(LORA, draws=False, judges=0).moments) == ["encoding", "step"]
 
 
 def test_a_run_that_does_not_fit_is_told_what_would_need_less(gpu):
@@ -374,7 +375,7 @@ def test_what_is_suggested_helps(gpu, fresh_base, settings, precision):
     for moment in memory.MOMENTS:  # of which this one alone is larger than what is there
         others = {name: 0 for name in ONLY if moment not in ONLY[name]}
         estimate = replace(before, **others)
-        need = {name: sum(estimate.parts(name).values()) for name in memory.MOMENTS}
+        need = estimate.moments
         if need[moment] < max(need.values()):
             continue
         with pytest.raises(UserError) as error:
