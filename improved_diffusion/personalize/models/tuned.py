@@ -54,7 +54,7 @@ def load_run(
     """
     config = run.read_config(PersonalizeConfig)
     file = run.choose_checkpoint(checkpoint)
-    state = read_checkpoint(file, ("step", "model", "ema"))
+    state = read_checkpoint(file, ("step", "model", "ema"), mapped=True)  # not what the optimizer knew
     variant = variant or (config.variant if base is None else None)
     opened = load_base(base or config.base, variant).to(device, dtype, config.training.vae_precision)
     trained = prepare(opened, config)

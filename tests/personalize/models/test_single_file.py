@@ -49,17 +49,15 @@ OF_ALL = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_base_is_exported_and_read_back(kind, tiny_bases, fresh_base, run_script, tmp_path):
-    """By the command, which compares a picture; every weight comes back too."""
-    where = (f"--base={tiny_bases[kind]}", f"--out={tmp_path}")
-    outcome = run_script("personalize.py", "export", "--format=single-file", *where)
-    assert "largest difference of a pixel: 0" in outcome.out, outcome.err
-    file = tmp_path / "model.safetensors"
+def test_a_whole_base_is_exported_and_read_back(kind, fresh_base, tmp_path):
+    """Every weight of it; tests/personalize/training/test_train.py compares a picture."""
+    expected = fresh_base(kind)
+    file = export_single(expected, tmp_path)
     assert kind_of(file) == KINDS[kind]
     state = load_file(file)
     assert set(OF_TEXT[kind] + OF_ALL) <= set(state)
     assert state["first_stage_model.decoder.mid.attn_1.q.weight"].dim() == 4  # a convolution
-    read, expected = load_base(str(file)), fresh_base(kind)
+    read = load_base(str(file))
     assert (read.fingerprint(), read.prediction) == (expected.fingerprint(), expected.prediction)
     torch.testing.assert_close(read.pipeline.vae.state_dict(), expected.pipeline.vae.state_dict(), rtol=0, atol=0)
 
