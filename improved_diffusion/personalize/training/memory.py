@@ -28,7 +28,7 @@ from improved_diffusion.personalize.models.encoding import encode_texts, latent_
 from improved_diffusion.personalize.models.quantize import WEIGHT_BYTES
 from improved_diffusion.personalize.models.trained import Trained, needed_for_updates, prepare, resolution_of
 from improved_diffusion.personalize.training.emulation import GPUArithmetic, LiveBytes
-from improved_diffusion.personalize.training.optimizers import STATE_BYTES
+from improved_diffusion.personalize.training.optimizers import state_bytes
 from improved_diffusion.runtime.devices import bf16_hardware
 from improved_diffusion.runtime.meta import KnownLayouts
 
@@ -38,6 +38,7 @@ MOMENTS = {  # {name: in a sentence}
     "look": "a look at the run",
     "judging": "judging its pictures",
 }
+FRUGAL = ("adafactor", "paged_adamw_8bit")  # optimizers of which no other takes less memory
 ALLOWANCE = 500_000_000  # bytes, of CUDA itself above all; a round figure, as it differs by GPU and driver
 
 
@@ -161,8 +162,10 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
         encoding = _peak_of_encoding(model, config, 1)
         at_a_step = 0 if config.images.cache else _peak_of_encoding(model, config, training.batch_size)
         peak, learning = _peak_of_step(model, trained, config, DTYPES[precision])
+    gradients = 4 * sum(parameter.numel() for parameter in learning)
+    if training.fused_backward:
+        gradients = 0  # there is never more than one, which the peak has
     averages = 0 if training.ema_rate is None else 4 * trained.count
-    gradients = 0 if training.fused_backward else 4 * learning  # there is never more than one, which the peak has
     return MemoryEstimate(
         weights={
             name: _weight_bytes(part, config.quantize if name == "unet" else None)
@@ -171,7 +174,7 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
         needed=tuple(needed_for_updates(model, config)),
         judges=judges,
         gradients=gradients,
-        optimizer=round(STATE_BYTES[training.optimizer] * learning),
+        optimizer=round(sum(state_bytes(training.optimizer, parameter) for parameter in learning)),
         averages=averages,
         activations=peak - gradients,
         encodes=at_a_step > 0 and at_a_step + (gradients if training.accumulation > 1 else 0) >= peak,
@@ -221,6 +224,7 @@ def _remedies(
     after_encoding = step or look or judging
     decodes = look and estimate.decoding > estimate.denoising
     fuses = is_full and training.optimizer in FUSABLE and training.accumulation == 1 and precision != "fp16"
+    fuses = fuses and estimate.activations < estimate.gradients  # or the peak comes before the gradients
     remedies = {
         "training.gradient_checkpointing true": step and not (training.gradient_checkpointing or estimate.encodes),
         "training.batch_size 1 and more training.accumulation": step and training.batch_size > 1,
@@ -234,7 +238,7 @@ def _remedies(
         "watch.offload true": look and not watch.offload,
         "watch.batch_size 1": look and not decodes and watch.batch_size > 1,
         "quantize nf4": after_encoding and not is_full and config.quantize != "nf4",
-        "training.optimizer adafactor": after_encoding and is_full and STATE_BYTES[training.optimizer] > 0,
+        "training.optimizer adafactor": after_encoding and is_full and training.optimizer not in FRUGAL,
         "training.fused_backward true and training.grad_clip null": step and fuses and not training.fused_backward,
         "training.ema_rate null": after_encoding and is_full and training.ema_rate is not None,
         "train_text_encoder false": step and config.train_text_encoder,
@@ -291,9 +295,11 @@ def _peak_of_encoding(model: Base, config: PersonalizeConfig, count: int) -> int
     return live.peak
 
 
-def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of what forward and backward passes make, gradients among it, which stay but in `fused_backward`; and how
-    many numbers have a gradient: the last layer of SDXL's first text encoder, for one, is not used, and has none."""
+def _peak_of_step(
+    model: Base, trained: Trained, config: PersonalizeConfig, dtype: torch.dtype
+) -> tuple[int, set[nn.Parameter]]:
+    """Bytes of what forward and backward passes make, gradients among it, which stay but in `fused_backward`; and the
+    parameters that have one: the last layer of SDXL's first text encoder is not used, and has none."""
     if config.training.gradient_checkpointing:
         settings = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), GPUArithmetic(dtype))}
         model.unet.enable_gradient_checkpointing(functools.partial(checkpoint, **settings))
@@ -301,11 +307,12 @@ def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtyp
             encoder.gradient_checkpointing_enable(settings)
     for part in trained.parts:
         getattr(model.pipeline, part).train()
-    learning: dict[nn.Parameter, int] = {}
+    learning: set[nn.Parameter] = set()
 
     def note(parameter: nn.Parameter) -> None:
-        learning[parameter] = parameter.numel()
+        learning.add(parameter)
         if config.training.fused_backward:
+            parameter.grad.square()  # an update makes as much again
             parameter.grad = None
 
     for parameter in trained.parameters.values():
@@ -313,7 +320,7 @@ def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtyp
     with LiveBytes() as live:
         for _ in range(min(config.training.accumulation, 2)):  # in the second, there are gradients from the start
             _loss(model, config, dtype).backward()
-    return live.peak, sum(learning.values())
+    return live.peak, learning
 
 
 def _loss(model: Base, config: PersonalizeConfig, dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,8 @@ from improved_diffusion.models.build import set_moments
 from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig
 from improved_diffusion.training.optimization import rate_factor
 
-# Bytes of an optimizer's state for each parameter that is trained. Adafactor keeps a row and a column of a matrix.
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 0.0, "adafactor": 0.0, "lion": 4.0, "prodigy": 16.0}
+# Bytes of an optimizer's state for each number that is trained.
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 0.0, "lion": 4.0, "prodigy": 16.0}
 LIBRARIES = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes"}  # that are installed apart
 
 
@@ -51,6 +51,15 @@ def make_optimizer(parts: dict[str, Sequence[nn.Parameter]], config: Personalize
 
     kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
     return kinds[training.optimizer](groups, **decay)
+
+
+def state_bytes(kind: str, parameter: Tensor) -> float:
+    """What an optimizer keeps of a parameter: Adafactor a row and a column of each of its matrices, which of a
+    convolution are as small as its kernel."""
+    if kind != "adafactor":
+        return STATE_BYTES[kind] * parameter.numel()
+    sides = [1 / side for side in parameter.shape[-2:]] if parameter.dim() > 1 else [1.0]
+    return 4 * parameter.numel() * sum(sides)
 
 
 class FusedBackward:
