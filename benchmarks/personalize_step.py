@@ -49,7 +49,7 @@ class Bare:
         self.base, self.batch_size, self.clip = base, training.batch_size, training.grad_clip
         self.latents = source.examples(range(IMAGES), [0] * IMAGES)
         with torch.no_grad():
-            self.conditions = encode_texts(base, list(source.texts))
+            self.conditions = encode_texts(base, [wordings[0] for wordings in source.wordings])
         self.parameters = list(trained.parameters.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True
@@ -88,7 +88,7 @@ def prepared(kind: str, config: PersonalizeConfig) -> tuple[Base, Trained, Encod
         Image.fromarray(draw(0, "cup_cakes", number)).resize((RESOLUTION,) * 2).save(buffer, format="png")
         images.append(CaptionedImage(f"{number}.png", f"cup cake number {number}", buffer.getvalue))
     examples = Examples(base, images, [(RESOLUTION,) * 2] * IMAGES, config.images)
-    return base, trained, EncodedSet(examples, [image.caption for image in images])
+    return base, trained, EncodedSet(examples, [(image.caption,) for image in images])
 
 
 def milliseconds(update: Callable[[], object]) -> float:
