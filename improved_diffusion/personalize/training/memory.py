@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import FUSABLE, PersonalizeConfig
 from improved_diffusion.personalize.generate import mixed_type
-from improved_diffusion.personalize.models.base import DTYPES, Base
+from improved_diffusion.personalize.models.base import DTYPES, TILE, Base
 from improved_diffusion.personalize.models.encoding import encode_texts, latent_moments
 from improved_diffusion.personalize.models.quantize import WEIGHT_BYTES
 from improved_diffusion.personalize.models.trained import Trained, needed_for_updates, prepare, resolution_of
@@ -72,6 +72,8 @@ class MemoryEstimate:
     """What the UNet makes on its way through the pictures that are drawn at once."""
     decoding: int
     """What the autoencoder makes of the latents of one picture."""
+    side: int
+    """Pixels a side of the images and pictures."""
     draws: bool = True
     """Whether the run draws anything: a prior, or for looks."""
     offload: bool = False
@@ -182,6 +184,7 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
         encoding=encoding,
         denoising=denoising,
         decoding=decoding,
+        side=resolution_of(config, model),
         draws=config.watch.every is not None or config.prior.images > 0,
         offload=config.watch.offload,
     )
@@ -232,7 +235,7 @@ def _remedies(
         f"training.precision {'bf16' if fast_at_bf16 else 'fp16'}": precision == "float32"
         and (step or after_encoding and not is_full),
         "images.cache true": step and estimate.encodes,
-        "training.vae_tiling true": (encoding or decodes) and not training.vae_tiling,
+        "training.vae_tiling true": (encoding or decodes) and estimate.side > TILE and not training.vae_tiling,
         # In fp16 the autoencoder of SDXL overflows.
         "training.vae_precision bf16": (encoding or decodes) and fast_at_bf16 and training.vae_precision == "float32",
         "watch.offload true": look and not watch.offload,

@@ -229,6 +229,7 @@ FULL = MemoryEstimate(
     encoding=2_700_000_000,
     denoising=5_000_000_000,
     decoding=4_300_000_000,
+    side=1024,
 )
 LORA = replace(FULL, gradients=90_000_000, optimizer=190_000_000, denoising=300_000_000)
 LORA = replace(LORA, weights={**FULL.weights, "unet": 5_300_000_000})
