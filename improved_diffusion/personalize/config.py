@@ -195,7 +195,7 @@ class TrainingConfig:
     """Share of the updates that wsd's cool-down takes; 1 is a linear fall."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "prodigy"] = "adamw"
     """AdamW; with its state in 8 bits (bitsandbytes, on a GPU), or besides moved to the CPU when memory is short;
-    Adafactor, with next to no state; Lion, which wants a third to a tenth of AdamW's rate; or Prodigy, which finds the
+    Adafactor, with little state; Lion, which wants a third to a tenth of AdamW's rate; or Prodigy, which finds the
     rate itself: set lr to 1."""
     fused_backward: bool = False
     """Update each parameter in the backward pass, once its gradient is there, and drop that: there are never all
