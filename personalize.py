@@ -17,12 +17,13 @@ COMMANDS = {  # each is a module of improved_diffusion.personalize.commands
     "generate": "pictures from texts, or from texts and a picture",
     "sweep": "a grid over tokens, scales, guidance, seeds and prompts, scored",
     "evaluate": "CLIP-T, CLIP-I, DINO, KID, FID, Inception Score and LPIPS of a folder of pictures",
+    "compare": "what pictures of the same seeds have lost, quantized ones for one",
     "export": "an adapter for diffusers, ComfyUI and others, verified",
     "survey": "a blind survey among people about generated images: its page, a server, a report",
     "caption": "captions for a folder of images, by BLIP",
     "tokens": "which rare token can stand for a subject",
 }
-EXTRAS = {"wandb": "wandb", "bitsandbytes": "few-bits"}  # of setup.py, for what `personalize` has not
+EXTRAS = {"wandb": "wandb", "bitsandbytes": "few-bits", "torchao": "few-bits"}  # of setup.py
 
 
 def main(arguments: list[str]) -> None:

@@ -22,6 +22,8 @@ PERSONALIZE = [
     "lion-pytorch>=0.2,<0.3",
     "pillow-heif>=1.0",  # photographs of telephones
 ]
+# Optimizers of 8 bits and NF4; int8 and fp8.
+FEW_BITS = ["bitsandbytes>=0.50", "torchao>=0.16"]
 # Cut-outs: edges without the background's colour; icons as training data; quality of pictures.
 STICKERS = [*PERSONALIZE, "pymatting>=1.1.13", "resvg-py>=0.2"]
 # A durable queue, its status, a Telegram bot, a page.
@@ -67,7 +69,7 @@ setup(
         "personalize": PERSONALIZE,
         "streaming": STREAMING,
         "wandb": ["wandb>=0.18"],  # personalize.py train --wandb PROJECT
-        "few-bits": ["bitsandbytes>=0.45"],  # 8-bit Adam, and a base of 4 or 8 bits, on a GPU
+        "few-bits": FEW_BITS,
         "stickers": STICKERS,
         "serving": SERVING,
         "dev": [
@@ -82,6 +84,7 @@ setup(
             "ipykernel>=6.29",
             "playwright>=1.50",  # drives the page in a browser, which is not part of it
             "torch-fidelity>=0.4",  # an independent answer for KID, precision and recall, Inception Score
+            *FEW_BITS,
             *STREAMING,
             *SIMILARITY,
             *STICKERS,

@@ -7,9 +7,12 @@ LoRA, and a picture drawn after a step of LoRA: the tensors that stay and the mo
 out beside them, in MB (10^6), each with the estimate.
 
 Then the estimates for the published architectures on a GPU, one image a step, LoRA of rank 16 on attention, bfloat16
-but for what is trained and the autoencoder, looks as they are by default, in GB (10^9). Activations are what does not
-fit into the room of the gradients, which come when they go. Step and look have weights and judges, and 0.5 GB for what
-is not counted. `text`: the text encoders are trained too. `float32`: as on a GPU that is slow at bfloat16.
+but for what is trained and the autoencoder, looks as they are by default, in GB (10^9). First the parts of a step:
+activations are what does not fit into the room of the gradients, which come when they go. Then the moments of a run
+whole, each with 0.5 GB for what is not counted, and the largest of them. All of LoRA but the first have gradient
+checkpointing. `fused`: Adafactor that updates in the backward pass, tiles and offload; `text`: the text encoders are
+trained too; `prior`: DreamBooth, with an image of the class beside each; `float32`: as on a GPU that is slow at
+bfloat16; `tiles`, `offload`, `nf4` and `int8`: with `training.vae_tiling`, `watch.offload` and `quantize`.
 """
 
 from __future__ import annotations
@@ -45,13 +48,20 @@ from transformers import (
 )
 
 from improved_diffusion.errors import user_errors_exit
-from improved_diffusion.personalize.config import AdapterConfig, ImagesConfig, PersonalizeConfig, TrainingConfig
+from improved_diffusion.personalize.config import (
+    AdapterConfig,
+    ImagesConfig,
+    PersonalizeConfig,
+    PriorConfig,
+    TrainingConfig,
+    WatchConfig,
+)
 from improved_diffusion.personalize.data.captioned import open_captioned_set
 from improved_diffusion.personalize.data.examples import Examples
 from improved_diffusion.personalize.generate import Sampling, draw
 from improved_diffusion.personalize.models.base import Base
-from improved_diffusion.personalize.models.trained import prepare
-from improved_diffusion.personalize.training.memory import estimate_memory
+from improved_diffusion.personalize.models.trained import needed_for_updates, prepare
+from improved_diffusion.personalize.training.memory import MOMENTS, estimate_memory
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "tiny_pipeline.py"))
@@ -134,13 +144,14 @@ def measure(base: Base, config: PersonalizeConfig) -> tuple[int, int]:
         trainer = Trainer(base, trained, config, source, priors, Accelerator(cpu=True, mixed_precision="no"))
         trainer.train_step()
         sampling = Sampling(1, config.watch.guidance_scale, height=resolution, width=resolution)
-        step = bytes_that_stay(trainer) + allocator_peak(trainer.train_step)
-        return step, bytes_that_stay(trainer) + allocator_peak(lambda: list(draw(base, ["a dog"], [0], sampling)))
+        step = bytes_that_stay(trainer, needed_for_updates(base, config)) + allocator_peak(trainer.train_step)
+        peak = allocator_peak(lambda: list(draw(base, ["a dog"], [0], sampling)))
+        return step, bytes_that_stay(trainer, list(base.networks)) + peak
 
 
-def bytes_that_stay(trainer: Trainer) -> int:
-    base = trainer.base
-    parts = (base.unet, base.pipeline.vae, *base.text_encoders.values())
+def bytes_that_stay(trainer: Trainer, names: list[str]) -> int:
+    """Of these components, which on a GPU would be there, and of what belongs to the parameters."""
+    parts = [trainer.base.networks[name] for name in names]
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
     tensors += [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
     if trainer.ema is not None:
@@ -186,31 +197,41 @@ def compare_with_measurement() -> None:
 
 def published_runs() -> Iterator[tuple[str, PersonalizeConfig, str]]:
     """Names, settings and precisions."""
-    adapter = AdapterConfig(rank=16, alpha=16)
-    for method, text, checkpointing in itertools.product(("full", "lora"), (False, True), (False, True)):
-        training = TrainingConfig(steps=1, gradient_checkpointing=checkpointing)
-        name = f"{method}{', text' * text}{', checkpointing' * checkpointing}"
-        config = PersonalizeConfig(method=method, train_text_encoder=text, adapter=adapter, training=training)
-        yield name, config, "bf16"
-    checkpointing = PersonalizeConfig(adapter=adapter, training=TrainingConfig(steps=1, gradient_checkpointing=True))
-    yield "lora, checkpointing, 4 bits", replace(checkpointing, base_bits=4), "bf16"
-    yield "lora, checkpointing, float32", checkpointing, "float32"
+    training = TrainingConfig(steps=1)
+    checkpointing = replace(training, gradient_checkpointing=True)
+    fused = replace(checkpointing, optimizer="adafactor", fused_backward=True, grad_clip=None, vae_tiling=True)
+    full = PersonalizeConfig(method="full", training=training)
+    yield "full", full, "bf16"
+    yield "full, checkpointing", replace(full, training=checkpointing), "bf16"
+    yield "full, fused", replace(full, training=fused, watch=WatchConfig(offload=True)), "bf16"
+    lora = PersonalizeConfig(adapter=AdapterConfig(rank=16, alpha=16), training=training)
+    yield "lora", lora, "bf16"
+    lora = replace(lora, training=checkpointing)
+    yield "lora, checkpointing", lora, "bf16"
+    yield "lora, text", replace(lora, train_text_encoder=True), "bf16"
+    yield "lora, prior", replace(lora, prior=PriorConfig(200, prompt="a dog")), "bf16"
+    yield "lora, float32", lora, "float32"
+    tiled = replace(lora, training=replace(checkpointing, vae_tiling=True))
+    yield "lora, tiles, offload", replace(tiled, watch=WatchConfig(offload=True)), "bf16"
+    yield "lora, tiles, nf4", replace(tiled, quantize="nf4"), "bf16"
+    yield "lora, tiles, int8", replace(tiled, quantize="int8"), "bf16"
 
 
 def tabulate_published() -> None:
-    columns = ("weights", "gradients", "optimizer", "activations", "step", "denoising", "decoding", "look")
+    columns = ("weights", "gradients", "optimizer", "activations", *MOMENTS, "most")
     counts = {name: sum(p.numel() for p in judge.parameters()) for name, judge in published_judges().items()}
     print("\njudges, in float32: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
     judges = 4 * sum(counts.values())
     for base in map(published_base, ("sd", "sdxl")):
-        parts = {"unet": base.unet, "vae": base.pipeline.vae, **base.text_encoders}
-        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in base.networks.items()}
         print(f"\n{base.name} at {base.resolution}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
-        print(f"{'GB':28}{'trained':>15}" + "".join(f"{column:>{WIDTH}}" for column in columns))
+        print(f"{'GB':22}" + "".join(f"{column:>{WIDTH}}" for column in columns))
         for name, config, precision in published_runs():
             estimate = estimate_memory(base, config, precision, judges)
-            cells = "".join(f"{getattr(estimate, column) / 1e9:{WIDTH}.2f}" for column in columns)
-            print(f"{name:28}{estimate.gradients // 4:15,}{cells}")
+            parts = estimate.parts("step")
+            sizes = [parts[column] for column in columns[:4]]
+            sizes += [*(sum(estimate.parts(moment).values()) for moment in MOMENTS), estimate.total]
+            print(f"{name:22}" + "".join(f"{size / 1e9:{WIDTH}.2f}" for size in sizes), flush=True)
 
 
 def main() -> None:

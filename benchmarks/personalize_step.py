@@ -49,7 +49,7 @@ class Bare:
         self.base, self.batch_size, self.clip = base, training.batch_size, training.grad_clip
         self.latents = source.examples(range(IMAGES), [0] * IMAGES)
         with torch.no_grad():
-            self.conditions = encode_texts(base, [text for (text,) in source.wordings])
+            self.conditions = encode_texts(base, [wordings[0] for wordings in source.wordings])
         self.parameters = list(trained.parameters.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,13 @@ def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
             raise
 
 
-def read_checkpoint(file: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_checkpoint(file: Path, keys: tuple[str, ...] = (), mapped: bool = False) -> dict[str, Any]:
     """The state in a checkpoint, on the CPU.
+
+    Args:
+        file: the checkpoint.
+        keys: that it must have.
+        mapped: leave tensors in the file until they are looked at: of a large one that is needed in part.
 
     Raises:
         UserError: no such file; a damaged one, where the message names the other checkpoints beside it; or one without
@@ -44,8 +50,10 @@ def read_checkpoint(file: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
         there = ", ".join(sorted(other.name for other in file.parent.glob("step_*.pt")))
         raise UserError(f"no checkpoint at {file}" + (f"; there are {there}" if there else ""))
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (*DAMAGE, pickle.UnpicklingError) as error:
+        if mapped:
+            _require_whole(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (*DAMAGE, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         others = sorted(f.name for f in file.parent.glob("step_*.pt") if f != file)
         advice = f"use another one: {', '.join(others)}" if others else "there is no other one beside it"
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
@@ -57,6 +65,13 @@ def read_checkpoint(file: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
         if key in IS_USABLE and not IS_USABLE[key](state[key]):
             raise UserError(f"the checkpoint {file} is damaged: its {key} is a {type(state[key]).__name__} of no use")
     return state
+
+
+def _require_whole(file: Path) -> None:
+    """Compare the checksums, which torch does only as it reads. Raises ValueError or BadZipFile where they differ."""
+    with zipfile.ZipFile(file) as archive:
+        if (broken := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {broken} is another")
 
 
 def _is_count(value: Any) -> bool:

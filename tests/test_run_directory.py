@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from improved_diffusion.checkpoint_file import read_checkpoint
+from improved_diffusion.checkpoint_file import read_checkpoint, write_checkpoint
 from improved_diffusion.config import Config, load_config
 from improved_diffusion.errors import UserError
 from improved_diffusion.run_directory import RunDirectory, is_run_directory
@@ -134,3 +134,15 @@ class TestHolding:
             outcome = run_script("train.py", *flags, run.path)
         assert outcome.is_one_clear_line(), outcome.err
         assert str(run.path) in outcome.err
+
+
+def test_a_checkpoint_that_is_mapped_is_whole(tmp_path):
+    """Of which what is not looked at stays in the file; damage there is told all the same."""
+    file, weights = tmp_path / "step_0000001.pt", torch.arange(1000.0)
+    write_checkpoint(file, {"step": 1, "weights": weights})
+    assert torch.equal(read_checkpoint(file, mapped=True)["weights"], weights)
+    content = file.read_bytes()
+    place = content.index(weights.numpy().tobytes()) + 17
+    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(UserError, match="is damaged"):
+        read_checkpoint(file, mapped=True)

@@ -25,6 +25,7 @@ CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"
 
 LEAST_FACTOR = 0.1  # of Prodigy's own learning rate
+FUSABLE = ("adamw", "adafactor", "lion")  # in which no parameter asks for another's gradient
 
 
 def is_seed(number: int) -> bool:
@@ -80,8 +81,11 @@ class TrainingConfig:
     """Share of the updates that wsd's cool-down takes; 1 is a linear fall."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "prodigy"] = "adamw"
     """AdamW; with its state in 8 bits (bitsandbytes, on a GPU), or besides moved to the CPU when memory is short;
-    Adafactor, with next to no state; Lion, which wants a third to a tenth of AdamW's rate; or Prodigy, which finds the
+    Adafactor, with little state; Lion, which wants a third to a tenth of AdamW's rate; or Prodigy, which finds the
     rate itself: set lr to 1."""
+    fused_backward: bool = False
+    """Update each parameter in the backward pass, once its gradient is there, and drop that: there are never all
+    gradients at once. Needs grad_clip null, accumulation 1, and AdamW, Adafactor or Lion."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     grad_clip: float | None = 1.0
@@ -92,6 +96,8 @@ class TrainingConfig:
     """Arithmetic of the networks; auto is bf16 on a GPU that has hardware for it. What is trained stays float32."""
     vae_precision: Literal["bf16", "fp16", "float32"] = "float32"
     """Arithmetic of the autoencoder; that of SDXL overflows in fp16."""
+    vae_tiling: bool = False
+    """Let it work on large pictures in tiles of 512 pixels: less memory; latents and pictures differ a little."""
     tf32: bool = True
     """Let a GPU multiply float32 matrices in TF32."""
     min_snr_gamma: float | None = None
@@ -127,6 +133,17 @@ class TrainingConfig:
             self.optimizer != "prodigy" or self.lr >= LEAST_FACTOR,
             f"prodigy finds the learning rate itself, and training.lr is a factor of it: set it to 1, not {self.lr:g}",
         )
+        unfit = {
+            "grad_clip null": self.grad_clip is not None,
+            "accumulation 1": self.accumulation > 1,
+            "optimizer adamw, adafactor or lion": self.optimizer not in FUSABLE,
+            "precision bf16 or float32": self.precision == "fp16",
+        }
+        for setting, is_unfit in unfit.items():
+            require(
+                not (self.fused_backward and is_unfit),
+                f"training.fused_backward never has the whole gradient: set training.{setting}",
+            )
         for name in ("warmup_steps", "weight_decay", "noise_offset"):
             require(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")
         require(
@@ -165,6 +182,8 @@ class WatchConfig:
     """Weight of the text encoders' adapters."""
     batch_size: int = 1
     """Pictures drawn at once on a GPU; more are faster and take more memory."""
+    offload: bool = False
+    """Keep only the part that is at work on the GPU while pictures are drawn: slower, less memory."""
     clip: str | None = CLIP
     """CLIP model, by name or folder, that measures CLIP-T and CLIP-I; null for none."""
     vision: str | None = DINO
@@ -195,13 +214,18 @@ class PersonalizeConfig:
     """A run."""
 
     base: str | None = None
-    """The base model: a folder that save_pretrained wrote, or a name on the Hugging Face hub."""
+    """The base model: a folder that save_pretrained wrote, a single .safetensors file, or a name on the Hugging Face
+    hub."""
+    variant: str | None = None
+    """Of the files with the base's weights, where there are several: fp16, say."""
     data: str | None = None
     """The images to learn from: a folder or a parquet file, with captions or without."""
     concepts: tuple[ConceptConfig, ...] = ()
     """Or several things to learn at once, each with images, a token and a class of its own."""
+    quantize: Literal["nf4", "int8", "fp8"] | None = None
+    """Hold the frozen UNet in few bits: NF4 (bitsandbytes), int8 or fp8 (torchao)."""
     base_bits: Literal[4, 8] | None = None
-    """Hold the frozen UNet in so many bits (bitsandbytes, on a GPU)."""
+    """The former name of `quantize`: nf4 or int8."""
     method: Literal["lora", "full", "textual_inversion"] = "lora"
     """What is trained: adapters; all weights; or the embeddings of a new word. With a subject, DreamBooth."""
     train_text_encoder: bool = False
@@ -232,9 +256,11 @@ class PersonalizeConfig:
             not (self.method == "textual_inversion" and self.train_text_encoder),
             "textual inversion trains embeddings alone: leave out train_text_encoder, or use the method lora or full",
         )
+        if self.base_bits is not None:
+            object.__setattr__(self, "quantize", {4: "nf4", 8: "int8"}[self.base_bits])
         require(
-            self.base_bits is None or self.method != "full",
-            f"a base of {self.base_bits} bits cannot be trained in full: use the method lora",
+            self.quantize is None or self.method != "full",
+            f"a base in {self.quantize} cannot be trained in full: use the method lora",
         )
         if self.concepts:
             own = {
@@ -279,6 +305,11 @@ class PersonalizeConfig:
     @property
     def has_prior(self) -> bool:
         return any(part.prior.images > 0 for part in self.parts)
+
+    @property
+    def keeps_texts(self) -> bool:
+        """Whether texts are encoded once, before the first update."""
+        return self.images.cache and not self.trains_text and not self.images.shuffle_tags
 
     @property
     def trains_text(self) -> bool:

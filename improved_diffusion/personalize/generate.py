@@ -109,7 +109,7 @@ def draw(
             raise UserError(f"strength {sampling.strength} leaves none of {sampling.steps} steps: raise one of them")
         settings |= {"strength": sampling.strength}
         latents = latent_moments(base, cut(start, (height, width)).pixels[None])[0]
-    if base.unet.device.type == "cpu":
+    if base.device.type == "cpu":
         batch_size = 1
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)
@@ -128,6 +128,7 @@ def draw(
         if not torch.isfinite(drawn).all():
             raise BrokenPicture(f"the network drew what is no picture (NaN) for {texts[0]!r}: use bf16 or float32")
         yield from decode_latents(base, drawn)
+        base.pipeline.maybe_free_model_hooks()  # of what `enable_model_cpu_offload` has brought
 
 
 def _callback(on_step: Callable[[float], None], before: int, batch: int, total: int) -> Callable[..., dict[str, Any]]:
@@ -149,7 +150,7 @@ def mixed_type(base: Base) -> torch.dtype | None:
 
 def _arithmetic(base: Base) -> contextlib.AbstractContextManager:
     shorter = mixed_type(base)
-    return contextlib.nullcontext() if shorter is None else torch.autocast(base.unet.device.type, dtype=shorter)
+    return contextlib.nullcontext() if shorter is None else torch.autocast(base.device.type, dtype=shorter)
 
 
 def _pipeline(

@@ -3,6 +3,7 @@ imported."""
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -18,3 +19,4 @@ def quieten_libraries() -> None:
     warnings.simplefilter("ignore")  # on their own future
     for variable, value in VARIABLES.items():
         os.environ.setdefault(variable, value)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # which torchao makes warn of itself

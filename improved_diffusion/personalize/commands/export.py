@@ -2,6 +2,7 @@
 
 python personalize.py export --run runs/dog --format kohya --out dog
 python personalize.py export --run runs/dog --format kohya --save-precision fp16 --out dog
+python personalize.py export --run runs/dog_full --format single-file --save-precision fp16 --out dog
 python personalize.py export --base BASE --adapter kohya_lora.safetensors --format diffusers --out converted
 """
 
@@ -18,9 +19,10 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the file")
     parser.add_argument(
         "--format",
-        choices=("diffusers", "kohya"),
+        choices=("diffusers", "kohya", "single-file"),
         default="diffusers",
-        help="diffusers' form, or kohya's, which ComfyUI and others read (default: diffusers)",
+        help="of an adapter, diffusers' form or kohya's, which ComfyUI and others read; of a whole model, diffusers' "
+        "folder or a single file, which they read too (default: diffusers)",
     )
     parser.add_argument(
         "--save-precision",
@@ -31,7 +33,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--no-verify",
         action="store_true",
-        help="do not read the file back and compare a picture, which takes a second base in memory",
+        help="do not read the file back and compare a picture",
     )
     add_model_options(parser)
     options = parser.parse_args(arguments)
@@ -41,10 +43,12 @@ def run(arguments: list[str]) -> None:
     options.precision, options.device = "float32", options.device or "cpu"
 
     # Imported only now: torch takes seconds, and typos are answered at once.
+    import numpy as np
+
     from improved_diffusion.personalize.models.adapters import adapted_parts
     from improved_diffusion.personalize.models.kohya_metadata import kohya_metadata
     from improved_diffusion.personalize.models.words import advice_to_readers, learned_rows
-    from improved_diffusion.personalize.verify import export, largest_difference
+    from improved_diffusion.personalize.verify import export, known_picture, reread
     from improved_diffusion.run_directory import RunDirectory, step_of
 
     base, config = open_model(parser, options)
@@ -55,11 +59,15 @@ def run(arguments: list[str]) -> None:
         step = step_of(run.choose_checkpoint(options.checkpoint)) if run else None
         about = kohya_metadata(base, config if run else None, step)
     written = export(base, word, options.format, options.out, options.save_precision, about)
+    advice = advice_to_readers(base) if learned_rows(base) else None
     if options.no_verify:
         print(f"{written}: not read back")
-    elif difference := largest_difference(base, written, word):
-        raise UserError(f"read back, {written} draws something else: a pixel differs by {difference}")
     else:
+        expected, how = known_picture(base, word), (base.name, base.variant, base.text)
+        del base  # before a second one is in memory
+        drawn = known_picture(reread(written, *how, word), word)
+        if difference := np.abs(drawn.astype(int) - expected).max():
+            raise UserError(f"read back, {written} draws something else: a pixel differs by {difference}")
         print(f"{written}: read back, it draws the same picture; largest difference of a pixel: 0")
-    if learned_rows(base) and (advice := advice_to_readers(base)):
+    if advice:
         print(f"note: {advice}")

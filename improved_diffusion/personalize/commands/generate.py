@@ -12,7 +12,13 @@ import json
 from pathlib import Path
 
 from improved_diffusion.errors import ArgumentParser, UserError
-from improved_diffusion.personalize.commands.options import add_model_options, add_scale_options, open_model, open_stack
+from improved_diffusion.personalize.commands.options import (
+    add_model_options,
+    add_scale_options,
+    open_model,
+    open_stack,
+    where,
+)
 
 
 def run(arguments: list[str]) -> None:
@@ -36,6 +42,9 @@ def run(arguments: list[str]) -> None:
     add("--image", type=Path, help="a picture to start from (image-to-image)")
     add("--strength", type=float, default=0.6, help="with --image: 0 leaves it, 1 forgets it (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="pictures at once on a GPU; changes speed, memory and last digits")
+    add("--quantize", choices=("nf4", "int8", "fp8"), help="hold the UNet in few bits; `compare` says what that costs")
+    add("--offload", action="store_true", help="keep on the GPU only the part that is at work: slower, less memory")
+    add("--vae-tiling", action="store_true", help="decode in tiles of 512 pixels: less memory, a little other pictures")
     add_model_options(parser)
     add(
         "--adapters",
@@ -59,12 +68,15 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.personalize.measuring.prompts import read_prompts
     from improved_diffusion.personalize.measuring.sheet import contact_sheet
     from improved_diffusion.personalize.models.adapters import set_scales
+    from improved_diffusion.personalize.models.quantize import LIBRARIES, quantize, require_library
     from improved_diffusion.personalize.models.stack import Stacked
     from improved_diffusion.personalize.models.trained import resolution_of
     from improved_diffusion.personalize.pictures import draw_missing, model_settings
     from improved_diffusion.results import claim, holds_something
     from improved_diffusion.sampling.grids import save_png
 
+    if options.quantize is not None:
+        require_library(LIBRARIES[options.quantize])
     how = (options.steps, options.guidance_scale, options.negative_prompt)
     sampling = Sampling(*how, options.height, options.width, options.strength, options.sampler)
     texts = [*options.texts, *(read_prompts(options.prompts) if options.prompts is not None else ())]
@@ -75,7 +87,12 @@ def run(arguments: list[str]) -> None:
     if not manifest.is_file() and holds_something(options.out):
         raise UserError(f"{options.out} is not empty: choose another --out")
     stack = [Stacked.parse(text) for text in options.adapters or ()]
-    base, config = open_stack(parser, options, stack) if stack else open_model(parser, options)
+    device, _ = where(options)
+    on_cpu = options.offload or options.quantize is not None  # until the weights are few
+    if stack:
+        base, config = open_stack(parser, options, stack, on_cpu)
+    else:
+        base, config = open_model(parser, options, on_cpu)
     side = resolution_of(config, base)
     sampling = dataclasses.replace(sampling, height=options.height or side, width=options.width or side)
     scales = (options.unet_scale, options.text_encoder_scale, options.text_encoder_2_scale)
@@ -87,12 +104,22 @@ def run(arguments: list[str]) -> None:
         "n": options.n,
         "seed": options.seed,
         **dataclasses.asdict(sampling),
+        "quantize": options.quantize,
+        "vae_tiling": options.vae_tiling or None,  # as in folders that do not know of it
         "image": file_sha256(options.image) if options.image is not None else None,
         **model_settings(base, scales, options.adapter),
     }
     if stack:
         request["adapters"] = [[adapter.fingerprint(), adapter.weight] for adapter in stack]
     claim(manifest, request, "choose another --out")
+    if options.quantize is not None:
+        quantize(base.unet, options.quantize)
+    if options.vae_tiling:
+        base.tile_vae()
+    if options.offload:
+        base.pipeline.enable_model_cpu_offload(device=device)
+    else:
+        base.place(device)
     wanted = [prompt for prompt in prompts for _ in range(options.n)]
     seeds = [options.seed + i for i in range(options.n)] * len(prompts)
     files = [options.out / f"{number:04d}.png" for number in range(len(wanted))]

@@ -22,7 +22,8 @@ def add_model_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--run", type=Path, help="run directory of a tuned model")
     add("--checkpoint", help="of the run: best, latest or step_0000450.pt (default: best, or else latest)")
-    add("--base", help="base model, a folder or a name on the hub (default: the run's)")
+    add("--base", help="base model, a folder, a .safetensors file or a name on the hub (default: the run's)")
+    add("--variant", help="of the base's files, fp16 for one (default: the run's, or none)")
     add("--adapter", type=Path, help="a .safetensors file of LoRA for --base, in diffusers' or kohya's form")
     add("--clip-skip", type=int, help="2 for the layer before the last of the text encoder (default: the run's, or 1)")
     add("--max-token-length", type=int, choices=(75, 150, 225), help="tokens of a prompt (default: the run's, or 75)")
@@ -38,8 +39,11 @@ def add_scale_options(parser: ArgumentParser) -> None:
     add("--text-encoder-2-scale", type=float, help="of SDXL's second one (default: as the first)")
 
 
-def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Base, PersonalizeConfig]:
-    """The model that the flags name, and the settings of its run (the defaults, if it comes from none).
+def open_model(
+    parser: ArgumentParser, options: argparse.Namespace, on_cpu: bool = False
+) -> tuple[Base, PersonalizeConfig]:
+    """The model that the flags name, on the device that they name unless it is to be left on the CPU, and the settings
+    of its run (the defaults, if it comes from none).
 
     Raises:
         UserError: flags that do not go together, or what `load_run` and `load_adapter` raise.
@@ -53,11 +57,13 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
         parser.error("which model? give --run, or --base and perhaps --adapter")
     if options.run is not None and options.adapter is not None:
         parser.error("--run has an adapter of its own: give --base with --adapter, or --run alone")
-    device, precision = _where(options)
+    device, precision = where(options)
+    device = "cpu" if on_cpu else device
     if options.run is not None:
-        tuned = load_run(RunDirectory(options.run), options.checkpoint, options.base, device, precision)
+        run = RunDirectory(options.run)
+        tuned = load_run(run, options.checkpoint, options.base, device, precision, options.variant)
         return _as_asked(tuned.base, options), tuned.config
-    base = _as_asked(load_base(options.base), options).to(device, precision)
+    base = _as_asked(load_base(options.base, options.variant), options).to(device, precision)
     if options.adapter is not None:
         taken, layers = load_adapter(base, options.adapter, options.allow_unknown)
         print(f"{options.adapter}: {taken} of {layers} layers taken", flush=True)
@@ -65,10 +71,10 @@ def open_model(parser: ArgumentParser, options: argparse.Namespace) -> tuple[Bas
 
 
 def open_stack(
-    parser: ArgumentParser, options: argparse.Namespace, stack: Sequence[Stacked]
+    parser: ArgumentParser, options: argparse.Namespace, stack: Sequence[Stacked], on_cpu: bool = False
 ) -> tuple[Base, PersonalizeConfig]:
-    """The base that the flags name, or else that of the first run in the `stack`, with all its adapters, and the
-    settings of that run (the defaults, if there is none).
+    """The base that the flags name, or else that of the first run in the `stack`, with all its adapters, on the device
+    or the CPU, and the settings of that run (the defaults, if there is none).
 
     Raises:
         UserError: flags that do not go together, or what `attach_stack` raises.
@@ -84,7 +90,12 @@ def open_stack(
     first = next((adapter.run for adapter in stack if adapter.run is not None), None)
     if options.base is None and first is None:
         parser.error("which base? --adapters of files alone need --base")
-    base = load_base(options.base or lora_config(first).base).to(*_where(options))
+    name, variant = options.base, options.variant
+    if name is None:
+        config = lora_config(first)
+        name, variant = config.base, variant or config.variant
+    device, precision = where(options)
+    base = load_base(name, variant).to("cpu" if on_cpu else device, precision)
     config = attach_stack(base, stack, options.allow_unknown)
     return _as_asked(replace(base, text=config.text), options), config
 
@@ -96,7 +107,7 @@ def _as_asked(base: Base, options: argparse.Namespace) -> Base:
     return replace(base, text=replace(base.text, **said))
 
 
-def _where(options: argparse.Namespace) -> tuple[torch.device, str]:
+def where(options: argparse.Namespace) -> tuple[torch.device, str]:
     """The device, and the arithmetic on it."""
     from improved_diffusion.runtime.devices import drawing_precision, usable_device
 

@@ -22,7 +22,9 @@ class EncodedFiles:
     """What `networks` made, in the cache: those of other weights, or in another arithmetic, have files of their own."""
 
     def __init__(self, *networks: nn.Module):
-        made_how = [(n.device.type, str(n.dtype), getattr(n.config, "scaling_factor", None)) for n in networks]
+        made_how = [
+            (n.device.type, str(n.dtype), getattr(n.config, "scaling_factor", None), *tiles_of(n)) for n in networks
+        ]
         makers = hashlib.sha256(f"{fingerprint(*networks)} {made_how}".encode()).hexdigest()
         self.folder = cache_directory() / "encoded" / makers[:16]
 
@@ -39,3 +41,8 @@ class EncodedFiles:
         with contextlib.suppress(UserError), atomic_write(file, durable=False) as temporary:
             temporary.write_bytes(hashlib.sha256(content).digest() + content)
         return made
+
+
+def tiles_of(network: nn.Module) -> tuple[int, ...]:
+    """The pixels of a tile, where the network works in tiles."""
+    return (network.tile_sample_min_size,) if getattr(network, "use_tiling", False) else ()

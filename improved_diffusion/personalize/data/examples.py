@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,6 +109,12 @@ class Conditions:
     def __init__(self, base: Base, keep: bool, files: EncodedFiles | None = None):
         self.base, self.files = base, files
         self._kept: dict[str, dict[str, Tensor]] | None = {} if keep else None
+
+    def encode(self, texts: Iterable[str]) -> None:
+        """Encode them now, if they are kept: from then on the text encoders are not asked."""
+        if self._kept is not None:
+            for text in dict.fromkeys(texts):
+                self([text])
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """See `encode_texts`; with gradients where they are not kept."""

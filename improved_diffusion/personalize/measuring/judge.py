@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,26 @@ class Judge:
         group: str = "",
         inception_weights: Path | None = None,
     ):
-        self.clip_name, self.vision_name = clip, vision
+        self.clip_name, self.vision_name, self.device = clip, vision, device
         self._clip: tuple[Any, Any] | None = load_clip(clip, device, f"--{group}clip") if clip is not None else None
         self._vision = None
         if vision is not None:
             self._vision = _vision(vision, device, f"--{group}vision", inception_weights)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within it the networks are on their device; afterwards they `rest`."""
+        for network in self.networks.values():
+            network.to(self.device)
+        try:
+            yield
+        finally:
+            self.rest()
+
+    def rest(self) -> None:
+        """Make room on the device: the networks wait on the CPU until they are `at_work`."""
+        for network in self.networks.values():
+            network.to("cpu")
 
     @property
     def networks(self) -> dict[str, nn.Module]:

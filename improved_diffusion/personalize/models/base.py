@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 from transformers import CLIPTokenizer
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.data_config import TextConfig
 from improved_diffusion.personalize.models.hub import opening, require_vocabulary
-
-_opening = functools.partial(opening, what="base model", index="model_index.json", setting="--base")
+from improved_diffusion.personalize.models.single_file import (
+    INDEX,
+    advice_on_settings,
+    is_single_file,
+    open_single_file,
+    settings_of,
+)
+from improved_diffusion.settings import require
 
 PREDICTIONS = ("epsilon", "v_prediction")
+TILE = 512  # pixels, in place of what a config says: 1024 of SDXL, where nothing would be gained
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,6 +42,7 @@ class Base:
     name: str  # hub name or path, as it was given
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     text: TextConfig = TextConfig()  # how it reads texts
+    variant: str | None = None  # of the files with its weights
 
     def __post_init__(self) -> None:
         if self.text.clip_skip > 1:  # of SDXL the last layers are never read
@@ -78,14 +88,51 @@ class Base:
         """That of all weights that decide what is drawn."""
         return fingerprint(self.unet, *self.text_encoders.values())
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """{component name: network} of all that have weights."""
+        return {"unet": self.unet, "vae": self.pipeline.vae, **self.text_encoders}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, also where parts wait on the CPU until they are needed (`enable_model_cpu_offload`)."""
+        return self.pipeline._execution_device
+
     def to(self, device: torch.device | str, dtype: str = "float32", vae_dtype: str = "float32") -> Base:
-        """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32. A UNet of few bits
-        stays as it was loaded, on the GPU."""
+        """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32."""
         for part in (self.unet, *self.text_encoders.values()):
-            if not getattr(part, "is_quantized", False):
-                part.to(device, DTYPES[dtype])
+            part.to(device, DTYPES[dtype])
         self.pipeline.vae.to(device, DTYPES[vae_dtype])
         return self
+
+    def place(self, device: torch.device | str, *names: str) -> Base:
+        """Move these components to the device and the others to the CPU, in place; without names all."""
+        for name, part in self.networks.items():
+            part.to(device if not names or name in names else "cpu")
+        return self
+
+    @contextlib.contextmanager
+    def drawing(self, device: torch.device | str, offload: bool, afterwards: Sequence[str]) -> Iterator[None]:
+        """Within it the base draws on the device: with all of its parts there, or each only while it is at work
+        (`offload`). Afterwards these components are there, and the others on the CPU."""
+        if offload:
+            self.pipeline.enable_model_cpu_offload(device=device)
+        else:
+            self.place(device)
+        try:
+            yield
+        finally:
+            if offload:
+                self.pipeline.remove_all_hooks()
+            self.place(device, *afterwards)
+
+    def tile_vae(self) -> None:
+        """Let the autoencoder work on large pictures in tiles of TILE pixels, which takes less memory and changes them
+        a little."""
+        vae = self.pipeline.vae
+        vae.enable_tiling()
+        vae.tile_sample_min_size = TILE
+        vae.tile_latent_min_size = TILE // self.pipeline.vae_scale_factor
 
 
 def fingerprint(*parts: nn.Module) -> str:
@@ -98,32 +145,48 @@ def fingerprint(*parts: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_base(name: str, bits: int | None = None, dtype: str = "float32") -> Base:
-    """The pipeline in a folder, or of that name on the Hugging Face hub, on the CPU, without its safety checker.
+@contextlib.contextmanager
+def _opening(name: str) -> Iterator[tuple[str, bool]]:
+    """See `hub.opening`. Yields also where the settings and tokenizers are, which a single file has not."""
+    if not is_single_file(name):
+        with opening(name, "base model", INDEX, "--base") as local_files_only:
+            yield name, local_files_only
+        return
+    settings = settings_of(Path(name))
+    what = f"model that {name} takes its settings and tokenizers from,"
+    with opening(settings, what, INDEX, "--base", advice_on_settings(Path(name))) as local_files_only:
+        yield settings, local_files_only
+
+
+def load_base(name: str, variant: str | None = None) -> Base:
+    """The pipeline in a folder, in a single file or of that name on the Hugging Face hub: on the CPU, in float32,
+    without its safety checker.
 
     Args:
-        name: the folder or the name.
-        bits: hold the UNet in 4 (NF4; Dettmers et al. 2023, arXiv:2305.14314) or 8 bits, which takes a GPU.
-        dtype: of the weights; with `bits`, of what the UNet computes in.
+        name: the folder, the .safetensors file, whose settings single_file.py looks for, or the name.
+        variant: of the files with the weights, of which there may be several: `fp16`, say.
 
     Raises:
         UserError: no such folder, a folder that is none, another kind of pipeline, or a hub that cannot be reached; the
             message says what to download and where to put it.
     """
-    with _opening(name) as local_files_only:
-        settings = {} if bits is None else {"quantization_config": _few_bits(bits, DTYPES[dtype])}
-        pipeline = DiffusionPipeline.from_pretrained(
-            name,
-            local_files_only=local_files_only,
-            torch_dtype=DTYPES[dtype],
-            safety_checker=None,  # a network of 1.2 GB that nothing here asks
-            requires_safety_checker=False,
-            **settings,
-        )
+    require(variant is None or not is_single_file(name), f"{name} is a single file, which has no variant {variant}")
+    with _opening(name) as (settings, local_files_only):
+        if is_single_file(name):
+            pipeline = open_single_file(Path(name), settings, local_files_only)
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(
+                name,
+                variant=variant,
+                local_files_only=local_files_only,
+                torch_dtype=torch.float32,
+                safety_checker=None,  # a network of 1.2 GB that nothing here asks
+                requires_safety_checker=False,
+            )
         if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
             kind = type(pipeline).__name__
             raise UserError(f"{name} is a {kind}: only Stable Diffusion 1 and 2 and SDXL are supported")
-        base = Base(name, pipeline)
+        base = Base(name, pipeline, variant=variant)
         if base.prediction not in PREDICTIONS or not hasattr(pipeline.scheduler, "alphas_cumprod"):
             raise UserError(f"{name} predicts {base.prediction!r}: only {' and '.join(PREDICTIONS)} can be trained")
         for tokenizer in base.tokenizers:
@@ -144,22 +207,13 @@ def _name_the_end_token(base: Base) -> None:
                 module.eos_token_id = tokenizer.eos_token_id
 
 
-def _few_bits(bits: int, dtype: torch.dtype) -> PipelineQuantizationConfig:
-    details = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype} if bits == 4 else {}
-    return PipelineQuantizationConfig(
-        quant_backend=f"bitsandbytes_{bits}bit",
-        quant_kwargs={f"load_in_{bits}bit": True, **details},
-        components_to_quantize=["unet"],
-    )
-
-
 def load_tokenizer(name: str) -> CLIPTokenizer:
     """The tokenizer of a base model, without the rest; that of SDXL's second encoder splits words alike.
 
     Raises:
         UserError: see `load_base`.
     """
-    with _opening(name) as local_files_only:
-        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", local_files_only=local_files_only)
+    with _opening(name) as (settings, local_files_only):
+        tokenizer = CLIPTokenizer.from_pretrained(settings, subfolder="tokenizer", local_files_only=local_files_only)
         require_vocabulary(tokenizer)
     return tokenizer

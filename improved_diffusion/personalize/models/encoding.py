@@ -86,7 +86,7 @@ def latent_moments(base: Base, pixels: Tensor) -> tuple[Tensor, Tensor]:
         Two of float32 (N, 4, H / 8, W / 8), on the scale that the UNet knows. The deviation of an AutoencoderTiny is 0.
     """
     vae = base.pipeline.vae
-    output = vae.encode(pixels.to(vae.device, vae.dtype))
+    output = vae.encode(pixels.to(base.device, vae.dtype))
     if hasattr(output, "latent_dist"):
         mean, std = output.latent_dist.mean, output.latent_dist.std
     else:  # an AutoencoderTiny has no distribution

@@ -17,13 +17,12 @@ from improved_diffusion.errors import UserError
 # have six times over, for minutes.
 TIMEOUT_SECONDS = 3
 
-SINGLE_FILES = (".safetensors", ".ckpt")  # forms in which bases go around, which diffusers opens in another way
 # diffusers and transformers of a folder without weights, whatever the forms are that they have looked for.
 NO_WEIGHTS = re.compile(r"no file named \S*model\.\S+ .*in directory (\S+?)\.?$")
 
 
 @contextlib.contextmanager
-def opening(name: str, what: str, index: str, setting: str) -> Iterator[bool]:
+def opening(name: str, what: str, index: str, setting: str, advice: str | None = None) -> Iterator[bool]:
     """Around the `from_pretrained` calls that open a model: one quick question to the hub first, and errors for users.
 
     Args:
@@ -31,6 +30,7 @@ def opening(name: str, what: str, index: str, setting: str) -> Iterator[bool]:
         what: what messages call it, `base model` say.
         index: the file by which its folder is known.
         setting: the flag with which a user gives the folder.
+        advice: what to do where the hub cannot be reached; by default to download the whole model elsewhere.
 
     Yields:
         What to give those calls as `local_files_only`: False where the hub answers. Where it does not, or `name` is a
@@ -41,13 +41,10 @@ def opening(name: str, what: str, index: str, setting: str) -> Iterator[bool]:
             neither in the cache nor to be had from the hub; the message then says what to download and how to give it.
     """
     folder = Path(name)
-    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.suffix in SINGLE_FILES
+    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
     if local and not (folder / index).is_file():
         problem = f"is no folder of one: it has no {index}" if folder.exists() else "does not exist"
-        advice = "give a folder that save_pretrained wrote, or a name on the hub"
-        if folder.suffix in SINGLE_FILES:
-            advice = f"give a folder, which diffusers' from_single_file({folder.name!r}).save_pretrained('DIR') writes"
-        raise UserError(f"the {what} {name} {problem}; {advice}")
+        raise UserError(f"the {what} {name} {problem}; give a folder that save_pretrained wrote, or a name on the hub")
     unreachable = None if local else _why_unreachable(name)
     is_local = local or unreachable is not None
     # A download has a progress bar; those of a second's work on local files are hidden.
@@ -61,9 +58,10 @@ def opening(name: str, what: str, index: str, setting: str) -> Iterator[bool]:
         reason = _one_line(unreachable or error)
         if local:
             raise UserError(f"the {what} {name} cannot be read: {reason}; copy or download it again") from error
+        there = f"run `hf download {name} --local-dir DIR`, bring the folder here, and give {setting} DIR"
         raise UserError(
-            f"the {what} {name} is neither in the cache nor to be had from the hub ({reason}); where there is a "
-            f"network run `hf download {name} --local-dir DIR`, bring the folder here, and give {setting} DIR"
+            f"the {what} {name} is neither in the cache nor to be had from the hub ({reason}); "
+            + (advice or f"where there is a network {there}")
         ) from error
 
 
@@ -85,5 +83,7 @@ def _why_unreachable(name: str) -> Exception | None:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if without := NO_WEIGHTS.search(text):
-        return f"there are no weights (.safetensors) in {without[1]}"
+        others = sorted(file.suffixes[-2] for file in Path(without[1]).glob("*.*.safetensors"))
+        hint = f" but those of a variant: give --variant {others[0][1:]}" if others else ""
+        return f"there are no weights (.safetensors) in {without[1]}{hint}"
     return text[:160] or type(error).__name__

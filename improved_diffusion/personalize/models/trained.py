@@ -71,6 +71,13 @@ def require_token(config: PersonalizeConfig, tokenizers: Sequence[Any]) -> None:
             require_single_token(subject.token, tokenizers)
 
 
+def needed_for_updates(base: Base, config: PersonalizeConfig) -> list[str]:
+    """The components that an update works with. The others may wait on the CPU: the encoders of texts that are kept,
+    and the autoencoder of latents that are."""
+    of_texts = [] if config.keeps_texts else list(base.text_encoders)
+    return ["unet", *of_texts, *([] if config.images.cache else ["vae"])]
+
+
 def prepare(base: Base, config: PersonalizeConfig) -> Trained:
     """Make trainable what `config` says, in place, and freeze the rest.
 

@@ -38,6 +38,7 @@ def load_run(
     base: str | None = None,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    variant: str | None = None,
 ) -> Tuned:
     """The model of a run: the moving average of what it trained, where it keeps one.
 
@@ -46,14 +47,16 @@ def load_run(
         checkpoint: best, latest or a file's name; by default the best, or else the latest.
         base: where the base is now; by default where the run had it.
         device, dtype: where the model is wanted, and in what.
+        variant: of the base's files; by default that of the run, unless another `base` is given.
 
     Raises:
         UserError: no such run, checkpoint or base, or a base of another architecture.
     """
     config = run.read_config(PersonalizeConfig)
     file = run.choose_checkpoint(checkpoint)
-    state = read_checkpoint(file, ("step", "model", "ema"))
-    opened = replace(load_base(base or config.base), text=config.text)
+    state = read_checkpoint(file, ("step", "model", "ema"), mapped=True)  # not what the optimizer knew
+    variant = variant or (config.variant if base is None else None)
+    opened = replace(load_base(base or config.base, variant), text=config.text)
     opened.to(device, dtype, config.training.vae_precision)
     trained = prepare(opened, config)
     trained.load_state_dict(_drawn_from(state))

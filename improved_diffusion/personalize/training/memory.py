@@ -1,11 +1,11 @@
-"""GPU memory that a run will need, computed before it starts: that of a training step, and that of a look at the run.
+"""GPU memory that a run will need, computed before it starts: of its worst moments, each with what is there then.
 
-Both are run on PyTorch's meta device, where tensors have sizes but hold nothing: with the real architecture, the real
+They are run on PyTorch's meta device, where tensors have sizes but hold nothing: with the real architecture, the real
 adapters and the arithmetic of a GPU. What is alive at the worst moment is added up, so that what the backward pass does
 not need is not counted, and gradient checkpointing counts for what it keeps and what it computes again.
 
 Left out are what a kernel uses within one operation and the fragmentation of the allocator; and, as they take less than
-drawing does at the sizes of SD and SDXL, what the judges make of a picture, encoding the images and drawing the prior.
+the others at the sizes of SD and SDXL, what the judges make of a picture, and encoding the texts.
 """
 
 from __future__ import annotations
@@ -21,33 +21,42 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.personalize.config import PersonalizeConfig
+from improved_diffusion.personalize.config import FUSABLE, PersonalizeConfig
 from improved_diffusion.personalize.generate import mixed_type
-from improved_diffusion.personalize.models.base import DTYPES, Base
+from improved_diffusion.personalize.models.base import DTYPES, TILE, Base
 from improved_diffusion.personalize.models.encoding import encode_texts, latent_moments
-from improved_diffusion.personalize.models.trained import Trained, prepare, resolution_of
+from improved_diffusion.personalize.models.quantize import WEIGHT_BYTES
+from improved_diffusion.personalize.models.trained import Trained, needed_for_updates, prepare, resolution_of
 from improved_diffusion.personalize.training.emulation import GPUArithmetic, LiveBytes
-from improved_diffusion.personalize.training.optimizers import STATE_BYTES
+from improved_diffusion.personalize.training.optimizers import state_bytes
 from improved_diffusion.runtime.devices import bf16_hardware
 from improved_diffusion.runtime.meta import KnownLayouts
 
+MOMENTS = {  # {name: in a sentence}
+    "encoding": "encoding the images",
+    "step": "a training step",
+    "look": "a look at the run",
+    "judging": "judging its pictures",
+}
+FRUGAL = ("adafactor", "paged_adamw_8bit")  # optimizers of which no other takes less memory
 ALLOWANCE = 500_000_000  # bytes, of CUDA itself above all; a round figure, as it differs by GPU and driver
-# Bytes of a weight by its bits; in 4 bits, blocks of 64 share a float32 scale (Dettmers et al. 2023, arXiv:2305.14314).
-QUANTIZED = {8: 1, 4: 1 / 2 + 4 / 64}
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of GPU memory that a run takes at the worst moments of a training step and of a look."""
+    """Bytes of GPU memory that a run takes at its worst moments: encoding its images, a training step, drawing the
+    pictures of a look, and judging these. Between looks the judges are elsewhere, and what updates do not need too."""
 
-    weights: int
-    """All parts of the model on the GPU, each in its own type."""
+    weights: dict[str, int]
+    """{component: bytes}, each in its own type."""
+    needed: tuple[str, ...]
+    """The components that an update works with."""
     judges: int
     """The networks that measure pictures."""
     gradients: int
     """Of what is trained, in float32; between steps there are none."""
     optimizer: int
-    """Adam's moments."""
+    """Its state."""
     averages: int
     """The moving average of what is trained."""
     activations: int
@@ -57,10 +66,18 @@ class MemoryEstimate:
     """Whether it is in encoding its images that a step needs most."""
     swapped: int
     """What is trained, kept aside while its moving average is looked at."""
+    encoding: int
+    """What the autoencoder makes of an image before the first update."""
     denoising: int
     """What the UNet makes on its way through the pictures that are drawn at once."""
     decoding: int
     """What the autoencoder makes of the latents of one picture."""
+    side: int
+    """Pixels a side of the images and pictures."""
+    draws: bool = True
+    """Whether the run draws anything: a prior, or for looks."""
+    offload: bool = False
+    """Whether only the part that is at work is there while pictures are drawn."""
     allowance: int = ALLOWANCE
     """For what is not counted."""
 
@@ -71,30 +88,53 @@ class MemoryEstimate:
 
     @property
     def look(self) -> int:
-        """Bytes of a look: of the UNet's work or the autoencoder's, whichever is more."""
+        """Bytes of drawing for a look: of the UNet's work or the autoencoder's, whichever is more."""
         return sum(self.parts("look").values())
 
     @property
+    def moments(self) -> dict[str, int]:
+        """{one of MOMENTS: its bytes} of those that the run has."""
+        has = {"encoding": True, "step": True, "look": self.draws, "judging": self.judges > 0}
+        return {moment: sum(self.parts(moment).values()) for moment in MOMENTS if has[moment]}
+
+    @property
     def total(self) -> int:
-        return max(self.step, self.look)
+        return max(self.moments.values())
 
     def parts(self, moment: str) -> dict[str, int]:
-        """What there is at the `moment`, step or look: {name: bytes}."""
-        drawing = "decoding" if self.decoding > self.denoising else "denoising"
-        names = {
-            "step": ("weights", "judges", "gradients", "optimizer", "averages", "activations", "allowance"),
-            "look": ("weights", "judges", "optimizer", "averages", "swapped", drawing, "allowance"),
-        }
-        return {name: getattr(self, name) for name in names[moment]}
+        """What there is at one of MOMENTS: {name: bytes}."""
+        needed = sum(self.weights[name] for name in self.needed)
+        learned = {"optimizer": self.optimizer, "averages": self.averages}
+        if moment == "encoding":
+            parts = {"weights": self.weights["vae"], "judges": self.judges, "encoding": self.encoding}
+        elif moment == "step":
+            parts = {"weights": needed, "gradients": self.gradients, **learned, "activations": self.activations}
+        elif moment == "look":
+            weights, work, size = self._drawing()
+            parts = {"weights": weights, **learned, "swapped": self.swapped, work: size}
+        else:
+            parts = {"weights": needed, "judges": self.judges, **learned, "swapped": self.swapped}
+        return {**parts, "allowance": self.allowance}
+
+    def _drawing(self) -> tuple[int, str, int]:
+        """In drawing a picture, the weights that are there, the work that takes most beside them, and what it takes."""
+        work = {"unet": ("denoising", self.denoising), "vae": ("decoding", self.decoding)}
+        if self.offload:
+            return max(((size, *work.get(name, ("denoising", 0))) for name, size in self.weights.items()), key=_bytes)
+        return sum(self.weights.values()), *max(work.values(), key=lambda one: one[1])
 
     def __str__(self) -> str:
         lines = []
-        for moment in ("step", "look"):
+        for moment in self.moments:
             parts = self.parts(moment)
             named = " + ".join(f"{name} {_amount(size)}" for name, size in parts.items() if size >= 1e6)
-            larger = " (the larger)" if sum(parts.values()) == self.total else ""
-            lines.append(f"{moment}: {named} = {_amount(sum(parts.values()))}{larger}")
+            largest = " (the largest)" if sum(parts.values()) == self.total else ""
+            lines.append(f"{moment}: {named} = {_amount(sum(parts.values()))}{largest}")
         return "\n".join(lines)
+
+
+def _bytes(stage: tuple[int, str, int]) -> int:
+    return stage[0] + stage[2]
 
 
 def _amount(size: float) -> str:
@@ -116,28 +156,37 @@ def estimate_memory(base: Base, config: PersonalizeConfig, precision: str, judge
     model = _without_weights(base, adds_words=config.method == "textual_inversion")
     training = config.training
     model.to("meta", precision, training.vae_precision)
+    if training.vae_tiling:
+        model.tile_vae()
     trained = prepare(model, config)
     with KnownLayouts():
         denoising, decoding = _peaks_of_look(model, config)
-        encoding = 0 if config.images.cache else _peak_of_encoding(model, config)
-        peak = _peak_of_step(model, trained, config, DTYPES[precision])
-    # The last layer of SDXL's first text encoder, for one, is not used, and has neither gradient nor moments.
-    learning = sum(parameter.numel() for parameter in trained.parameters.values() if parameter.grad is not None)
-
-    # The looks at a run draw pictures, so that all parts stay there.
-    on_gpu = (model.unet, *model.text_encoders.values(), model.pipeline.vae)
+        encoding = _peak_of_encoding(model, config, 1)
+        at_a_step = 0 if config.images.cache else _peak_of_encoding(model, config, training.batch_size)
+        peak, learning = _peak_of_step(model, trained, config, DTYPES[precision])
+    gradients = 4 * sum(parameter.numel() for parameter in learning)
+    if training.fused_backward:
+        gradients = 0  # there is never more than one, which the peak has
     averages = 0 if training.ema_rate is None else 4 * trained.count
     return MemoryEstimate(
-        weights=sum(_weight_bytes(part, config.base_bits if part is model.unet else None) for part in on_gpu),
+        weights={
+            name: _weight_bytes(part, config.quantize if name == "unet" else None)
+            for name, part in model.networks.items()
+        },
+        needed=tuple(needed_for_updates(model, config)),
         judges=judges,
-        gradients=4 * learning,
-        optimizer=round(STATE_BYTES[training.optimizer] * learning),
+        gradients=gradients,
+        optimizer=round(sum(state_bytes(training.optimizer, parameter) for parameter in learning)),
         averages=averages,
-        activations=peak - 4 * learning,
-        encodes=encoding > 0 and encoding + (4 * learning if training.accumulation > 1 else 0) >= peak,
+        activations=peak - gradients,
+        encodes=at_a_step > 0 and at_a_step + (gradients if training.accumulation > 1 else 0) >= peak,
         swapped=averages,
+        encoding=encoding,
         denoising=denoising,
         decoding=decoding,
+        side=resolution_of(config, model),
+        draws=config.watch.every is not None or config.prior.images > 0,
+        offload=config.watch.offload,
     )
 
 
@@ -157,13 +206,14 @@ def require_memory(
         precision: see `estimate_memory`.
         device: of the run.
     """
-    needs = {"a training step": estimate.step, "a look at the run": estimate.look}
+    needs = {MOMENTS[moment]: size for moment, size in estimate.moments.items()}
     if estimate.total <= available:
         return
-    larger, smaller = sorted(needs, key=needs.get, reverse=True)
+    largest, *others = sorted(needs, key=needs.get, reverse=True)
     raise NotEnoughMemory(
-        f"{larger} needs about {_amount(needs[larger])}, {smaller} {_amount(needs[smaller])}, and {device} has "
-        f"{_amount(available)} free; to need less: "
+        f"{largest} needs about {_amount(needs[largest])}, "
+        + ", ".join(f"{name} {_amount(needs[name])}" for name in others)
+        + f", and {device} has {_amount(available)} free; to need less: "
         + ", ".join(_remedies(estimate, available, config, precision, bf16_hardware(device) is not None))
     )
 
@@ -171,26 +221,33 @@ def require_memory(
 def _remedies(
     estimate: MemoryEstimate, available: int, config: PersonalizeConfig, precision: str, fast_at_bf16: bool
 ) -> list[str]:
-    """Settings that lower what does not fit: the step, the look or both."""
+    """Settings that lower what does not fit."""
     training, watch, is_full = config.training, config.watch, config.method == "full"
-    step, look = estimate.step > available, estimate.look > available
+    encoding, step, look, judging = (estimate.moments.get(moment, 0) > available for moment in MOMENTS)
+    after_encoding = step or look or judging
     decodes = look and estimate.decoding > estimate.denoising
+    fuses = is_full and training.optimizer in FUSABLE and training.accumulation == 1 and precision != "fp16"
+    fuses = fuses and estimate.activations < estimate.gradients  # or the peak comes before the gradients
     remedies = {
         "training.gradient_checkpointing true": step and not (training.gradient_checkpointing or estimate.encodes),
         "training.batch_size 1 and more training.accumulation": step and training.batch_size > 1,
         # Of weights in training there would be a second copy in the shorter type, which a look does not make up for.
-        f"training.precision {'bf16' if fast_at_bf16 else 'fp16'}": precision == "float32" and (step or not is_full),
+        f"training.precision {'bf16' if fast_at_bf16 else 'fp16'}": precision == "float32"
+        and (step or after_encoding and not is_full),
         "images.cache true": step and estimate.encodes,
+        "training.vae_tiling true": (encoding or decodes) and estimate.side > TILE and not training.vae_tiling,
         # In fp16 the autoencoder of SDXL overflows.
-        "training.vae_precision bf16": decodes and fast_at_bf16 and training.vae_precision == "float32",
+        "training.vae_precision bf16": (encoding or decodes) and fast_at_bf16 and training.vae_precision == "float32",
+        "watch.offload true": look and not watch.offload,
         "watch.batch_size 1": look and not decodes and watch.batch_size > 1,
-        "base_bits 4": not is_full and config.base_bits != 4,
-        "training.optimizer adafactor": is_full and STATE_BYTES[training.optimizer] > 0,
-        "training.ema_rate null": is_full and training.ema_rate is not None,
-        "train_text_encoder false": config.train_text_encoder,
-        "method lora": is_full,
-        "watch.clip null": watch.clip is not None,
-        "a smaller images.resolution": True,
+        "quantize nf4": after_encoding and not is_full and config.quantize != "nf4",
+        "training.optimizer adafactor": after_encoding and is_full and training.optimizer not in FRUGAL,
+        "training.fused_backward true and training.grad_clip null": step and fuses and not training.fused_backward,
+        "training.ema_rate null": after_encoding and is_full and training.ema_rate is not None,
+        "train_text_encoder false": step and config.train_text_encoder,
+        "method lora": after_encoding and is_full,
+        "watch.clip null": (encoding or judging) and watch.clip is not None,
+        "a smaller images.resolution": encoding or step or look,
     }
     return [remedy for remedy, helps in remedies.items() if helps]
 
@@ -210,12 +267,12 @@ def _without_weights(base: Base, adds_words: bool) -> Base:
     return replace(base, pipeline=pipeline)
 
 
-def _weight_bytes(part: nn.Module, bits: int | None) -> int:
-    """Of `part`, the frozen linear layers of which are held in so many bits."""
+def _weight_bytes(part: nn.Module, kind: str | None) -> int:
+    """Of `part`, the frozen linear layers of which are quantized in that way."""
     size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
-    if bits is not None:
+    if kind is not None:
         weights = [m.weight for m in part.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
-        size += sum(round(QUANTIZED[bits] * weight.numel()) - weight.nbytes for weight in weights)
+        size += sum(round(WEIGHT_BYTES[kind] * weight.numel()) - weight.nbytes for weight in weights)
     return size
 
 
@@ -234,15 +291,18 @@ def _peaks_of_look(model: Base, config: PersonalizeConfig) -> tuple[int, int]:
     return denoising.peak, decoding.peak
 
 
-def _peak_of_encoding(model: Base, config: PersonalizeConfig) -> int:
-    """Bytes of what the autoencoder makes of the images of a micro-batch."""
+def _peak_of_encoding(model: Base, config: PersonalizeConfig, count: int) -> int:
+    """Bytes of what the autoencoder makes of so many images."""
     with LiveBytes() as live:
-        _encode_images(model, config)
+        _encode_images(model, config, count)
     return live.peak
 
 
-def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtype: torch.dtype) -> int:
-    """Bytes of what forward and backward passes make, gradients among it, which stay."""
+def _peak_of_step(
+    model: Base, trained: Trained, config: PersonalizeConfig, dtype: torch.dtype
+) -> tuple[int, set[nn.Parameter]]:
+    """Bytes of what forward and backward passes make, gradients among it, which stay but in `fused_backward`; and the
+    parameters that have one: the last layer of SDXL's first text encoder is not used, and has none."""
     if config.training.gradient_checkpointing:
         settings = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), GPUArithmetic(dtype))}
         model.unet.enable_gradient_checkpointing(functools.partial(checkpoint, **settings))
@@ -250,26 +310,36 @@ def _peak_of_step(model: Base, trained: Trained, config: PersonalizeConfig, dtyp
             encoder.gradient_checkpointing_enable(settings)
     for part in trained.parts:
         getattr(model.pipeline, part).train()
+    learning: set[nn.Parameter] = set()
+
+    def note(parameter: nn.Parameter) -> None:
+        learning.add(parameter)
+        if config.training.fused_backward:
+            parameter.grad.square()  # an update makes as much again
+            parameter.grad = None
+
+    for parameter in trained.parameters.values():
+        parameter.register_post_accumulate_grad_hook(note)
     with LiveBytes() as live:
         for _ in range(min(config.training.accumulation, 2)):  # in the second, there are gradients from the start
             _loss(model, config, dtype).backward()
-    return live.peak
+    return live.peak, learning
 
 
 def _loss(model: Base, config: PersonalizeConfig, dtype: torch.dtype) -> Tensor:
     """Of a micro-batch, the images of the prior included."""
     count = config.training.batch_size * (2 if config.has_prior else 1)
     if not config.images.cache:
-        _encode_images(model, config)
+        _encode_images(model, config, config.training.batch_size)
     with GPUArithmetic(dtype):
         predicted = _predict(model, count, _latent_side(model, config), dtype, config.trains_text)
     return F.mse_loss(predicted.float(), torch.empty(predicted.shape, device="meta"))
 
 
-def _encode_images(model: Base, config: PersonalizeConfig) -> None:
+def _encode_images(model: Base, config: PersonalizeConfig, count: int) -> None:
     side = resolution_of(config, model)
     with GPUArithmetic():
-        latent_moments(model, torch.empty(config.training.batch_size, 3, side, side, device="meta"))
+        latent_moments(model, torch.empty(count, 3, side, side, device="meta"))
 
 
 def _latent_side(model: Base, config: PersonalizeConfig) -> int:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from improved_diffusion.models.build import set_moments
 from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig
 from improved_diffusion.training.optimization import rate_factor
 
-# Bytes of an optimizer's state for each parameter that is trained. Adafactor keeps a row and a column of a matrix.
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 0.0, "adafactor": 0.0, "lion": 4.0, "prodigy": 16.0}
-NEEDS_CUDA = ("adamw_8bit", "paged_adamw_8bit")
+# Bytes of an optimizer's state for each number that is trained.
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 0.0, "lion": 4.0, "prodigy": 16.0}
+LIBRARIES = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes"}  # that are installed apart
 
 
 def make_optimizer(parts: dict[str, Sequence[nn.Parameter]], config: PersonalizeConfig) -> torch.optim.Optimizer:
@@ -50,6 +51,46 @@ def make_optimizer(parts: dict[str, Sequence[nn.Parameter]], config: Personalize
 
     kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
     return kinds[training.optimizer](groups, **decay)
+
+
+def state_bytes(kind: str, parameter: Tensor) -> float:
+    """What an optimizer keeps of a parameter: Adafactor a row and a column of each of its matrices, which of a
+    convolution are as small as its kernel."""
+    if kind != "adafactor":
+        return STATE_BYTES[kind] * parameter.numel()
+    sides = [1 / side for side in parameter.shape[-2:]] if parameter.dim() > 1 else [1.0]
+    return 4 * parameter.numel() * sum(sides)
+
+
+class FusedBackward:
+    """Lets an optimizer update each parameter in the backward pass, once its gradient is there, and drops that. The
+    updates are those of `optimizer.step()`, for optimizers in which no parameter asks for another's gradient.
+
+    Args:
+        optimizer: whose state and learning rates are used.
+        share: what averages gradients over processes, in place.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, share: Callable[[list[nn.Parameter]], None]):
+        self.optimizer, self.share = optimizer, share
+        self._squares: Tensor | float = 0.0
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._update, number))
+
+    def _update(self, group: int, parameter: nn.Parameter) -> None:
+        self.share([parameter])
+        self._squares = self._squares + parameter.grad.float().square().sum()
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [{**groups[group], "params": [parameter]}]
+        self.optimizer.step()
+        self.optimizer.param_groups = groups
+        parameter.grad = None
+
+    def gradient_norm(self) -> Tensor:
+        """Of all gradients since the last call."""
+        squares, self._squares = self._squares, 0.0
+        return torch.as_tensor(squares).sqrt()
 
 
 def restore(optimizer: torch.optim.Optimizer, kind: str, state: dict[str, Any]) -> None:

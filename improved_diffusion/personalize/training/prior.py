@@ -49,6 +49,8 @@ def prior_images(
     text = None  # as older descriptions are, which do not tell
     if config.text != TextConfig():
         text = settings["text"] = dataclasses.asdict(config.text)
+    if config.training.vae_tiling:
+        settings["vae_tiling"] = True
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     folder = Path(prior.path) if prior.path else cache_directory() / "prior" / name
     description = folder / DESCRIPTION

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import textwrap
 from collections.abc import Callable, Collection, Sequence
@@ -18,18 +20,20 @@ from improved_diffusion.personalize.config import PersonalizeConfig, WatchConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import buckets, choose_bucket
 from improved_diffusion.personalize.data.encoded_files import EncodedFiles
-from improved_diffusion.personalize.data.examples import Examples
+from improved_diffusion.personalize.data.examples import Conditions, Examples
 from improved_diffusion.personalize.data.learned import Captioned, Learned, open_images
 from improved_diffusion.personalize.data.stream import stream_of
 from improved_diffusion.personalize.data_config import LONGEST_TEXT
 from improved_diffusion.personalize.measuring.judge import Judge
 from improved_diffusion.personalize.measuring.references import see_training
 from improved_diffusion.personalize.models.base import Base, load_base, load_tokenizer
-from improved_diffusion.personalize.models.trained import prepare, require_token, resolution_of
+from improved_diffusion.personalize.models.quantize import LIBRARIES as QUANTIZING
+from improved_diffusion.personalize.models.quantize import quantize, require_library
+from improved_diffusion.personalize.models.trained import needed_for_updates, prepare, require_token, resolution_of
 from improved_diffusion.personalize.training.budget import plan, plan_looks, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
-from improved_diffusion.personalize.training.optimizers import NEEDS_CUDA
+from improved_diffusion.personalize.training.optimizers import LIBRARIES
 from improved_diffusion.personalize.training.prior import prior_images
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 from improved_diffusion.personalize.training.watch import Watch, watched_prompts
@@ -43,7 +47,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy",
 
 # What a resumed run may change; all else decides what the run computes.
 CHANGEABLE = {
-    "": ("data", "base", "wandb"),
+    "": ("data", "base", "variant", "wandb"),
     "training": ("steps", "epochs", "accumulation", "log_every", "save_every", "keep_checkpoints"),
     "watch": tuple(field.name for field in dataclasses.fields(WatchConfig)),
 }
@@ -85,16 +89,19 @@ def start_accelerator(config: PersonalizeConfig, cpu: bool = False) -> Accelerat
 
     Raises:
         UserError: what takes a CUDA device, without one.
+        ModuleNotFoundError: a library that is not installed.
     """
     has_cuda = torch.cuda.is_available() and not cpu
     precision = config.training.precision
     needs_cuda = {
         "training.precision fp16": precision == "fp16",
-        f"training.optimizer {config.training.optimizer}": config.training.optimizer in NEEDS_CUDA,
-        f"base_bits {config.base_bits}": config.base_bits is not None,
+        "watch.offload": config.watch.offload,
     }
     for setting, is_set in needs_cuda.items():
         require(has_cuda or not is_set, f"{setting} needs a CUDA device: leave it out here")
+    for library in (LIBRARIES.get(config.training.optimizer), QUANTIZING.get(config.quantize)):
+        if library is not None:
+            require_library(library)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     return Accelerator(
         cpu=not has_cuda,
@@ -139,8 +146,7 @@ def build(
     require_token(config, [tokenizer])
     _say_what_is_cut(learned.training.texts, tokenizer, config.text.max_token_length, say)
     free = free_memory(accelerator.device)  # before anything of the run is there
-    base = load_base(config.base, config.base_bits, precision_of(accelerator) if config.base_bits else "float32")
-    base = dataclasses.replace(base, text=config.text)
+    base = dataclasses.replace(load_base(config.base, config.variant), text=config.text)
     fingerprint = base.fingerprint()  # before it is cast
     timesteps = len(base.alphas_cumprod)
     require(
@@ -163,34 +169,44 @@ def build(
     judge = None
     if accelerator.is_main_process and looks.every is not None:
         judge = Judge(config.watch.clip, config.watch.vision, accelerator.device, "watch.")
+        judge.rest()
     precision = precision_of(accelerator)
     estimate = estimate_memory(base, config, precision, judge.nbytes if judge is not None else 0)
     say(f"memory on a GPU, in {precision}:\n{textwrap.indent(str(estimate), '  ')}")
     if free is not None:
         require_memory(estimate, free, config, precision, accelerator.device)
 
-    base.to(accelerator.device, precision, config.training.vae_precision)
+    base.to("cpu", precision, config.training.vae_precision)
+    if config.quantize is not None:
+        quantize(base.unet, config.quantize)
+    if config.training.vae_tiling:
+        base.tile_vae()
+    device, needed = accelerator.device, needed_for_updates(base, config)
+    drawing = functools.partial(base.drawing, device, config.watch.offload, needed)
     priors = {}  # drawn by the base as it came
     for concept, part in enumerate(config.parts):
         if part.prior.images:
             own = {size for size, of in zip(of_images, learned.training.concepts, strict=True) if of == concept}
-            priors[concept] = _prior(base, fingerprint, part, own, resolution, accelerator)
+            priors[concept] = _prior(base, fingerprint, part, own, resolution, accelerator, drawing)
     trained = prepare(base, config)
     say(f"trained: {trained.count:,} numbers of {', '.join(trained.parts)}")
-    source = _encode(base, learned.training, of_images, config, accelerator)
-    # Of adapted or learning text encoders no text is kept.
-    text_files = EncodedFiles(*base.text_encoders.values()) if config.images.cache and not config.trains_text else None
-    trainer = Trainer(base, trained, config, source, priors, accelerator, text_files)
-    held_out = None
+    base.place(device, "vae")
+    source, held_out = _encode(base, learned.training, of_images, config, accelerator), None
     if learned.held_out.images:
         held_out = _encode(base, learned.held_out, choose_sizes(learned.held_out.images, sizes), config, accelerator)
     watch = None
     if judge is not None:
-        references = see_training(base, judge, learned.training, config, resolution)
+        with judge.at_work():
+            references = see_training(base, judge, learned.training, config, resolution)
         folder = run.samples / "class_base"
-        watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder)
+        watch = Watch(base, config.watch, judge, references, prompts, class_prompts, resolution, folder, drawing)
         if state is not None:
             watch.keep_base()
+    base.place(device, *base.text_encoders)
+    of_priors = [encoded for sizes_of in priors.values() for encoded in sizes_of.values()]
+    conditions = _conditions(base, config, accelerator, [source, held_out, *of_priors])
+    base.place(device, *needed)
+    trainer = Trainer(base, trained, config, source, priors, accelerator, conditions)
     if accelerator.is_main_process:
         _record_provenance(run, config, learned, accelerator)
     if state is not None:
@@ -243,6 +259,21 @@ def _encode(
     return EncodedSet(Examples(base, found.images, sizes, config.images, files, share), found.wordings, found.concepts)
 
 
+def _conditions(
+    base: Base, config: PersonalizeConfig, accelerator: Accelerator, sources: Sequence[EncodedSet | None]
+) -> Conditions:
+    """What encodes texts; where they are kept, with those of all `sources`, and the empty one of a caption dropped."""
+    # Of adapted or learning text encoders no text is kept.
+    files = EncodedFiles(*base.text_encoders.values()) if config.images.cache and not config.trains_text else None
+    conditions = Conditions(base, config.keeps_texts, files)
+    texts = [text for source in sources if source is not None for wordings in source.wordings for text in wordings]
+    if config.images.caption_dropout:
+        texts.append("")
+    with accelerator.autocast():
+        conditions.encode(texts)
+    return conditions
+
+
 def _prior(
     base: Base,
     fingerprint: str,
@@ -250,10 +281,12 @@ def _prior(
     sizes: Collection[tuple[int, int]],
     resolution: int,
     accelerator: Accelerator,
+    drawing: Callable[[], contextlib.AbstractContextManager],
 ) -> dict[tuple[int, int], EncodedSet]:
     """The prior of a concept at each of the `sizes`; the first process draws what is missing of it."""
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), drawing():
         found = prior_images(base, fingerprint, config, resolution)
+    base.place(accelerator.device, "vae")
     text = config.subject.fill(config.prior.prompt)
     drawn = Captioned(found.images, ((text,),) * len(found), (0,) * len(found))
     plain = dataclasses.replace(config, images=dataclasses.replace(config.images, crops=1, flip=False))

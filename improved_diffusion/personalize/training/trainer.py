@@ -16,7 +16,6 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captions import vary
-from improved_diffusion.personalize.data.encoded_files import EncodedFiles
 from improved_diffusion.personalize.data.examples import Conditions, Examples, Latents
 from improved_diffusion.personalize.data.stream import PriorStream, stream_of
 from improved_diffusion.personalize.models.base import Base
@@ -30,7 +29,12 @@ from improved_diffusion.personalize.training.losses import (
     per_sample_loss,
     target,
 )
-from improved_diffusion.personalize.training.optimizers import make_optimizer, restore, set_rates
+from improved_diffusion.personalize.training.optimizers import (
+    FusedBackward,
+    make_optimizer,
+    restore,
+    set_rates,
+)
 from improved_diffusion.personalize.training.running_means import RunningMeans
 
 # Generators of a run are keyed (seed, purpose, micro-batch): resuming draws what an unbroken run would have drawn.
@@ -63,7 +67,7 @@ class Trainer:
         priors: {concept: what is kept beside it, of one size for each size of its images: {(height, width): images}},
             of the concepts that have one.
         accelerator: device, precision and processes.
-        text_files: where encoded texts are kept from run to run, or None.
+        conditions: what encodes texts; by default one of the base's own.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class Trainer:
         source: EncodedSet,
         priors: Mapping[int, Mapping[tuple[int, int], EncodedSet]],
         accelerator: Accelerator,
-        text_files: EncodedFiles | None = None,
+        conditions: Conditions | None = None,
     ):
         training = config.training
         self.base, self.trained, self.config, self.accelerator = base, trained, config, accelerator
@@ -84,12 +88,12 @@ class Trainer:
         # Indices of the images beside which those of a prior are seen.
         self.beside = {c: frozenset(i for i, own in enumerate(source.concepts) if own == c) for c in priors}
         self.with_prior = frozenset().union(*self.beside.values())
-        keeps_texts = config.images.cache and not config.trains_text and not config.images.shuffle_tags
-        self.conditions = Conditions(base, keeps_texts, text_files)
+        self.conditions = conditions or Conditions(base, config.keeps_texts)
         self.alphas_cumprod = base.alphas_cumprod.to(accelerator.device)
         self.updates = plan(self.stream, training, accelerator.num_processes, self.with_prior).total.updates
         optimizer = make_optimizer({part: list(named.values()) for part, named in trained.parts.items()}, config)
         self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=True)
+        self.fused = FusedBackward(optimizer, self._share_gradients) if training.fused_backward else None
         self.ema = EMA(trained.parameters, (training.ema_rate,)) if training.ema_rate is not None else None
         if training.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
@@ -121,10 +125,7 @@ class Trainer:
                 means[name] = means.get(name, 0) + value.detach() / training.accumulation
             for number in range(first, first + accelerator.num_processes):
                 self._count(self.stream.micro_batch(number))
-        self._share_gradients(self._parameters)
-        limit = float("inf") if training.grad_clip is None else training.grad_clip
-        means["grad_norm"] = accelerator.clip_grad_norm_(self._parameters, limit)
-        self.optimizer.step()
+        means["grad_norm"] = self._update() if self.fused is None else self.fused.gradient_norm()
         if self.ema is not None:
             self.ema.update(self.step)
         self.optimizer.zero_grad()  # now, for a look takes memory too
@@ -132,6 +133,14 @@ class Trainer:
         means = accelerator.reduce(means, "mean")
         self.means.add(means)
         return means
+
+    def _update(self) -> Tensor:
+        """Change the parameters by their gradients. Returns the norm of these."""
+        self._share_gradients(self._parameters)
+        limit = float("inf") if self.config.training.grad_clip is None else self.config.training.grad_clip
+        norm = self.accelerator.clip_grad_norm_(self._parameters, limit)
+        self.optimizer.step()
+        return norm
 
     def is_sound(self) -> bool:
         """Whether loss and gradient of all updates since the last `means.flush` were finite; waits for the device.

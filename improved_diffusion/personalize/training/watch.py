@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Watch:
         resolution: pixels a side of the pictures.
         folder: where the base's pictures of the class are kept, for the drift from them; those of other prompts, seeds
             or sampling lie beside each other.
+        drawing: brings the base to its device, and takes away afterwards what updates do not need.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Watch:
         class_prompts: list[str],
         resolution: int,
         folder: Path,
+        drawing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
-        self.base, self.watch, self.judge = base, watch, judge
+        self.base, self.watch, self.judge, self.drawing = base, watch, judge, drawing
         self.references = references
         self.sampling = Sampling(watch.steps, watch.guidance_scale, height=resolution, width=resolution)
         self.prompts, self.class_prompts = prompts, class_prompts
@@ -108,13 +111,14 @@ class Watch:
         per_prompt = len(self.watch.seeds)
         pictures, of_class = drawn[: len(self.prompts) * per_prompt], drawn[len(self.prompts) * per_prompt :]
         said = [prompt for prompt in self.prompts for _ in self.watch.seeds]
-        values = score_pictures(self.judge.see(pictures), said, self.judge.read(said), self.references)
-        by_concept = {
-            name: _means({score: value[rows] for score, value in values.items()})
-            for name, rows in rows_by_concept(said, self.references).items()
-        }
-        if of_class and self.judge.compares:
-            values["drift"] = self._drift(step, of_class)
+        with self.judge.at_work():
+            values = score_pictures(self.judge.see(pictures), said, self.judge.read(said), self.references)
+            by_concept = {
+                name: _means({score: value[rows] for score, value in values.items()})
+                for name, rows in rows_by_concept(said, self.references).items()
+            }
+            if of_class and self.judge.compares:
+                values["drift"] = self._drift(step, of_class)
         rows = [drawn[i : i + per_prompt] for i in range(0, len(drawn), per_prompt)]
         sheet = contact_sheet(rows, self.prompts + self.class_prompts, [f"seed {seed}" for seed in self.watch.seeds])
         record = {
@@ -132,7 +136,8 @@ class Watch:
         """Each prompt from each seed."""
         seeds = list(self.watch.seeds) * len(prompts)
         texts = [prompt for prompt in prompts for _ in self.watch.seeds]
-        return list(draw(self.base, texts, seeds, self.sampling, self.watch.batch_size))
+        with self.drawing():
+            return list(draw(self.base, texts, seeds, self.sampling, self.watch.batch_size))
 
     def _drift(self, step: int, pictures: list[Image.Image]) -> torch.Tensor:
         """How far the pictures of the class are from the base's, which are those of step 0."""

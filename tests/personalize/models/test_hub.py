@@ -71,17 +71,6 @@ def test_what_is_in_the_cache_needs_no_network(load, kind, setting, tiny_bases, 
         load("nobody/something")
 
 
-def test_a_base_in_a_single_file(tiny_bases, tmp_path, monkeypatch):
-    """There or not, it is no name on the hub, though it may look like one."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    shutil.copy(next((tiny_bases["sd"] / "unet").glob("*.safetensors")), tmp_path / "models" / "dog.safetensors")
-    for name, problem in (("dog", "is no folder of one"), ("cat", "does not exist")):
-        advice = rf"from_single_file\('{name}.safetensors'\).save_pretrained\('DIR'\)"
-        with pytest.raises(UserError, match=f"the base model models/{name}.safetensors {problem}.*{advice}"):
-            load_base(f"models/{name}.safetensors")
-
-
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_a_base_without_its_weights(part, tiny_bases, tmp_path):
     shutil.copytree(tiny_bases["sd"], tmp_path / "base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 
@@ -13,21 +14,31 @@ pytest.importorskip("accelerate")
 from transformers.optimization import get_cosine_schedule_with_warmup, get_wsd_schedule  # noqa: E402
 
 from improved_diffusion.errors import UserError  # noqa: E402
-from improved_diffusion.personalize.config import PersonalizeConfig, TrainingConfig  # noqa: E402
+from improved_diffusion.personalize.config import FUSABLE, PersonalizeConfig, TrainingConfig  # noqa: E402
 from improved_diffusion.personalize.training.optimizers import (  # noqa: E402
-    STATE_BYTES,
+    FusedBackward,
     learning_rate,
     make_optimizer,
     set_rates,
+    state_bytes,
 )
 from tests.personalize.training.test_trainer import make_trainer  # noqa: E402
 
+BY_BITSANDBYTES = {"adamw_8bit": {"lr": 1e-3}}  # the paged one is the same, with its state elsewhere
 SETTINGS = {
     "adamw": {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 3},
     "adafactor": {"lr": 1e-2, "lr_schedule": "wsd", "cooldown": 0.5},
     "lion": {"lr": 1e-4, "lr_schedule": "constant"},
     "prodigy": {"lr": 1.0, "lr_schedule": "cosine", "warmup_steps": 2},
+    **BY_BITSANDBYTES,
 }
+
+
+@pytest.fixture(autouse=True)
+def library(request) -> None:
+    """Skips an optimizer that is not installed."""
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("kind") in BY_BITSANDBYTES:
+        pytest.importorskip("bitsandbytes")
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -60,8 +71,53 @@ def test_its_state_takes_what_memory_estimates_say(kind):
     parameters[0].grad = torch.randn(width, width)
     optimizer.step()
     tensors = [value for value in optimizer.state[parameters[0]].values() if isinstance(value, torch.Tensor)]
-    bytes_each = sum(tensor.nbytes for tensor in tensors) / width**2
-    assert bytes_each == pytest.approx(STATE_BYTES[kind], abs=0.2)  # Adafactor's rows and columns
+    # Beside it there are a step's number and, of 8 bits, tables.
+    assert sum(tensor.nbytes for tensor in tensors) == pytest.approx(state_bytes(kind, parameters[0]), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", FUSABLE)
+def test_updates_in_the_backward_pass_are_those_of_a_step(kind):
+    x = torch.randn(4, 8)
+    networks, norms = [], []
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        networks.append(torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.SiLU(), torch.nn.Linear(6, 3)))
+        optimizer = make_optimizer({"unet": list(networks[-1].parameters())}, settings_of(kind))
+        fused = FusedBackward(optimizer, lambda parameters: None) if fuse else None
+        for step in range(3):
+            set_rates(optimizer, settings_of(kind).training, step, 3)
+            networks[-1](x).square().mean().backward()
+            if fused is None:
+                norms.append(torch.nn.utils.clip_grad_norm_(networks[-1].parameters(), float("inf")))
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                assert all(parameter.grad is None for parameter in networks[-1].parameters())
+                assert fused.gradient_norm() == pytest.approx(norms[step].item(), rel=1e-5)
+    torch.testing.assert_close(networks[0].state_dict(), networks[1].state_dict(), rtol=0, atol=0)
+
+
+def test_a_run_may_change_to_updates_in_the_backward_pass(fresh_base, photos):
+    settings = {"optimizer": "adafactor", "lr": 1e-2, "grad_clip": None}
+    plain, fused = (make_trainer(fresh_base("sd"), photos, fused_backward=fuse, **settings) for fuse in (False, True))
+    plain.train_step()
+    fused.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert plain.train_step()["loss"] == fused.train_step()["loss"]
+    for name, parameter in plain.trained.parameters.items():
+        assert torch.equal(parameter, fused.trained.parameters[name]), name
+
+
+def test_what_updates_in_the_backward_pass_cannot_do():
+    fitting = {"optimizer": "adafactor", "fused_backward": True, "grad_clip": None}
+    TrainingConfig(**fitting)
+    for setting in (
+        {"grad_clip": 1.0},
+        {"accumulation": 2},
+        {"optimizer": "prodigy", "lr": 1.0},
+        {"precision": "fp16"},
+    ):
+        with pytest.raises(UserError, match="training.fused_backward never has the whole gradient: set training"):
+            TrainingConfig(**{**fitting, **setting})
 
 
 def settings_of(kind: str, **training) -> PersonalizeConfig:

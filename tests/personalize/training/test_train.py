@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
     assert (run / "samples" / "step_0000002.png").is_file()
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()
-    form = FORMS.get(method, ())
+    form = (*FORMS.get(method, ()), *(("--format=single-file",) if (kind, method) == ("sdxl", "full") else ()))
     exported = run_script("personalize.py", "export", f"--run={run}", f"--out={tmp_path / 'exported'}", *form)
     assert exported.code == 0, exported.err
     assert "largest difference of a pixel: 0" in exported.out
@@ -99,6 +100,15 @@ def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train,
         assert outcome.code == 0, outcome.err
         pictures.append((tmp_path / name / "0000.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.mark.parametrize("flag", ["--training.adam_8bit=true", "--base_bits=4", "--quantize=int8"])
+def test_a_library_that_is_missing_is_named(train, tiny_bases, monkeypatch, flag):
+    for name in ("bitsandbytes", "torchao"):
+        monkeypatch.setitem(sys.modules, name, None)
+    outcome = train(tiny_bases["sd"], "run", flag)
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "is missing: in the checkout, pip install -e '.[few-bits]'" in outcome.err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tiny_bases):
@@ -155,15 +165,15 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--images.masked_loss=true",), "5 of 5 images have no mask, 0.png for one"),
         (("--images.caption_column=en",), "leave out images.caption_column"),
         (("--training.steps=1.5",), "training.steps must be a whole number or null, not 1.5"),
-        (("--base=models/dog.safetensors",), "models/dog.safetensors does not exist; give a folder"),
+        (("--base=models/dog.safetensors",), "models/dog.safetensors does not exist; give a file"),
         (("--subject.token=null",), "have no caption, the first is 1.png: write 1.txt beside it"),
         (("--base=nowhere",), "the base model nowhere does not exist"),
         (("--subject.token=zwx",), "the token 'zwx' splits into"),
         (("--adapter.rank=0",), "adapter.rank must be at least 1, not 0"),
         (("--training.steps=null",), "how long to train? give training.steps"),
         (("--training.precision=fp16",), "training.precision fp16 needs a CUDA device"),
-        (("--training.adam_8bit=true",), "training.optimizer adamw_8bit needs a CUDA device"),
-        (("--base_bits=4",), "base_bits 4 needs a CUDA device"),
+        (("--watch.offload=true",), "watch.offload needs a CUDA device"),
+        (("--training.fused_backward=true",), "never has the whole gradient: set training.grad_clip null"),
         (("--training.epochs=3",), "both given: set one of them to null"),
         (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),
         (("--seed=99999999999999999999",), "seed must be a finite number, and a whole one below 2^63"),

@@ -24,8 +24,9 @@ from improved_diffusion.personalize.config import (  # noqa: E402
 )
 from improved_diffusion.personalize.data.captioned import open_captioned_set  # noqa: E402
 from improved_diffusion.personalize.data.examples import Examples  # noqa: E402
+from improved_diffusion.personalize.generate import Sampling, draw  # noqa: E402
 from improved_diffusion.personalize.models.base import Base, load_base  # noqa: E402
-from improved_diffusion.personalize.models.trained import prepare  # noqa: E402
+from improved_diffusion.personalize.models.trained import needed_for_updates, prepare  # noqa: E402
 from improved_diffusion.personalize.training import trainer as trainer_module  # noqa: E402
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer  # noqa: E402
 
@@ -223,3 +224,31 @@ def test_it_counts_what_it_has_seen(base, photos, batches):
         trainer.train_step()
     assert trainer.counters.updates == 3
     assert trainer.counters.images_seen == {"accumulation": 6, "batch_size": 15}[next(iter(batches))]
+
+
+def test_what_waits_on_the_cpu_is_not_missed(base, photos):
+    """Once texts and latents are kept, updates need neither encoders nor autoencoder, here on a device without data."""
+    trainer = make_trainer(base, photos, images=ImagesConfig(caption_dropout=0.5))
+    assert needed_for_updates(base, trainer.config) == ["unet"]
+    assert len(needed_for_updates(base, dataclasses.replace(trainer.config, images=ImagesConfig(cache=False)))) == len(
+        base.networks
+    )
+    trainer.conditions.encode([*TEXTS, ""])
+    for name in {*base.networks} - {"unet"}:
+        base.networks[name].to("meta")
+    for _ in range(3):
+        assert torch.isfinite(trainer.train_step()["loss"])
+
+
+def test_parts_come_for_drawing_and_leave(base):
+    """In either way, and the pictures are the same; a device without data stands for the place where parts wait."""
+    sampling = Sampling(steps=2, guidance_scale=2.0, height=16, width=16)
+    pictures = []
+    for offload in (False, True):
+        with base.drawing("cpu", offload, ["unet"]):
+            assert hasattr(base.unet, "_hf_hook") == offload
+            pictures.append(next(draw(base, ["a dog"], [0], sampling)).tobytes())
+        assert not hasattr(base.unet, "_hf_hook")
+    assert pictures[0] == pictures[1]
+    base.place("meta", "unet")
+    assert [part.device.type for part in base.networks.values()] == ["meta", *["cpu"] * (len(base.networks) - 1)]
