@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.metrics.estimate import Score, mean_score
 from improved_diffusion.metrics.pairs import lpips
 from improved_diffusion.metrics.similarity import rgb_arrays
 from improved_diffusion.personalize.data.captioned import load_image
-from improved_diffusion.personalize.measuring.scores import Score, mean_score
 
 ANOTHER_SEED = "another seed"
 

@@ -246,8 +246,8 @@ def test_a_gpu_too_small_is_said_before_anything_starts(train, tiny_bases, tmp_p
     monkeypatch.setattr(start, "free_memory", lambda device: 400_000_000)
     outcome = train(tiny_bases["sd"], "run", "--method=full")
     assert outcome.is_one_clear_line(), outcome.err
-    needs = r"a training step needs about 5\d\d MB, a look at the run 5\d\d MB, and cpu has 400 MB free"
-    assert re.search(needs + "; to need less: .*method lora", outcome.err)
+    moments = r"a training step needs about 5\d\d MB, a look at the run 5\d\d MB, encoding the images 5\d\d MB, "
+    assert re.search(moments + "and cpu has 400 MB free; to need less: .*method lora", outcome.err)
     assert not (tmp_path / "run").exists()
 
 
