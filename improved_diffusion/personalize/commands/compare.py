@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     # Imported only now: torch takes seconds, and typos are answered at once.
-    from improved_diffusion.files import atomic_write
+    from improved_diffusion.files import write_text
     from improved_diffusion.metrics.pairs import load_lpips
     from improved_diffusion.personalize.studies.compare import compare, comparison_table
 
@@ -32,5 +32,4 @@ def run(arguments: list[str]) -> None:
     found = compare(options.reference, options.folders, network)
     print(comparison_table(options.reference, found))
     if options.json:
-        with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=2) + "\n")
+        write_text(options.json, json.dumps([dataclasses.asdict(one) for one in found], indent=2) + "\n")

@@ -170,7 +170,9 @@ def test_runs_are_trained_for_each_combination(
     def run_in_fork(command: list[str]) -> subprocess.CompletedProcess:
         """In place of an interpreter of its own, which would take ten seconds to import what is imported here."""
         assert command[0] == sys.executable
-        return subprocess.CompletedProcess(command, start_script(*command[1:]).finish().code)
+        outcome = start_script(*command[1:]).finish()
+        print(outcome.err, file=sys.stderr)
+        return subprocess.CompletedProcess(command, outcome.code)
 
     monkeypatch.setattr(sweep_module, "subprocess", SimpleNamespace(run=run_in_fork))
     AcceleratorState._reset_state(reset_partial_state=True)
