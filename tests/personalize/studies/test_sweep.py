@@ -164,6 +164,7 @@ def test_changed_settings_do_not_find_old_pictures(sweep, tmp_path):
         assert row["file"] not in first  # the prompts have changed places
 
 
+@pytest.mark.usefixtures("no_estimate")
 def test_runs_are_trained_for_each_combination(
     run_script, start_script, tiny_bases, tiny_judges, photos, tmp_path, monkeypatch
 ):

@@ -53,11 +53,3 @@ def resume(run_script, tmp_path, forget_accelerator):
         return run_script("personalize.py", "train", f"--resume={tmp_path / name}", *flags)
 
     return run
-
-
-@pytest.fixture
-def no_estimate(monkeypatch) -> None:
-    """Training starts without the second that its estimate of GPU memory takes."""
-    from improved_diffusion.personalize.training import start
-
-    monkeypatch.setattr(start, "estimate_memory", lambda *_: "not estimated")
