@@ -125,8 +125,8 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_estimate(monkeypatch) -> None:
-    """Training starts without the second that its estimate of GPU memory takes. In a fork it could fail: where a test
-    has run a backward pass on another device than the CPU, PyTorch lets none of its forks run one on the meta device."""
+    """Training starts without the second that its estimate of GPU memory takes. In a fork it could fail: where a
+    process has run a backward pass on another device than the CPU, PyTorch lets none of its forks run one on meta."""
     from improved_diffusion.personalize.training import start
 
     monkeypatch.setattr(start, "estimate_memory", lambda *_: "not estimated")
