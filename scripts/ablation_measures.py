@@ -82,12 +82,13 @@ class Measures:
 
     def describe(self) -> str:
         """With what the runs were measured."""
-        sampler = self.options.sampler or "the runs' own sampler"
+        samplers = sorted({self.options.sampler or one.sampling.sampler for one in self.settings.values()})
         return (
             f"Images of the last checkpoints: {self.per_class} of each class, seed {self.options.generation_seed}, "
-            f"{sampler}. Reference: the {len(self.reference):,} images of {os.path.relpath(self.images.path)}; "
-            f"bits/dim are of {self.bound_images} of them. The list of runs has FID at all of a model's sampling "
-            "steps. FID is biased upwards by few images: compare only values of one table."
+            f"drawn by {' or '.join(samplers)}. Reference: the {len(self.reference):,} images of "
+            f"{os.path.relpath(self.images.path)}; bits/dim are of {self.bound_images} of them. "
+            "The list of runs has FID at all of a model's sampling steps. FID is biased upwards by few "
+            "images: compare only values of one table."
         )
 
     def of_run(self, path: Path, arm: str, seed: int) -> list[Row]:
