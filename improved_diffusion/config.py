@@ -6,11 +6,12 @@ A YAML file fills these dataclasses and command-line flags override it (`--train
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from improved_diffusion.settings import load_settings, read_settings, require
+from improved_diffusion.settings import plain_settings, require, settings_of, settings_text
 
 
 @dataclass(frozen=True)
@@ -396,4 +397,11 @@ def run_type(settings: dict[str, Any], kind: str | None = None) -> type[Config]:
 
 def load_config(path: Path | str) -> Config:
     """The configuration in a YAML file. Raises UserError as `load_settings` does."""
-    return load_settings(run_type(read_settings(path)), path)
+    return _config_of(settings_text(path), str(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _config_of(text: str, source: str) -> Config:
+    """A command wants the settings of its run at several places, and to parse them takes a twentieth of a second."""
+    plain = plain_settings(text, source)
+    return settings_of(run_type(plain), plain, source)

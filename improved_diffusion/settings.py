@@ -7,6 +7,7 @@ the key of whatever is unknown or of the wrong type.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import math
@@ -49,14 +50,19 @@ def require(condition: bool, message: str) -> None:
 
 
 def settings_parser(kind: type, **kwargs: Any) -> jsonargparse.ArgumentParser:
-    """A parser with a flag for every setting of the dataclass `kind`: `--loss`, `--training.lr`, ..."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
-    parser.add_class_arguments(kind)
+    """A parser with a flag for every setting of the dataclass `kind`: `--loss`, `--training.lr`, ... Its attributes are
+    as given: `prog`, `description`."""
+    parser = copy.deepcopy(_shared_parser(kind))
+    vars(parser).update(kwargs)
     return parser
 
 
-# To make one takes longer than to parse a file with it.
-_shared_parser = functools.cache(settings_parser)
+@functools.cache
+def _shared_parser(kind: type) -> jsonargparse.ArgumentParser:
+    """To make one takes longer than to parse a file with it, or to copy it."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    return parser
 
 
 def parse_arguments(
@@ -136,14 +142,26 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML, or not a mapping.
     """
-    path = Path(path)
+    return plain_settings(settings_text(path), path)
+
+
+def settings_text(path: Path | str) -> str:
+    """The text of a file of settings. Raises UserError: no such file, or it cannot be read."""
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
+        return Path(path).read_text()
     except FileNotFoundError:
         raise UserError(f"no config at {path}: see configs/ for those that ship with the project") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # of 2026-99-99, for one
+    except (OSError, ValueError) as error:
         raise UserError(f"could not read the config {path}: {error}") from error
-    require(isinstance(settings, dict), f"the config {path} must hold keys and values, not {type(settings).__name__}")
+
+
+def plain_settings(text: str, source: Path | str) -> dict[str, Any]:
+    """The settings that `text`, of the file `source`, says; see `read_settings`."""
+    try:
+        settings = yaml.safe_load(text) or {}
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # of 2026-99-99, for one
+        raise UserError(f"could not read the config {source}: {error}") from error
+    require(isinstance(settings, dict), f"the config {source} must hold keys and values, not {type(settings).__name__}")
     settings.pop("provenance", None)
     return settings
 

@@ -98,7 +98,7 @@ def render(svg: str, size: int) -> bytes:
     try:
         import resvg_py
     except ImportError as error:
-        raise UserError("icons are rendered by resvg-py: pip install 'improved_diffusion[stickers]'") from error
+        raise UserError("icons are rendered by resvg-py: in the checkout, pip install -e '.[stickers]'") from error
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
 
 

@@ -165,7 +165,7 @@ def require_webdataset() -> ModuleType:
     try:
         import webdataset
     except ImportError as error:
-        raise UserError("sharded sets need WebDataset: pip install 'improved_diffusion[streaming]'") from error
+        raise UserError("sharded sets need WebDataset: in the checkout, pip install -e '.[streaming]'") from error
     return webdataset
 
 

@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> None:
     device = usable_device(options.device)
     runs = [Path(run) for run in config.runs]
     if not runs:
-        runs = sweep.train_runs(config.train, out / "runs", Path(options.config or "."), flags)
+        runs = sweep.train_runs(config, out / "runs", Path(options.config or "."), flags)
     drawn = sweep.draw_grid(config, runs, out, str(device), drawing_precision(device))
     summary = sweep_report.summarise(drawn)
     sweep_report.write_results(drawn, summary, out)

@@ -22,9 +22,11 @@ from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.trained import resolution_of
 from improved_diffusion.personalize.models.tuned import Tuned, load_run
 from improved_diffusion.personalize.pictures import draw_missing
-from improved_diffusion.personalize.studies.sweep_config import DrawGrid, SweepConfig, TrainGrid
+from improved_diffusion.personalize.studies.sweep_config import DrawGrid, SweepConfig
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.run_flags import parse_run, run_parser
+from improved_diffusion.training.start import settings_and_run
 
 
 @dataclass(frozen=True)
@@ -64,36 +66,51 @@ class Drawn:
     scores: dict[str, float]
 
 
-def train_runs(train: TrainGrid, folder: Path, sweep_file: Path, flags: Sequence[str]) -> list[Path]:
-    """Train a run for each combination of `train.grid`, each in a process of its own, or go on with it.
+def train_runs(config: SweepConfig, folder: Path, sweep_file: Path, flags: Sequence[str]) -> list[Path]:
+    """Train a run for each combination of `config.train.grid`, each in a process of its own, or go on with it.
 
     Args:
-        train: the YAML file of the runs, and the grid.
-        folder: where they lie.
-        sweep_file: to which the YAML file's path is relative.
+        config: of the sweep.
+        folder: where the runs lie.
+        sweep_file: to which the path of the runs' YAML file is relative.
         flags: for all of them.
 
     Raises:
-        UserError: a run failed; what it said stands above.
+        UserError: before anything is trained: settings of a run that will not do. Or a run failed; what it said stands
+            above.
     """
-    config = sweep_file.parent / train.config
-    runs = []
-    for settings in train.combinations():
-        name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items()) or config.stem
+    commands = {}
+    for settings in config.train.combinations():
+        of_runs = sweep_file.parent / config.train.config
+        name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items()) or of_runs.stem
         run = folder / re.sub(r"[^\w.-]+", "-", name)
         grid = [
             f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
         ]
         is_there = bool(RunDirectory(run).checkpoint_files())
-        start = ["--resume", str(run)] if is_there else ["--config", str(config), "--out", str(run)]
-        print(f"{'going on with' if is_there else 'training'} {run.name}", flush=True)
-        done = subprocess.run([sys.executable, sys.argv[0], "train", *start, *grid, *flags])
+        start = ["--resume", str(run)] if is_there else ["--config", str(of_runs), "--out", str(run)]
+        commands[run] = [*start, *grid, *flags]
+    for arguments in commands.values():
+        _require_drawable(arguments, config.draw)
+    for run, arguments in commands.items():
+        print(f"{'going on with' if '--resume' in arguments else 'training'} {run.name}", flush=True)
+        done = subprocess.run([sys.executable, sys.argv[0], "train", *arguments])
         if done.returncode == 130:
             raise KeyboardInterrupt
         if done.returncode:
             raise UserError(f"the run {run} failed: see the error above; the same command goes on from here")
-        runs.append(run)
-    return runs
+    return list(commands)
+
+
+def _require_drawable(arguments: Sequence[str], draw: DrawGrid) -> None:
+    """Raise UserError if a run of these arguments cannot be trained, or will not have what is to be drawn from it."""
+    parser = run_parser(PersonalizeConfig, prog="personalize.py train")
+    settings, _ = settings_and_run(PersonalizeConfig, parser, arguments, parse_run(parser, arguments))
+    if settings.watch.every is None and "best" in draw.checkpoints:
+        raise UserError(
+            "draw.checkpoints names best, which is chosen by looks, and watch.every null leaves these out: "
+            "give --draw.checkpoints [latest]"
+        )
 
 
 def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str, dtype: str) -> list[Drawn]:
