@@ -35,7 +35,8 @@ demo: install
 
 # What tests write, thousands of files on whose way to the disk they would wait, is kept in memory where 4 GB are free.
 IN_MEMORY := $(shell df -k /dev/shm 2> /dev/null | awk '$$4 > 4000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}' | head -1)
-PYTEST := -m pytest -n 2 --dist worksteal
+# Three for two cores: some tests wait for others' processes.
+PYTEST := -m pytest -n 3 --dist worksteal
 
 test: install
 	OMP_NUM_THREADS=1 $(IN_MEMORY) $(BIN)/python $(PYTEST)

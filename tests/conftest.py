@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import io
 import multiprocessing
@@ -27,8 +26,9 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from improved_diffusion.config import Config, load_config
+from improved_diffusion.config import Config, ModelConfig, load_config
 from improved_diffusion.data import open_image_set
+from improved_diffusion.models.backbone import Backbone
 from improved_diffusion.models.build import build_network
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import Processes
@@ -51,6 +51,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the arithmetic of the CPU, bit for bit
+        # The first backward pass decides whether PyTorch has threads for GPUs, with which no fork could run another.
+        # After torch.compile it would, as that plays a GPU where there is none.
+        torch.ones(1, requires_grad=True).backward()
+    gc.disable()  # until all is imported, of which nothing is garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -78,6 +86,22 @@ def no_curves() -> Iterator[None]:
     """Runs leave out curves.png, which takes longer to draw than a tiny network to train: see `curves`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw_curves", lambda run: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_once() -> Iterator[None]:
+    """The arithmetic of a network is counted once, and not again in every run of one like it."""
+    count, known = loop.flops_per_image, {}
+
+    def remembered(network: Backbone, model: ModelConfig) -> int:
+        key = model, tuple(parameter.shape for parameter in network.parameters())
+        if key not in known:
+            known[key] = count(network, model)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "flops_per_image", remembered)
         yield
 
 
@@ -161,7 +185,7 @@ TINY: dict[str, Any] = {
         "log_every": 3,
         "save_every": 6,
     },
-    "sampling": {"batch_size": 8},
+    "sampling": {"batch_size": 8, "steps": 2},
     "evaluation": {"every": 12, "features": None, "grid_columns": 2},
 }
 
@@ -169,21 +193,35 @@ TINY: dict[str, Any] = {
 @pytest.fixture
 def tiny_config(tiny_set) -> Callable[..., Config]:
     """The tiny settings, changed by flags such as `--training.steps 4`."""
-    parser_of = functools.cache(settings_parser)
 
     def make(*flags: str) -> Config:
-        parser = parser_of(Config)
+        parser = settings_parser(Config)
         return to_settings(Config, parser, parse_arguments(parser, [f"--data={tiny_set}", *flags], TINY, "TINY"))
 
     return make
 
 
-@pytest.fixture
-def tiny_config_file(tiny_set, tmp_path) -> Path:
-    """The tiny settings as a YAML file."""
-    file = tmp_path / "tiny.yaml"
+@pytest.fixture(scope="session")
+def tiny_config_file(tiny_set, tmp_path_factory) -> Path:
+    """The tiny settings as a YAML file, to be read only."""
+    file = tmp_path_factory.mktemp("settings") / "tiny.yaml"
     file.write_text(yaml.safe_dump({**TINY, "data": str(tiny_set)}))
     return file
+
+
+@pytest.fixture(scope="session")
+def train_tiny(tiny_config_file, tmp_path_factory) -> Callable[..., Path]:
+    """A new run by `train.py`, in this process, of the tiny settings changed by flags: for several tests to look at."""
+
+    def train(*flags: str) -> Path:
+        out = tmp_path_factory.mktemp("trained") / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py", f"--config={tiny_config_file}", f"--out={out}", *flags])
+            with pytest.raises(SystemExit, match="^0$"):
+                runpy.run_path(str(PROJECT / "train.py"), run_name="__main__")
+        return out
+
+    return train
 
 
 @pytest.fixture

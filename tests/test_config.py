@@ -76,3 +76,19 @@ def test_settings_that_contradict_each_other(flags):
     parser = settings_parser(Config)
     with pytest.raises(UserError):
         to_settings(Config, parser, parse_arguments(parser, flags))
+
+
+def test_what_is_added_to_one_parser_is_in_no_other():
+    one, other = settings_parser(Config, prog="one"), settings_parser(Config, prog="other")
+    one.add_argument("--where")
+    assert one.format_usage().startswith("usage: one [")
+    assert other.format_usage().startswith("usage: other [")
+    assert parse_arguments(one, ["--where=here", "--seed=3"]).where == "here"
+    with pytest.raises(UserError, match="--where"):
+        parse_arguments(other, ["--where=here"])
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path):
+    for loss in ("mse", "vlb", "mse"):
+        (tmp_path / "config.yaml").write_text(f"loss: {loss}")
+        assert load_config(tmp_path / "config.yaml").loss == loss

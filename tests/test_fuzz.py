@@ -213,13 +213,16 @@ TENSORS = st.sampled_from(
 )
 
 
+@pytest.fixture(scope="module")
+def last_state(finished_run) -> dict[str, Any]:
+    return torch.load(RunDirectory(finished_run).latest_checkpoint(), weights_only=True)
+
+
 @fuzz(12)
 @given(data=st.data())
-def test_a_checkpoint_of_other_values(data, spoilt):
+def test_a_checkpoint_of_other_values(data, spoilt, last_state):
     """Another value at a random place, however deep."""
-    run = spoilt()
-    file = run.latest_checkpoint()
-    state = torch.load(file, weights_only=True)
+    run, state = spoilt(), copy.deepcopy(last_state)
     group, depth = state, data.draw(st.integers(1, 4))
     while True:
         key = data.draw(st.sampled_from(sorted(group) if isinstance(group, dict) else range(len(group))))
@@ -228,15 +231,14 @@ def test_a_checkpoint_of_other_values(data, spoilt):
             break
         group = group[key]
     group[key] = data.draw(HOSTILE | TENSORS)
-    torch.save(state, file)
+    torch.save(state, run.latest_checkpoint())
     sample_and_resume(run)
 
 
 @pytest.mark.parametrize(("key", "value"), [("step", "x"), ("model", 3), ("class_names", 5)])
-def test_a_checkpoint_of_other_types(spoilt, run_script, key, value):
+def test_a_checkpoint_of_other_types(spoilt, run_script, last_state, key, value):
     run = spoilt()
-    file = run.latest_checkpoint()
-    torch.save({**torch.load(file, weights_only=True), key: value}, file)
+    torch.save({**last_state, key: value}, run.latest_checkpoint())
     for script, flag in (("train.py", "--resume"), ("sample.py", "--run")):
         outcome = run_script(script, flag, run.path)
         assert outcome.is_one_clear_line(), outcome.err

@@ -19,7 +19,6 @@ def test_it_runs(monkeypatch, tmp_path):
         "NOTEBOOK_QUICK": "1",
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(tmp_path),
-        "IMPROVED_DIFFUSION_CACHE": str(tmp_path / "cache"),
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter"),
     }.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,13 +20,22 @@ from improved_diffusion.data.packing import pack
 from improved_diffusion.errors import UserError
 
 
-@pytest.fixture
-def packed(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A folder of two images, `set`, and the set that it is packed to."""
+    place = tmp_path_factory.mktemp("whole")
     for number, name in enumerate(("a/1.png", "b/2.png")):
-        (tmp_path / "set" / name).parent.mkdir(parents=True)
+        (place / "set" / name).parent.mkdir(parents=True)
         pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "set" / name)
-    pack(labelled_folder(tmp_path / "set"), tmp_path / "packed", 16, workers=1)
+        Image.fromarray(pixels).save(place / "set" / name)
+    pack(labelled_folder(place / "set"), place / "packed", 16, workers=1)
+    return place / "packed"
+
+
+@pytest.fixture
+def packed(whole: Path, tmp_path: Path) -> Path:
+    """A copy, to be spoilt."""
+    shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
     return tmp_path / "packed"
 
 
@@ -79,16 +89,16 @@ def test_not_a_packed_set(packed: Path):
             open_image_set(path)
 
 
-def test_arrays_are_read_only(packed: Path):
-    image_set = open_image_set(packed)
+def test_arrays_are_read_only(whole: Path):
+    image_set = open_image_set(whole)
     with pytest.raises(ValueError, match="read-only"):
         image_set.images[0] = 0
     with pytest.raises(ValueError, match="read-only"):
         image_set.labels[0] = 1
 
 
-def test_opening_does_not_import_torch(packed: Path):
+def test_opening_does_not_import_torch(whole: Path):
     code = "import sys; from improved_diffusion.data import open_image_set; open_image_set(sys.argv[1]); "
     code += "assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code, str(packed)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(whole)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -52,7 +52,7 @@ def make_zip(folder: Path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+def run(forked, monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
     """`python -m improved_diffusion.data ARGUMENTS` in this process: its exit status, output and errors."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -114,7 +114,7 @@ def test_crops_of_what_is_trained_on(run, tmp_path: Path):
     assert "at least 1" in errors
 
 
-def test_broken_images_are_named_and_left_out(tmp_path: Path):
+def test_broken_images_are_named_and_left_out(forked, tmp_path: Path):
     names = [f"a/{i:03}.png" for i in range(300)]  # three chunks
     broken = ("a/000.png", "a/128.png", "a/200.png", "a/299.png")
     (packed,) = pack(labelled_folder(make_folder(tmp_path / "set", names, broken)), tmp_path / "out", 16)
@@ -127,7 +127,7 @@ def test_broken_images_are_named_and_left_out(tmp_path: Path):
     assert all("truncated" in entry["reason"] for entry in description["broken"])
 
 
-def test_more_than_two_percent_broken_is_an_error(tmp_path: Path):
+def test_more_than_two_percent_broken_is_an_error(forked, tmp_path: Path):
     names = [f"a/{i:02}.png" for i in range(50)]
     pack(labelled_folder(make_folder(tmp_path / "one", names, ("a/07.png",))), tmp_path / "out", 16)  # exactly 2%
     files = labelled_folder(make_folder(tmp_path / "two", names, ("a/07.png", "a/31.png")))
@@ -136,7 +136,7 @@ def test_more_than_two_percent_broken_is_an_error(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "two"]
 
 
-def test_result_does_not_depend_on_the_number_of_workers(tmp_path: Path):
+def test_result_does_not_depend_on_the_number_of_workers(forked, tmp_path: Path):
     files = labelled_folder(make_folder(tmp_path / "set", [f"{i % 3}/{i}.png" for i in range(300)]))
     hashes = set()
     for workers in (1, 3):
@@ -145,7 +145,7 @@ def test_result_does_not_depend_on_the_number_of_workers(tmp_path: Path):
     assert len(hashes) == 1
 
 
-def test_existing_output(tmp_path: Path):
+def test_existing_output(forked, tmp_path: Path):
     first = labelled_folder(make_folder(tmp_path / "first", ["a/1.png"]))
     second = labelled_folder(make_folder(tmp_path / "second", ["a/1.png", "a/2.png"]))
     out = tmp_path / "out"
@@ -162,7 +162,7 @@ def test_existing_output(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["diary", "first", "out", "second"]
 
 
-def test_failure_keeps_the_set_that_was_there(tmp_path: Path):
+def test_failure_keeps_the_set_that_was_there(forked, tmp_path: Path):
     names = ["a/1.png", "a/2.png"]
     out = tmp_path / "out"
     pack(labelled_folder(make_folder(tmp_path / "set", names)), out, 16)
@@ -190,17 +190,23 @@ def first_row_is_there(file: Path) -> bool:
         return False
 
 
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Path:
+    """A folder that takes a minute to decode."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "a").mkdir()
+    (folder / "a" / "0.png").write_bytes(png(noise(0, 2000)))
+    for i in range(1, 600):
+        os.link(folder / "a" / "0.png", folder / "a" / f"{i}.png")
+    return folder
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker processes in Linux's /proc")
 @pytest.mark.parametrize("victim", ["parent", "worker", "ctrl-c"])
-def test_killed_while_packing(tmp_path: Path, victim: str):
+def test_killed_while_packing(forked, slow: Path, tmp_path: Path, victim: str):
     """Nothing at OUT, no process left, and the next run succeeds."""
-    slow = png(noise(0, 2000))
-    (tmp_path / "slow" / "a").mkdir(parents=True)
-    (tmp_path / "slow" / "a" / "0.png").write_bytes(slow)
-    for i in range(1, 600):
-        os.link(tmp_path / "slow" / "a" / "0.png", tmp_path / "slow" / "a" / f"{i}.png")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "improved_diffusion.data", "folder", tmp_path / "slow", "--out", out]
+    command = [sys.executable, "-m", "improved_diffusion.data", "folder", slow, "--out", out]
     process = subprocess.Popen(
         [*map(str, command), "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )

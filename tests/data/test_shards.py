@@ -147,7 +147,7 @@ def test_damage_is_noticed(folder, tmp_path):
 
 def test_what_is_missing_is_said(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(UserError, match=r"pip install 'improved_diffusion\[streaming\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[streaming\]'"):
         open_sharded_set(folder)
 
 

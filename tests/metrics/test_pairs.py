@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.pairs import ergas, load_lpips, lpips
 
-pytest.importorskip("torchmetrics")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchmetrics") is None, reason="needs torchmetrics")
 
 ALEXNET_CONVOLUTIONS = {0: (4, 2), 3: (1, 2), 6: (1, 1), 8: (1, 1), 10: (1, 1)}  # index in features: stride, padding
 

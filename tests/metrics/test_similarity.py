@@ -32,7 +32,8 @@ from improved_diffusion.metrics.similarity import (
 transformers = pytest.importorskip("transformers")
 
 POSITIONS = 16  # tokens
-END = 2 * len(string.ascii_lowercase) + 1
+START = 2 * len(string.ascii_lowercase)  # after the letters, and the letters at the end of a word
+END = START + 1
 TEXTS = ["a cat", "two dogs", "pie", "a", "the sea", "red", "x y z"]
 
 
@@ -185,24 +186,30 @@ def test_images_of_several_sizes(clip, processor, images):
     torch.testing.assert_close(together, apart)
 
 
+def embedding_of(tokens: list[int], clip: nn.Module) -> torch.Tensor:
+    """By the model's own text features."""
+    row = torch.tensor([tokens])
+    with torch.no_grad():
+        output = clip.get_text_features(input_ids=row, attention_mask=torch.ones_like(row))
+    return F.normalize(output if isinstance(output, torch.Tensor) else output.pooler_output, dim=1)[0]
+
+
 def test_long_texts_are_cut_before_their_end_token_with_one_warning(clip, processor):
     long = "abcdefghijklmnopqrstuvwxyz"
     fits = "a" * (POSITIONS - 2)
     with pytest.warns(UserWarning, match="2 of 4 texts are longer than the 16 tokens") as record:
         embeddings = text_embeddings([long, "cat", fits, long + "x"], clip, processor, batch_size=1)
     assert len(record) == 1
-    start = END - 1
-    tokens = torch.tensor([[start, *range(POSITIONS - 2), END]])
-    with torch.no_grad():
-        output = clip.get_text_features(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-    expected = F.normalize(output if isinstance(output, torch.Tensor) else output.pooler_output, dim=1)[0]
+    expected = embedding_of([START, *range(POSITIONS - 2), END], clip)
     torch.testing.assert_close(embeddings[0], expected)
     torch.testing.assert_close(embeddings[3], expected)
 
 
 @pytest.mark.filterwarnings("error")
-def test_texts_that_fit_warn_of_nothing(clip, processor):
-    text_embeddings(["a" * (POSITIONS - 2)], clip, processor)
+def test_texts_that_just_fit_are_whole_and_warn_of_nothing(clip, processor):
+    (embedding,) = text_embeddings(["a" * (POSITIONS - 2)], clip, processor)
+    last = len(string.ascii_lowercase)  # the a at the end of a word
+    torch.testing.assert_close(embedding, embedding_of([START, *[0] * (POSITIONS - 3), last, END], clip))
 
 
 def test_a_model_in_half_precision_gives_float32(clip, processor, images):
@@ -243,8 +250,8 @@ def test_mistakes_of_the_programmer_are_named(clip, processor, images):
         image_embeddings(images, copy.deepcopy(clip).train(), processor)
 
 
-@pytest.mark.parametrize("module", [similarity, pairs])
-def test_importing_needs_neither_transformers_nor_torchmetrics(monkeypatch, module):
+@pytest.mark.parametrize(("module", "metric"), [(similarity, "clip_score"), (pairs, "lpips")])
+def test_importing_needs_neither_transformers_nor_torchmetrics(monkeypatch, module, metric):
     for name in ("transformers", "torchmetrics"):
-        monkeypatch.setitem(sys.modules, name, None)
-    runpy.run_path(module.__file__)
+        monkeypatch.setitem(sys.modules, name, None)  # so that to import it is an error
+    assert callable(runpy.run_path(module.__file__)[metric])

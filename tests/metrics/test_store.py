@@ -35,7 +35,7 @@ def source(photos) -> ArraySource:
     return ArraySource("photos", photos, np.arange(12) % 3, ("a", "b", "c"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(extractor64, photos) -> np.ndarray:
     return extractor64(photos)[64].numpy()
 
@@ -281,9 +281,9 @@ def test_batches_from_anywhere_are_kept_in_memory(photos, extractor64, expected,
 
 def test_killed_and_run_again_as_a_command(tmp_path, photos, weights, cache, start_script, finish_script):
     """kill -9 in the middle, then the same command by two processes; against one that nothing disturbed."""
-    images = np.concatenate([np.roll(photos, shift, axis=1) for shift in range(6)])
+    images = np.concatenate([np.roll(photos, shift, axis=1) for shift in range(3)])
     np.save(tmp_path / "real.npy", images)
-    np.save(tmp_path / "fake.npy", images[::-1, ::-1][:30])
+    np.save(tmp_path / "fake.npy", images[::-1, ::-1][:12])
     sets = (tmp_path / "real.npy", tmp_path / "fake.npy")
     command = ("fid.py", *sets, "--features", 64, "--weights", weights, "--metrics", "fid", "kid", "--json")
     started = start_script(*command, tmp_path / "x.json")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +40,8 @@ def scripts() -> Iterator[None]:
         patch.syspath_prepend(ROOT / "scripts")
         import tiny_pipeline
 
-        patch.setattr(tiny_pipeline, "clip_vocabulary", functools.partial(few_words, *tiny_pipeline.clip_vocabulary()))
+        words = few_words(*tiny_pipeline.clip_vocabulary())
+        patch.setattr(tiny_pipeline, "clip_vocabulary", lambda: words)
         yield
 
 
@@ -125,8 +125,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_estimate(monkeypatch) -> None:
-    """Training starts without the second that its estimate of GPU memory takes. In a fork it could fail: where a
-    process has run a backward pass on another device than the CPU, PyTorch lets none of its forks run one on meta."""
+    """Training starts without the second that its estimate of GPU memory takes."""
     from improved_diffusion.personalize.training import start
 
     monkeypatch.setattr(start, "estimate_memory", lambda *_: "not estimated")

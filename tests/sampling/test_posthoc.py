@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,12 +14,16 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.run_directory import RunDirectory
 
 
-@pytest.fixture
-def run(run_script, tiny_config_file, tmp_path) -> RunDirectory:
-    """A run of 12 steps that kept averages of two lengths at four of them."""
+@pytest.fixture(scope="module")
+def averaged(train_tiny) -> Path:
     flags = ["--training.ema_lengths=[0.05, 0.1]", "--training.save_every=3", "--training.keep_checkpoints=1"]
-    outcome = run_script("train.py", "--config", tiny_config_file, "--out", tmp_path / "run", *flags)
-    assert outcome.code == 0, outcome.err
+    return train_tiny(*flags)
+
+
+@pytest.fixture
+def run(averaged, tmp_path) -> RunDirectory:
+    """A run of 12 steps that kept averages of two lengths at four of them."""
+    shutil.copytree(averaged, tmp_path / "run")
     return RunDirectory(tmp_path / "run")
 
 

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from improved_diffusion.metrics.inception.weights import packaged_weights
+from improved_diffusion.run_directory import RunDirectory
 
 pytestmark = pytest.mark.skipif(packaged_weights() is None, reason="needs the Inception weights")
 CURVE, TABLE = "scripts/sampler_curve.py", "scripts/guidance_table.py"
 
 
+@pytest.fixture(scope="module")
+def quick_run(tiny_run, tmp_path_factory) -> Path:
+    """The tiny run, which draws in four steps where it is not told otherwise."""
+    run = RunDirectory(shutil.copytree(tiny_run, tmp_path_factory.mktemp("quick") / "run"))
+    run.config_file.write_text(run.config_file.read_text() + "sampling: {steps: 4}\n")
+    return run.path
+
+
 @pytest.fixture
-def measure(run_script, tiny_set, tiny_run, tmp_path):
-    """The FID64 that fid.py gives to the tiny run's images, 2 of each class."""
+def measure(run_script, tiny_set, quick_run, tmp_path):
+    """The FID64 that fid.py gives to the quick run's images, 2 of each class."""
 
     def run(*flags: str) -> float:
         result = tmp_path / "result.json"
-        what = tiny_set / "test", tiny_run, "--features=64", "--per-class=2", f"--json={result}"
+        what = tiny_set / "test", quick_run, "--features=64", "--per-class=2", f"--json={result}"
         outcome = run_script("fid.py", *what, *flags)
         assert outcome.code == 0, outcome.err
         return json.loads(result.read_text())["measurements"][0]["value"]
@@ -27,10 +38,10 @@ def measure(run_script, tiny_set, tiny_run, tmp_path):
 
 
 def test_a_curve_has_a_point_for_each_sampler_and_number_of_evaluations(
-    run_script, measure, tiny_run, tiny_set, tmp_path
+    run_script, measure, quick_run, tiny_set, tmp_path
 ):
     samplers = ["ddim", "ddim:eta=1", "heun:churn=2,churn_noise=1"]
-    where = tiny_run, tiny_set / "test", "--per-class=2", f"--out={tmp_path / 'curve'}"
+    where = quick_run, tiny_set / "test", "--per-class=2", f"--out={tmp_path / 'curve'}"
     outcome = run_script(CURVE, *where, "--evaluations", 3, 4, "--samplers", *samplers, "--guidance-scale", 2)
     assert outcome.code == 0, outcome.err
     points = json.loads((tmp_path / "curve/curve.json").read_text())["points"]
@@ -55,17 +66,17 @@ def test_a_curve_has_a_point_for_each_sampler_and_number_of_evaluations(
         ("dpmpp_2m:eta=2", "eta must be between 0 and 1"),
     ],
 )
-def test_a_sampler_that_is_none_is_refused_before_any_work(run_script, tiny_run, tiny_set, tmp_path, sampler, message):
-    outcome = run_script(CURVE, tiny_run, tiny_set, "--samplers", sampler, "--out", tmp_path / "curve")
+def test_a_sampler_that_is_none_is_refused_before_any_work(run_script, quick_run, tiny_set, tmp_path, sampler, message):
+    outcome = run_script(CURVE, quick_run, tiny_set, "--samplers", sampler, "--out", tmp_path / "curve")
     assert outcome.is_one_clear_line()
     assert message in outcome.err
     assert not (tmp_path / "curve").exists()
 
 
 def test_the_scale_of_guidance_is_chosen_on_one_seed_and_reported_on_another(
-    run_script, measure, tiny_run, tiny_set, tmp_path
+    run_script, measure, quick_run, tiny_set, tmp_path
 ):
-    where = tiny_run, tiny_set / "test", "--per-class=2", f"--out={tmp_path / 'guidance'}"
+    where = quick_run, tiny_set / "test", "--per-class=2", f"--out={tmp_path / 'guidance'}"
     outcome = run_script(TABLE, *where, "--scales", 1.5, 3, "--interval", 0.5, 2)
     assert outcome.code == 0, outcome.err
     rows = json.loads((tmp_path / "guidance/guidance.json").read_text())

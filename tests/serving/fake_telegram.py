@@ -112,7 +112,9 @@ class FakeTelegram:
         return len(self._updates)
 
     def _add(self, **update: Any) -> None:
-        self._loop.call_soon_threadsafe(self._updates.append, {"update_id": next(self._numbers), **update})
+        numbered = {"update_id": next(self._numbers), **update}
+        # The list is looked up by the loop: a poll may have put another in its place by then.
+        self._loop.call_soon_threadsafe(lambda: self._updates.append(numbered))
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -12,8 +12,6 @@ import pytest
 from PIL import Image
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.serving.bot import connection, courier
-from improved_diffusion.serving.bot.connection import RedactingFormatter, read_token
 from improved_diffusion.serving.commands.bot import serve_bot
 from improved_diffusion.serving.ledger import Ledger
 from improved_diffusion.serving.queue import JobQueue
@@ -22,6 +20,12 @@ from improved_diffusion.serving.words import in_words
 from tests.serving.conftest import wait_until
 from tests.serving.fake_telegram import TOKEN, Call, FakeTelegram
 from tests.serving.test_uploads import JPEG, REFUSED, with_place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """The bot, before it is forked, and not as soon as tests are collected: aiogram takes seconds."""
+    from improved_diffusion.serving.bot import connection, conversation, courier, packs  # noqa: F401
 
 
 @pytest.fixture
@@ -52,9 +56,9 @@ class RunningBot:
 
 @pytest.fixture
 def start_bot(telegram, monkeypatch) -> Iterator[Callable[[JobQueue], RunningBot]]:
-    monkeypatch.setattr(courier, "SECONDS_BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr(courier, "SECONDS_BETWEEN_EDITS", 0.1)
-    monkeypatch.setattr(connection, "SECONDS_OF_POLL", 1)
+    monkeypatch.setattr("improved_diffusion.serving.bot.courier.SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr("improved_diffusion.serving.bot.courier.SECONDS_BETWEEN_EDITS", 0.1)
+    monkeypatch.setattr("improved_diffusion.serving.bot.connection.SECONDS_OF_POLL", 1)
     started: list[RunningBot] = []
 
     def start(queue: JobQueue) -> RunningBot:
@@ -284,6 +288,8 @@ def test_kill_the_bot_and_nothing_is_lost(make_server, open_queue, telegram, sta
 
 
 def test_the_token_comes_from_the_environment_or_a_file(tmp_path, monkeypatch, run_script, make_server):
+    from improved_diffusion.serving.bot.connection import read_token
+
     for name in ("TELEGRAM_TOKEN", "TELEGRAM_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     config = make_server()
@@ -313,6 +319,8 @@ def test_a_wrong_token_is_one_clear_line(make_server, open_queue, telegram, run_
 
 
 def test_logs_do_not_show_the_token():
+    from improved_diffusion.serving.bot.connection import RedactingFormatter
+
     try:
         raise OSError(f"cannot fetch https://api.telegram.org/file/bot{TOKEN}/photo.jpg")
     except OSError as error:

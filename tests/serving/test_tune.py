@@ -20,7 +20,6 @@ from improved_diffusion.personalize.training import start
 from improved_diffusion.personalize.training.memory import NotEnoughMemory
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.serving import text_drawer, tuner
-from improved_diffusion.serving.bot import connection
 from improved_diffusion.serving.database import jobs as job_table
 from improved_diffusion.serving.device import Device
 from improved_diffusion.serving.drawers import open_drawers
@@ -326,13 +325,13 @@ def album(fake: FakeTelegram, captions: Sequence[str | None], colour: str = "red
 
 def test_an_album_becomes_a_style_in_the_chat(queue, telegram, start_bot, monkeypatch):  # noqa: F811
     """By its caption; the bot dies before all of it has come, and begins anew. The style is chosen, and forgotten."""
-    monkeypatch.setattr(connection, "SECONDS_OF_ALBUM", 60.0)
+    monkeypatch.setattr("improved_diffusion.serving.bot.connection.SECONDS_OF_ALBUM", 60.0)
     bot = start_bot(queue)
     album(telegram, ["/tune rex dog", None])
     wait_until(lambda: len(queue.unused_uploads("telegram:7")) == 2)
     bot.stop()
     assert queue.jobs_of("telegram:7") == telegram.texts() == []
-    monkeypatch.setattr(connection, "SECONDS_OF_ALBUM", 0.2)
+    monkeypatch.setattr("improved_diffusion.serving.bot.connection.SECONDS_OF_ALBUM", 0.2)
     start_bot(queue)
     wait_until(lambda: telegram.texts())
     (job,) = queue.jobs_of("telegram:7")

@@ -111,9 +111,9 @@ REFUSED = {
     "no pixels": (png_of(0, 0, b""), "no picture|damaged|takes 16"),
     "a bomb by its header": (png_of(60_000, 60_000, b"\0" * 100), "million pixels"),
     "a small bomb": (encoded(Image.new("1", (1200, 1200))), "1 million pixels"),
-    "a WebP bomb": (encoded(Image.new("RGB", (4000, 4000)), "webp"), "million pixels"),
-    "a JPEG bomb": (encoded(Image.new("L", (5000, 5000)), "jpeg"), "million pixels|MB"),
-    "a bomb of text": (png_of(64, 64, b"", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))), "damaged"),
+    "a WebP bomb": (encoded(Image.new("RGB", (1100, 1100)), "webp"), "million pixels"),
+    "a JPEG bomb": (encoded(Image.new("L", (1500, 1500)), "jpeg"), "million pixels|MB"),
+    "a bomb of text": (png_of(64, 64, b"", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2_000_000)))), "damaged"),
     "a JPEG of scans": (scans(200), "scans"),
     "too many bytes": (PNG + bytes(300_000), "MB"),
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +19,46 @@ from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.stickers.matte import load_matter
 from improved_diffusion.stickers.segment import load_cutout
+from improved_diffusion.stickers.segment.commands import train as train_command
 from improved_diffusion.stickers.segment.config import ModelConfig, SegmentConfig
 from improved_diffusion.stickers.segment.loop import SegmentLoop
 from improved_diffusion.stickers.segment.models import build_network, cutout_loss, sized_by_checkpoint
 from tests.stickers.test_segment_data import write_set
 
 TINY = {
-    "segformer": ("--model.widths=[8,8,16,16]", "--model.heads=[1,1,2,2]", "--model.decoder_width=8"),
+    "segformer": (
+        *("--model.widths=[8,8,16,16]", "--model.heads=[1,1,2,2]", "--model.depths=[1,1,1,1]"),
+        "--model.decoder_width=8",
+    ),
     "unet": ("--model.widths=[8,16]", "--model.depths=[1,1]"),
 }
 FLAGS = (
-    *("--image-size", 32, "--training.batch_size", 8, "--training.lr=0.01", "--training.warmup_steps=0"),
+    *("--image-size", 32, "--training.batch_size", 4, "--training.lr=0.01", "--training.warmup_steps=0"),
     *("--training.ema_rate=0.8", "--training.log_every=5", "--training.save_every=10", "--training.evaluate_every=100"),
 )
 
 
-@pytest.fixture
-def icons(tmp_path) -> Path:
-    return write_set(tmp_path / "icons", [f"thing {number}" for number in range(40)])
+def arguments(kind: str, icons: Path, out: Path) -> tuple[object, ...]:
+    """Of the training of a tiny network."""
+    return ("--data", icons, "--model", kind, *TINY[kind], *FLAGS, "--out", out)
+
+
+@pytest.fixture(scope="module")
+def icons(tmp_path_factory) -> Path:
+    return write_set(tmp_path_factory.mktemp("set") / "icons", [f"thing {number}" for number in range(40)])
+
+
+@pytest.fixture(scope="module")
+def whole(icons, tmp_path_factory) -> Callable[[str], Path]:
+    """Gives an unbroken run of 20 steps of a kind, to be read only."""
+
+    @functools.cache
+    def trained(kind: str) -> Path:
+        out = tmp_path_factory.mktemp(kind) / "whole"
+        train_command.run([str(argument) for argument in (*arguments(kind, icons, out), "--steps", 20)])
+        return out
+
+    return trained
 
 
 @pytest.fixture
@@ -41,8 +66,7 @@ def train(run_script, icons, tmp_path):
     """Train a tiny network; gives the folder of its run."""
 
     def train(kind: str, *flags: object, out: str = "run") -> Path:
-        arguments = ("--data", icons, "--model", kind, *TINY[kind], *FLAGS, "--out", tmp_path / out, *flags)
-        outcome = run_script("stickers.py", "segment", "train", *arguments)
+        outcome = run_script("stickers.py", "segment", "train", *arguments(kind, icons, tmp_path / out), *flags)
         assert outcome.code in (0, 130), outcome.err
         return tmp_path / out
 
@@ -65,9 +89,8 @@ def weights(run: Path, step: int) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["segformer", "unet"])
-def test_training_lowers_the_loss_and_a_stopped_run_goes_on_as_if_unbroken(kind, train, run_script, monkeypatch):
-    whole = train(kind, "--steps", 20, out="whole")
-    losses = [record["loss"] for record in metrics(whole)]
+def test_training_lowers_the_loss_and_a_stopped_run_goes_on_as_if_unbroken(kind, whole, train, run_script, monkeypatch):
+    losses = [record["loss"] for record in metrics(whole(kind))]
     assert np.mean(losses[-2:]) < 0.9 * losses[0]
 
     save, stopped = SegmentLoop._log_metrics, []
@@ -83,15 +106,13 @@ def test_training_lowers_the_loss_and_a_stopped_run_goes_on_as_if_unbroken(kind,
     assert [record["step"] for record in metrics(broken)] == [5, 10, 15]
     outcome = run_script("stickers.py", "segment", "train", "--resume", broken)
     assert outcome.code == 0, outcome.err
-    assert metrics(broken) == metrics(whole)
-    expected, found = weights(whole, 20), weights(broken, 20)
+    assert metrics(broken) == metrics(whole(kind))
+    expected, found = weights(whole(kind), 20), weights(broken, 20)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_resumed_run_goes_back_to_its_last_checkpoint_after_a_kill(train, run_script, monkeypatch):
-    whole = train("unet", "--steps", 20, out="whole")
-
+def test_a_resumed_run_goes_back_to_its_last_checkpoint_after_a_kill(whole, train, run_script, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
@@ -104,27 +125,28 @@ def test_a_resumed_run_goes_back_to_its_last_checkpoint_after_a_kill(train, run_
         patch.setattr(SegmentLoop, "_log_metrics", die)
         with pytest.raises(Killed):
             train("unet", "--steps", 20, out="killed")
-    run = whole.parent / "killed"
+    run = tmp_path / "killed"
     assert run_script("stickers.py", "segment", "train", "--resume", run).code == 0
-    expected, found = weights(whole, 20), weights(run, 20)
+    expected, found = weights(whole("unet"), 20), weights(run, 20)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
-def test_what_a_resumed_run_computes_cannot_be_changed_nor_its_pictures(train, run_script, icons):
-    run = train("unet", "--steps", 10)
+def test_what_a_resumed_run_computes_cannot_be_changed_nor_its_pictures(train, run_script, icons, tmp_path):
+    own = shutil.copytree(icons, tmp_path / "icons")
+    run = train("unet", "--steps", 10, "--data", own)
     outcome = run_script("stickers.py", "segment", "train", "--resume", run, "--seed", 1)
     assert outcome.is_one_clear_line()
     assert "seed from 0 to 1" in outcome.err
     outcome = run_script("stickers.py", "segment", "train", "--resume", run, "--steps", 20)
     assert outcome.is_one_clear_line()
     assert "turn back to a checkpoint of at most 8 steps" in outcome.err  # the rate fell over the last three
-    (icons / "things" / "3.png").unlink()
+    (own / "things" / "3.png").unlink()
     outcome = run_script("stickers.py", "segment", "train", "--resume", run)
     assert outcome.is_one_clear_line()
     assert "does not hold the pictures" in outcome.err
 
 
-def test_a_run_is_measured_exported_and_loaded(train, run_script, tmp_path):
+def test_a_run_is_measured_exported_and_loaded(train, run_script, icons, tmp_path):
     first = train("segformer", "--steps", 10, "--training.evaluate_every", 10, out="a")
     second = train("unet", "--steps", 10, out="b")
     (record,) = map(json.loads, (first / "evaluations.jsonl").read_text().splitlines())
@@ -132,7 +154,7 @@ def test_a_run_is_measured_exported_and_loaded(train, run_script, tmp_path):
     assert (first / "samples" / "step_0000010.png").is_file()
 
     other = write_set(tmp_path / "other", [f"thing {number}" for number in range(40)], "blue")
-    sets = ("--data", tmp_path / "icons", other, "--pictures", 3, "--out", tmp_path / "results")
+    sets = ("--data", icons, other, "--pictures", 3, "--out", tmp_path / "results")
     outcome = run_script("stickers.py", "segment", "evaluate", first, second, *sets)
     assert outcome.code == 0, outcome.err
     assert "| icons, held out | 3 | a |" in outcome.out
@@ -153,7 +175,7 @@ def test_a_run_is_measured_exported_and_loaded(train, run_script, tmp_path):
     cutout, exported, of_folder = load_cutout(checkpoint), load_cutout(file), load_matter(file.parent)
     assert np.array_equal(load_matter(first)(exact := noise((64, 48))), exported(exact))  # which the run has already
     assert exported.config == cutout.config
-    assert exported.images_seen == cutout.images_seen == 80
+    assert exported.images_seen == cutout.images_seen == 40
     for size in ((32, 32), (100, 37), (5, 90), (1, 1)):
         picture = noise(size)
         alpha = cutout(picture)

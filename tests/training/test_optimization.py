@@ -126,7 +126,9 @@ class TestMuon:
         assert update.square().mean().sqrt() == pytest.approx(0.2 * 0.1, rel=0.2)
 
     def test_the_error_falls(self, tiny_trainer):
-        trainer = tiny_trainer("--loss=mse", "--model.dropout=0", "--training.optimizer=muon", "--training.lr=3e-3")
+        small = ("--model.channel_multipliers=[1]", "--model.attention_resolutions=[]")
+        flags = ("--loss=mse", "--model.dropout=0", "--training.optimizer=muon", "--training.lr=3e-3", *small)
+        trainer = tiny_trainer(*flags)
         images, classes = trainer.stream.batch(0)
         errors = []
         for _ in range(4):

@@ -9,12 +9,19 @@ import pytest
 import torch
 
 from improved_diffusion import config as settings
+from improved_diffusion import settings as parsing
 from improved_diffusion.config import SamplingConfig
 from improved_diffusion.diffusion import objective, parameterization, samplers
 from improved_diffusion.models.build import build_sampling_denoiser
 from improved_diffusion.sampling.generate import SampleKey, generate
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def new_parsers(monkeypatch) -> None:
+    """None is kept from before an edit."""
+    monkeypatch.setattr(parsing, "_shared_parser", parsing._shared_parser.__wrapped__)
 
 
 def with_name(monkeypatch, kind: type, setting: str, name: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,22 +66,32 @@ def take_steps(trainer, steps: int) -> None:
     ids=["hybrid", "mse", "muon", "augmented", "vlb"],
 )
 def test_half_the_steps_and_a_resume_equal_all_the_steps(tiny_trainer, tmp_path, flags):
-    unbroken, first_half, second_half = (tiny_trainer(*flags) for _ in range(3))
-    take_steps(unbroken, 20)
-    take_steps(first_half, 10)
-    write_checkpoint(tmp_path / "half.pt", first_half.state_dict())
-    second_half.load_state_dict(read_checkpoint(tmp_path / "half.pt"))
-    take_steps(second_half, 10)
-    assert_same(unbroken.state_dict(), second_half.state_dict())
+    half = 10 if "--loss=vlb" in flags else 5
+    unbroken, resumed = (tiny_trainer(*flags) for _ in range(2))
+    take_steps(unbroken, half)
+    write_checkpoint(tmp_path / "half.pt", unbroken.state_dict())
+    take_steps(unbroken, half)
+    resumed.load_state_dict(read_checkpoint(tmp_path / "half.pt"))
+    take_steps(resumed, half)
+    assert_same(unbroken.state_dict(), resumed.state_dict())
     if "--loss=vlb" in flags:
         assert unbroken.timestep_sampler.probabilities().std() > 0.01  # no longer uniform
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(start_script, run_script, tiny_config_file, tmp_path):
-    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    flags = ("--config", tiny_config_file, "--training.steps=24")
-    assert run_script("train.py", *flags, "--out", unbroken).code == 0
-    started = start_script("train.py", *flags, "--out", killed)
+FLAGS = ["--training.log_every=5", "--training.save_every=4"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(train_tiny) -> Path:
+    """A run with `FLAGS` that nothing interrupts."""
+    return train_tiny(*FLAGS)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    start_script, run_script, unbroken, tiny_config_file, tmp_path
+):
+    killed = tmp_path / "killed"
+    started = start_script("train.py", "--config", tiny_config_file, *FLAGS, "--out", killed)
     started.wait_for((killed / "checkpoints" / "latest").is_file)
     assert started.send(signal.SIGKILL).code == -signal.SIGKILL
     outcome = run_script("train.py", "--resume", killed)
@@ -93,7 +102,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(start_script, run_scrip
 def test_a_worker_that_is_lost_under_torchrun_changes_nothing(start_script, tiny_config_file, tmp_path):
     """One command line starts the run and, by torchrun, all of its processes again."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    flags = ["--config", str(tiny_config_file), "--training.steps=24", "--evaluation.every=24", "--sampling.steps=2"]
+    flags = ["--config", str(tiny_config_file), "--training.save_every=3"]
+    flags += ["--model.channel_multipliers=[1]", "--model.attention_resolutions=[]"]
     reference = start_script("train.py", *flags, "--out", unbroken, processes=2)
     torchrun = [torch.distributed.run.__file__, "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     torchrun += ["--monitor-interval=0.1", "--start-method=fork", "--run-path", PROJECT / "train.py"]
@@ -168,11 +178,11 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_every_line_of_the_record_is_that_of_an_unbroken_run(run_script, tiny_config_file, tmp_path, monkeypatch, how):
+def test_every_line_of_the_record_is_that_of_an_unbroken_run(
+    run_script, unbroken, tiny_config_file, tmp_path, monkeypatch, how
+):
     """Interrupted twice, between two lines each time; a kill is an exception that nothing answers."""
-    flags = ["--training.log_every=5", "--training.save_every=4"]
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    assert run_script("train.py", "--config", tiny_config_file, "--out", unbroken, *flags).code == 0
+    broken = tmp_path / "broken"
     step, interrupted = Trainer.train_step, {6, 9}
 
     def interrupting(trainer, *batch):
@@ -185,7 +195,7 @@ def test_every_line_of_the_record_is_that_of_an_unbroken_run(run_script, tiny_co
         step(trainer, *batch)
 
     monkeypatch.setattr(Trainer, "train_step", interrupting)
-    assert run_script("train.py", "--config", tiny_config_file, "--out", broken, *flags).code == 130
+    assert run_script("train.py", "--config", tiny_config_file, *FLAGS, "--out", broken).code == 130
     assert RunDirectory(broken).latest_checkpoint().name == f"step_000000{7 if how == 'stopped' else 4}.pt"
     assert run_script("train.py", "--resume", broken).code == 130
     outcome = run_script("train.py", "--resume", broken)
@@ -204,29 +214,25 @@ def test_a_checkpoint_without_running_means_can_be_resumed(run_script, tiny_conf
     assert outcome.code == 0, outcome.err
 
 
-KILLED_WHILE_SAVING = """
-import os, signal, sys, torch
-from pathlib import Path
-from improved_diffusion.run_directory import RunDirectory
+def killed_while_saving(path: Path) -> None:
+    run, save = RunDirectory(path), torch.save
+    run.save_checkpoint({"step": 1, "weights": torch.arange(1000.0)}, keep=1)
 
-run = RunDirectory(Path(sys.argv[1]))
-run.save_checkpoint({"step": 1, "weights": torch.arange(1000.0)}, keep=1)
+    def save_half(state, stream):
+        save(state, stream)
+        stream.flush()
+        stream.truncate(stream.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-
-real_save = torch.save
-def save_half(state, stream):
-    real_save(state, stream)
-    stream.flush()
-    stream.truncate(stream.tell() // 2)
-    os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save_half
-run.save_checkpoint({"step": 2, "weights": torch.zeros(1000)}, keep=1)
-"""
+    torch.save = save_half
+    run.save_checkpoint({"step": 2, "weights": torch.zeros(1000)}, keep=1)
 
 
 def test_a_kill_in_the_middle_of_a_save_loses_nothing_before_it(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, tmp_path], timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    process = multiprocessing.get_context("fork").Process(target=killed_while_saving, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     run = RunDirectory(tmp_path)
     assert run.checkpoint_files() == [run.checkpoint_file(1)]
     assert_same(read_checkpoint(run.latest_checkpoint()), {"step": 1, "weights": torch.arange(1000.0)})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -27,27 +25,24 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def resize_by_hand(images: np.ndarray, half_pixel: bool = False) -> torch.Tensor:
-    """uint8 (N, H, W, 3) to float32 (N, 3, 299, 299), pixel by pixel and in float64."""
+    """uint8 (N, H, W, 3) to float32 (N, 3, 299, 299), between the four pixels about each place and in float64."""
     n, height, width, _ = images.shape
-    output = np.zeros((n, 3, 299, 299))
-    for i in range(299):
-        for j in range(299):
-            shift = 0.5 if half_pixel else 0.0
-            y = max((i + shift) * height / 299 - shift, 0)
-            x = max((j + shift) * width / 299 - shift, 0)
-            top, left = math.floor(y), math.floor(x)
-            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-            upper = images[:, top, left] * (1 - (x - left)) + images[:, top, right] * (x - left)
-            lower = images[:, bottom, left] * (1 - (x - left)) + images[:, bottom, right] * (x - left)
-            output[:, :, i, j] = upper * (1 - (y - top)) + lower * (y - top)
-    return torch.from_numpy(output).float()
+    shift = 0.5 if half_pixel else 0.0
+    y, x = (np.maximum((np.arange(299) + shift) * side / 299 - shift, 0) for side in (height, width))
+    top, left = (np.floor(places).astype(int) for places in (y, x))
+    bottom, right = np.minimum(top + 1, height - 1), np.minimum(left + 1, width - 1)
+    down, across = (y - top)[:, None, None], (x - left)[:, None]
+    pixels = images.astype(np.float64)
+    upper = pixels[:, top][:, :, left] * (1 - across) + pixels[:, top][:, :, right] * across
+    lower = pixels[:, bottom][:, :, left] * (1 - across) + pixels[:, bottom][:, :, right] * across
+    return torch.from_numpy(upper * (1 - down) + lower * down).permute(0, 3, 1, 2).float().contiguous()
 
 
 @pytest.fixture(scope="module")
 def expected(torchscript, photos) -> dict[int, torch.Tensor]:
-    """Features of four photographs by the TorchScript, at every size."""
+    """Features of two photographs by the TorchScript, at every size."""
     features = {}
-    x = (resize_by_hand(photos[:4]) - 128) / 128
+    x = (resize_by_hand(photos[:2]) - 128) / 128
     with torch.inference_mode():
         whole = torchscript(x)
         for name, layer in torchscript.net.layers.named_children():
@@ -59,10 +54,10 @@ def expected(torchscript, photos) -> dict[int, torch.Tensor]:
 
 
 def test_features_of_every_size_equal_those_of_the_packaged_network(extractor, photos, expected):
-    features = extractor(photos[:4])
+    features = extractor(photos[:2])
     assert list(features) == [64, 192, 768, 2048]
     for size, tensor in features.items():
-        assert tensor.shape == (4, size)
+        assert tensor.shape == (2, size)
         assert tensor.dtype == torch.float32
         assert relative_error(tensor, expected[size]) < 1e-4
 
@@ -116,9 +111,9 @@ def padding_counted(x):
 
 @pytest.mark.parametrize("mutation", ["half-pixel resize", "divided by 127.5", "padding counted", "last pool a mean"])
 def test_every_peculiarity_of_the_network_shows_in_its_features(mutation, extractor, photos, expected, monkeypatch):
-    x = preprocess(torch.from_numpy(photos[:4]))
+    x = preprocess(torch.from_numpy(photos[:2]))
     if mutation == "half-pixel resize":
-        x = (resize_by_hand(photos[:4], half_pixel=True) - 128) / 128
+        x = (resize_by_hand(photos[:2], half_pixel=True) - 128) / 128
     elif mutation == "divided by 127.5":
         x = x * 128 / 127.5
     elif mutation == "padding counted":
@@ -131,8 +126,8 @@ def test_every_peculiarity_of_the_network_shows_in_its_features(mutation, extrac
 
 
 def test_a_shallower_network_gives_the_same_features(extractor, extractor64, photos, expected):
-    assert list(extractor64(photos[:4])) == [64]
-    assert relative_error(extractor64(photos[:4])[64], expected[64]) < 1e-4
+    assert list(extractor64(photos[:2])) == [64]
+    assert relative_error(extractor64(photos[:2])[64], expected[64]) < 1e-4
     assert sum(p.numel() for p in extractor64.network.parameters()) < 30_000
 
 

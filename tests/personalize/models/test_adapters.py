@@ -55,11 +55,26 @@ def count_layers(part: torch.nn.Module) -> int:
     return sum(isinstance(module, LoraLayer) for module in part.modules())
 
 
-@pytest.fixture
-def adapted(base) -> Base:
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def adapted(request, fresh_base) -> Base:
+    """A base of each kind with adapters that were trained, which tests leave as it is."""
+    base = fresh_base(request.param)
     attach_adapters(base, AdapterConfig(rank=3, alpha=5.0, targets="attention+feedforward"), text_encoders=True)
     disturb(base)
     return base
+
+
+@pytest.fixture(scope="module")
+def expected(adapted) -> torch.Tensor:
+    """What it draws."""
+    return picture(adapted)
+
+
+@pytest.fixture(scope="module")
+def files(adapted, tmp_path_factory) -> dict[str, Path]:
+    """{form: file of its adapters}."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {"diffusers": export_diffusers(adapted, folder), "kohya": export_kohya(adapted, folder)}
 
 
 def test_a_new_adapter_changes_nothing_and_freezes_the_rest(base):
@@ -81,19 +96,18 @@ def test_without_text_encoders_the_unet_alone_has_one(base):
     assert not any(trainable(encoder) for encoder in base.text_encoders.values())
 
 
-def test_scales_weigh_each_part_and_zero_is_the_base(adapted, fresh_base):
+def test_scales_weigh_each_part_and_zero_is_the_base(adapted, expected, fresh_base):
     plain = picture(fresh_base(Path(adapted.name).name))
-    full = picture(adapted)
-    assert (full - plain).abs().max() > 0.01
+    assert (expected - plain).abs().max() > 0.01
     set_scales(adapted, 0.0, 0.0)
     assert torch.equal(picture(adapted), plain)
-    set_scales(adapted, 1.0, 1.0)
-    assert torch.equal(picture(adapted), full)
     set_scales(adapted, 1.0, 0.0)
     unet_only = picture(adapted)
     set_scales(adapted, 0.0, 1.0)
     text_only = picture(adapted)
-    assert len({image.numpy().tobytes() for image in (plain, full, unet_only, text_only)}) == 4
+    assert len({image.numpy().tobytes() for image in (plain, expected, unet_only, text_only)}) == 4
+    set_scales(adapted, 1.0, 1.0)
+    assert torch.equal(picture(adapted), expected)
 
 
 def test_dropout_is_for_training_alone(fresh_base, tmp_path):
@@ -120,17 +134,17 @@ def test_dora_is_there_or_not(base):
         set_scales(base, 0.5, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("export", "dora"),
-    [(export_diffusers, False), (export_diffusers, True), (export_kohya, False)],
-    ids=["diffusers", "diffusers, dora", "kohya"],
-)
-def test_a_file_read_by_diffusers_gives_the_same_picture(base, fresh_base, tmp_path, export, dora):
-    attach_adapters(base, AdapterConfig(rank=3, alpha=5.0, dora=dora), text_encoders=not dora)
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_a_file_read_by_diffusers_gives_the_same_picture(adapted, expected, files, fresh_base, form):
+    fresh = fresh_base(Path(adapted.name).name)
+    fresh.pipeline.load_lora_weights(files[form].parent, weight_name=files[form].name)
+    assert (picture(fresh) - expected).abs().max() == 0
+
+
+def test_a_dora_read_by_diffusers_gives_the_same_picture(base, fresh_base, tmp_path):
+    attach_adapters(base, AdapterConfig(rank=3, alpha=5.0, dora=True), text_encoders=False)
     disturb(base)
-    expected = picture(base)
-    file = export(base, tmp_path)
-    fresh = fresh_base(Path(base.name).name)
+    file, expected, fresh = export_diffusers(base, tmp_path), picture(base), fresh_base(Path(base.name).name)
     assert not torch.equal(picture(fresh), expected)
     fresh.pipeline.load_lora_weights(file.parent, weight_name=file.name)
     assert (picture(fresh) - expected).abs().max() == 0
@@ -192,45 +206,43 @@ def test_a_dora_that_weighs_inputs_is_refused(base, tmp_path):
     def turn(state):
         return {key: tensor.reshape(1, -1) if "dora" in key else tensor for key, tensor in state.items()}
 
-    file = edited(export_kohya(base, tmp_path), turn)
+    file = edited(export_kohya(base, tmp_path), turn, tmp_path)
     with pytest.raises(UserError, match=r"weighs the inputs of unet\..*wd_on_output=True"):
         load_adapter(base, file)
 
 
-def edited(file: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
-    """The adapter with its state edited, and the header that it had."""
+def edited(file: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], folder: Path) -> Path:
+    """The adapter with its state edited, and the header that it had, in a `folder`."""
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
-    other = file.with_name("edited.safetensors")
+    other = folder / "edited.safetensors"
     save_file(edit(load_file(file)), other, metadata=header)
     return other
 
 
-@pytest.mark.parametrize("export", [export_diffusers, export_kohya])
-def test_the_layers_of_a_text_encoder_without_text_model(adapted, fresh_base, tmp_path, export):
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_the_layers_of_a_text_encoder_without_text_model(adapted, expected, files, fresh_base, tmp_path, form):
     """As diffusers and kohya write them under transformers 5.6 and later."""
 
     def flatten(state):
         return {re.sub(r"text_model[._]", "", key): tensor for key, tensor in state.items()}
 
-    expected, layers = picture(adapted), sum(map(count_layers, adapted_parts(adapted).values()))
-    fresh = fresh_base(Path(adapted.name).name)
-    assert load_adapter(fresh, edited(export(adapted, tmp_path), flatten)) == (layers, layers)
+    layers, fresh = sum(map(count_layers, adapted_parts(adapted).values())), fresh_base(Path(adapted.name).name)
+    assert load_adapter(fresh, edited(files[form], flatten, tmp_path)) == (layers, layers)
     assert torch.equal(picture(fresh), expected)
 
 
-@pytest.mark.parametrize("export", [export_diffusers, export_kohya])
-def test_layers_that_the_base_has_not_are_counted(adapted, fresh_base, tmp_path, export):
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_layers_that_the_base_has_not_are_counted(adapted, expected, files, fresh_base, tmp_path, form):
     def add(state):
         strange = {
-            export_diffusers: ("unet.down_blocks.7.to_q.lora_A.weight", "unet.down_blocks.7.to_q.lora_B.weight"),
-            export_kohya: ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", "lora_te3_fc1.lora_down.weight"),
-        }[export]
+            "diffusers": ("unet.down_blocks.7.to_q.lora_A.weight", "unet.down_blocks.7.to_q.lora_B.weight"),
+            "kohya": ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", "lora_te3_fc1.lora_down.weight"),
+        }[form]
         return {strange[0]: torch.ones(1), **state, strange[1]: torch.ones(1)}
 
-    expected, layers = picture(adapted), sum(map(count_layers, adapted_parts(adapted).values()))
-    unknown = 1 if export is export_diffusers else 2
-    file = edited(export(adapted, tmp_path), add)
+    layers, unknown = sum(map(count_layers, adapted_parts(adapted).values())), {"diffusers": 1, "kohya": 2}[form]
+    file = edited(files[form], add, tmp_path)
     fresh = fresh_base(Path(adapted.name).name)
     message = rf"knows {layers} of the {layers + unknown} layers of .*; --allow-unknown takes those {layers}$"
     with pytest.raises(UserError, match=message):
@@ -240,8 +252,8 @@ def test_layers_that_the_base_has_not_are_counted(adapted, fresh_base, tmp_path,
     assert torch.equal(picture(fresh), expected)
 
 
-def test_kohyas_keys_are_those_that_other_programs_look_for(adapted, tmp_path):
-    state = load_file(export_kohya(adapted, tmp_path))
+def test_kohyas_keys_are_those_that_other_programs_look_for(adapted, files):
+    state = load_file(files["kohya"])
     layer = "transformer_blocks_0_attn1_to_q"
     if adapted.is_sdxl:  # one layer a block: input convolution, block, halving, block
         wanted = {f"lora_unet_input_blocks_3_1_{layer}", f"lora_unet_output_blocks_1_1_{layer}"}

@@ -4,8 +4,10 @@ diffusers makes of the file."""
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import runpy
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -17,10 +19,13 @@ pytest.importorskip("peft")
 from diffusers import UNet2DConditionModel  # noqa: E402
 from peft import LoraConfig, get_peft_model_state_dict  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
+from peft.tuners.tuners_utils import check_target_module_exists  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from improved_diffusion.personalize.config import AdapterConfig  # noqa: E402
 from improved_diffusion.personalize.models.adapters import (  # noqa: E402
     ADAPTER,
+    TARGETS,
     adapted_parts,
     attach_adapters,
     trainable,
@@ -110,6 +115,42 @@ def published_layers(kind: str, targets: str) -> set[str]:
     )
 
 
+@pytest.fixture(scope="module")
+def largest(published_base) -> Callable[[str], Base]:
+    """Gives a published base with adapters of all layers that any targets name: to attach them takes seconds."""
+
+    @functools.cache
+    def attached(kind: str) -> Base:
+        base = published_base(kind)
+        attach_adapters(base, AdapterConfig(rank=2, targets="kohya+convolutions"), text_encoders=True)
+        return base
+
+    return attached
+
+
+def state_of(base: Base, targets: str) -> dict[str, dict[str, Tensor]]:
+    """{component: state} of what those targets have of the adapters of `base`, as PEFT chooses its layers."""
+    chosen: dict[str, dict[str, Tensor]] = {}
+    for name, part in adapted_parts(base).items():
+        lora = LoraConfig(target_modules=list(TARGETS[targets][name != "unet"]))
+        state = get_peft_model_state_dict(part, adapter_name=ADAPTER)
+        layers = {
+            layer for layer in {key.partition(".lora_")[0] for key in state} if check_target_module_exists(lora, layer)
+        }
+        chosen[name] = {key: tensor for key, tensor in state.items() if key.partition(".lora_")[0] in layers}
+    return chosen
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_targets_have_the_layers_that_the_largest_have_of_them(fresh_base, targets):
+    whole, base = fresh_base("sd"), fresh_base("sd")
+    attach_adapters(whole, AdapterConfig(rank=2, targets="kohya+convolutions"), text_encoders=True)
+    attach_adapters(base, AdapterConfig(rank=2, targets=targets), text_encoders=True)
+    found = state_of(whole, targets)
+    for name, part in adapted_parts(base).items():
+        assert set(found[name]) == set(get_peft_model_state_dict(part, adapter_name=ADAPTER))
+
+
 @pytest.mark.parametrize(
     ("kind", "targets", "modules"),
     [
@@ -122,12 +163,10 @@ def published_layers(kind: str, targets: str) -> set[str]:
         ("sdxl", "kohya+convolutions", 788 + 264),
     ],
 )
-def test_published_architectures_have_the_names_that_others_look_for(published_base, kind, targets, modules):
-    base = published_base(kind)
-    attach_adapters(base, AdapterConfig(rank=2, targets=targets), text_encoders=True)
-    state = {}
-    for name, part in adapted_parts(base).items():
-        state |= kohya_state(base, name, get_peft_model_state_dict(part, adapter_name=ADAPTER))
+def test_published_architectures_have_the_names_that_others_look_for(largest, kind, targets, modules):
+    base, state = largest(kind), {}
+    for name, of_part in state_of(base, targets).items():
+        state |= kohya_state(base, name, of_part)
     found = {key.partition(".")[0] for key in state}
     assert len(found) == modules
     if "convolutions" not in targets:
@@ -140,12 +179,14 @@ def test_published_architectures_have_the_names_that_others_look_for(published_b
 
 @pytest.fixture(params=["sd", "sdxl"])
 def narrow_base(request, published_base, fresh_base) -> Base:
-    """A base whose UNet has all the layers of the published one, of few channels."""
+    """A base whose UNet has the layers of the published one, of few channels, but at most two transformer blocks in a
+    row, of SDXL's ten: they differ by their number alone."""
     base = fresh_base(request.param)
     published = published_base(request.param).unet.config
-    layout = ("down_block_types", "up_block_types", "layers_per_block", "transformer_layers_per_block")
+    layout = {name: published[name] for name in ("down_block_types", "up_block_types", "layers_per_block")}
+    depth = {"transformer_layers_per_block": [1, 2, 2] if base.is_sdxl else 1}
     width = {"block_out_channels": [16] * len(published.block_out_channels), "attention_head_dim": 2}
-    config = {**base.unet.config, **{name: published[name] for name in layout}, **width}
+    config = {**base.unet.config, **layout, **depth, **width}
     base.pipeline.register_modules(unet=UNet2DConditionModel.from_config(config))
     return base
 
@@ -174,7 +215,8 @@ def test_diffusers_finds_every_layer_of_the_published_layout(narrow_base, tmp_pa
             parameter.data.normal_(generator=generator)
     expected = weight_changes(narrow_base)
     shortcuts = 2  # on the way down, which the published ones need, for their levels differ in channels
-    assert sum(name == "unet" for name, _ in expected) == (788 if narrow_base.is_sdxl else 278) - shortcuts
+    layers = 788 - 6 * 8 * 10 if narrow_base.is_sdxl else 278  # ten in each transformer block that is left out
+    assert sum(name == "unet" for name, _ in expected) == layers - shortcuts
     read = read_by_diffusers(fresh, export_kohya(narrow_base, tmp_path))
     assert set(read) == set(expected)
     assert max((read[layer] - expected[layer]).abs().max() for layer in expected) == 0

@@ -42,12 +42,13 @@ def write(base: Base, folder: Path, seed: int, export=export_kohya, **settings) 
     return export(base, folder)
 
 
-@pytest.fixture
-def files(fresh_base, tmp_path) -> list[Path]:
+@pytest.fixture(scope="module")
+def files(fresh_base, tmp_path_factory) -> list[Path]:
     """Of two LoRA, of other ranks and layers, in either form."""
+    folder = tmp_path_factory.mktemp("adapters")
     return [
-        write(fresh_base("sd"), tmp_path / "a", 0, targets="kohya"),
-        write(fresh_base("sd"), tmp_path / "b", 1, export_diffusers, targets="attention+feedforward"),
+        write(fresh_base("sd"), folder / "a", 0, targets="kohya"),
+        write(fresh_base("sd"), folder / "b", 1, export_diffusers, targets="attention+feedforward"),
     ]
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +21,11 @@ pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState  # noqa: E402
 
 from improved_diffusion.errors import UserError  # noqa: E402
+from improved_diffusion.personalize.commands import sweep as sweep_command  # noqa: E402
 from improved_diffusion.personalize.generate import Sampling, draw  # noqa: E402
 from improved_diffusion.personalize.measuring.choice import on_front  # noqa: E402
 from improved_diffusion.personalize.models.adapters import set_scales  # noqa: E402
+from improved_diffusion.personalize.models.base import load_base  # noqa: E402
 from improved_diffusion.personalize.models.tuned import load_run  # noqa: E402
 from improved_diffusion.personalize.studies import sweep as sweep_module  # noqa: E402
 from improved_diffusion.personalize.studies.sweep_config import TrainGrid  # noqa: E402
@@ -36,31 +39,46 @@ GRID = (
     "--draw.steps=2",
     '--draw.prompts=["a {token} {class}","a {class} in the snow"]',
 )
+ONE_POINT = ("--draw.unet_scales=[1]", "--draw.guidance_scales=[3]", "--draw.seeds=[4]")
+ONE_PICTURE = (*ONE_POINT, '--draw.prompts=["a {token} {class}"]')
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines()))
 
 
-FEW = ("--draw.unet_scales=[1]", "--draw.guidance_scales=[3]")
-ONE_POINT = (*FEW, "--draw.seeds=[4]")
+@pytest.fixture(scope="module")
+def flags_of_all(trained_run, tiny_judges) -> tuple[str, ...]:
+    """What all sweeps are told: the run, the judges and a grid of 16 pictures."""
+    return (f"--runs=[{trained_run}]", f"--clip={tiny_judges['clip']}", f"--vision={tiny_judges['dino']}", *GRID)
 
 
 @pytest.fixture
-def sweep(run_script, trained_run, tiny_judges, tmp_path):
+def sweep(run_script, flags_of_all, tmp_path):
+    """Sweep into `tmp_path / "sweep"`; later flags take the place of earlier ones."""
+
     def run(*flags: str):
-        judges = (f"--clip={tiny_judges['clip']}", f"--vision={tiny_judges['dino']}")
-        where = (f"--runs=[{trained_run}]", f"--out={tmp_path / 'sweep'}")
-        return run_script("personalize.py", "sweep", *where, *judges, *GRID, *flags)
+        return run_script("personalize.py", "sweep", f"--out={tmp_path / 'sweep'}", *flags_of_all, *flags)
 
     return run
 
 
-def test_every_point_is_drawn_scored_and_shown(sweep, trained_run, tmp_path):
-    outcome = sweep()
-    assert outcome.code == 0, outcome.err
-    out = tmp_path / "sweep"
-    rows, summary = rows_of(out / "scores.csv"), rows_of(out / "summary.csv")
+@pytest.fixture(scope="module")
+def whole_grid(flags_of_all, tmp_path_factory) -> Path:
+    """What a sweep of all 16 pictures leaves; to be read only."""
+    out = tmp_path_factory.mktemp("whole") / "sweep"
+    sweep_command.run([f"--out={out}", *flags_of_all])
+    return out
+
+
+@pytest.fixture
+def after_the_whole_grid(whole_grid, tmp_path) -> Path:
+    """Its copy where `sweep` goes on with it."""
+    return shutil.copytree(whole_grid, tmp_path / "sweep")
+
+
+def test_every_point_is_drawn_scored_and_shown(whole_grid):
+    rows, summary = rows_of(whole_grid / "scores.csv"), rows_of(whole_grid / "summary.csv")
     assert len(rows) == 16
     assert {row["prompt"] for row in rows} == {"a sks ball", "a ball in the snow"}
     assert len({(row["unet_scale"], row["guidance_scale"], row["prompt"], row["seed"]) for row in rows}) == 16
@@ -72,7 +90,7 @@ def test_every_point_is_drawn_scored_and_shown(sweep, trained_run, tmp_path):
     front = on_front([(float(row["likeness"]), float(row["clip_t"])) for row in summary])
     assert [row["on_front"] == "True" for row in summary] == front.tolist()
     for picture in ("sheet.png", "pareto.png", "sheets/00.png", "sheets/01.png"):
-        assert Image.open(out / picture).size > (100, 100)
+        assert Image.open(whole_grid / picture).size > (100, 100)
 
 
 def test_axes_that_go_together(sweep, tmp_path):
@@ -117,57 +135,69 @@ def test_settings_of_runs_that_go_together():
         TrainGrid(None, grid, ("seed", "rank"))
 
 
-def test_a_picture_can_be_drawn_again_from_its_row(sweep, trained_run, tmp_path):
-    sweep("--draw.guidance_scales=[7.5]")
-    row = rows_of(tmp_path / "sweep" / "scores.csv")[-1]
+def test_a_picture_can_be_drawn_again_from_its_row(whole_grid, trained_run):
+    row = rows_of(whole_grid / "scores.csv")[-1]
     tuned = load_run(RunDirectory(trained_run), row["checkpoint"])
     set_scales(tuned.base, float(row["unet_scale"]), float(row["text_encoder_scale"]))
     sampling = Sampling(2, float(row["guidance_scale"]))
     (again,) = draw(tuned.base, [row["prompt"]], [int(row["seed"])], sampling)
-    found = np.asarray(Image.open(tmp_path / "sweep" / row["file"]), dtype=np.int16)
+    found = np.asarray(Image.open(whole_grid / row["file"]), dtype=np.int16)
     assert np.abs(found - np.asarray(again, dtype=np.int16)).max() <= 1  # alone, and in a batch of four
 
 
-def test_scale_zero_is_the_base(sweep, trained_run, tmp_path):
-    sweep("--draw.text_encoder_scales=[0]", "--draw.guidance_scales=[3]")
-    pictures = {}
-    for row in rows_of(tmp_path / "sweep" / "scores.csv"):
-        if row["seed"] == "4" and row["prompt"] == "a sks ball":
-            pictures[row["unet_scale"]] = Image.open(tmp_path / "sweep" / row["file"]).tobytes()
-    tuned = load_run(RunDirectory(trained_run))
-    from improved_diffusion.personalize.models.base import load_base
-
-    plain = load_base(tuned.base.name)
-    prompts, seeds = ["a sks ball", "a sks ball", "a ball in the snow", "a ball in the snow"], [4, 5, 4, 5]
-    expected = next(draw(plain, prompts, seeds, Sampling(2, 3.0)))
+def test_scale_zero_is_the_base(sweep, tiny_bases, tmp_path):
+    sweep(*ONE_PICTURE, "--draw.unet_scales=[0,1]", "--draw.text_encoder_scales=[0]")
+    rows = rows_of(tmp_path / "sweep" / "scores.csv")
+    pictures = {row["unet_scale"]: Image.open(tmp_path / "sweep" / row["file"]).tobytes() for row in rows}
+    (expected,) = draw(load_base(str(tiny_bases["sd"])), ["a sks ball"], [4], Sampling(2, 3.0))
     assert pictures["0.0"] == expected.tobytes()
     assert pictures["1.0"] != expected.tobytes()
 
 
-def test_interrupted_it_draws_only_what_is_missing(sweep, tmp_path):
-    assert sweep(*FEW).code == 0
-    pictures = sorted((tmp_path / "sweep" / "pictures").rglob("*.png"))
+def test_interrupted_it_draws_only_what_is_missing(sweep, after_the_whole_grid):
+    pictures = sorted((after_the_whole_grid / "pictures").rglob("*.png"))
     times = {file: file.stat().st_mtime_ns for file in pictures}
     pictures[3].unlink()
-    assert sweep(*FEW).code == 0
+    assert sweep().code == 0
     changed = [file for file in pictures if file.stat().st_mtime_ns != times[file]]
     assert changed == [pictures[3]]
 
 
-def test_changed_settings_do_not_find_old_pictures(sweep, tmp_path):
-    sweep(*ONE_POINT)
-    first = {row["file"] for row in rows_of(tmp_path / "sweep" / "scores.csv")}
-    sweep(*ONE_POINT, "--draw.steps=3")
-    assert not first & {row["file"] for row in rows_of(tmp_path / "sweep" / "scores.csv")}
-    sweep(*ONE_POINT, '--draw.prompts=["a {class} in the snow","a {token} {class}"]')
-    for row in rows_of(tmp_path / "sweep" / "scores.csv"):
-        assert row["file"] not in first  # the prompts have changed places
+def test_changed_settings_do_not_find_old_pictures(sweep, after_the_whole_grid):
+    """Other steps, and prompts that have changed places."""
+    first = {row["file"] for row in rows_of(after_the_whole_grid / "scores.csv")}
+    for changed in ("--draw.steps=3", '--draw.prompts=["a {class} in the snow","a {token} {class}"]'):
+        assert sweep(*ONE_POINT, changed).code == 0
+        assert not first & {row["file"] for row in rows_of(after_the_whole_grid / "scores.csv")}
+
+
+@pytest.fixture
+def study(tiny_bases, tiny_judges, photos, tmp_path) -> Callable[..., tuple[str, ...]]:
+    """Arguments of a sweep that trains runs, one for each point of a grid."""
+
+    def write(grid: dict[str, list], **watch: object) -> tuple[str, ...]:
+        settings = {
+            "base": str(tiny_bases["sd"]),
+            "data": str(photos),
+            "subject": {"token": "sks", "class_name": "ball"},
+            "training": {"steps": 1},
+            "watch": {"clip": None, "vision": None, "steps": 1, "seeds": [0], "class_prompts": [], **watch},
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+        study = {
+            "clip": str(tiny_judges["clip"]),
+            "vision": None,
+            "train": {"config": "run.yaml", "grid": grid},
+            "draw": {"prompts": ["a {token} {class}"], "seeds": [0], "steps": 2},
+        }
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        return f"--config={tmp_path / 'study.yaml'}", f"--out={tmp_path / 'out'}"
+
+    return write
 
 
 @pytest.mark.usefixtures("no_estimate")
-def test_runs_are_trained_for_each_combination(
-    run_script, start_script, tiny_bases, tiny_judges, photos, tmp_path, monkeypatch
-):
+def test_runs_are_trained_for_each_combination(run_script, start_script, study, tmp_path, monkeypatch):
     def run_in_fork(command: list[str]) -> subprocess.CompletedProcess:
         """In place of an interpreter of its own, which would take ten seconds to import what is imported here."""
         assert command[0] == sys.executable
@@ -177,29 +207,31 @@ def test_runs_are_trained_for_each_combination(
 
     monkeypatch.setattr(sweep_module, "subprocess", SimpleNamespace(run=run_in_fork))
     AcceleratorState._reset_state(reset_partial_state=True)
-    settings = {
-        "base": str(tiny_bases["sd"]),
-        "data": str(photos),
-        "subject": {"token": "sks", "class_name": "ball"},
-        "training": {"steps": 1},
-        "watch": {"clip": None, "vision": None, "steps": 2, "seeds": [0]},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    study = {
-        "clip": str(tiny_judges["clip"]),
-        "vision": None,
-        "train": {"config": "run.yaml", "grid": {"subject.token": ["sks", "oue"]}},
-        "draw": {"prompts": ["a {token} {class}"], "seeds": [0], "steps": 2},
-    }
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    flags = (f"--config={tmp_path / 'study.yaml'}", f"--out={tmp_path / 'out'}", "--", "--training.steps=2")
-    outcome = run_script("personalize.py", "sweep", *flags)
+    outcome = run_script(
+        "personalize.py", "sweep", *study({"subject.token": ["sks", "oue"]}), "--", "--training.steps=2"
+    )
     assert outcome.code == 0, outcome.err
     rows = rows_of(tmp_path / "out" / "scores.csv")
     assert [(row["run"], row["prompt"]) for row in rows] == [("token-sks", "a sks ball"), ("token-oue", "a oue ball")]
     for run in (tmp_path / "out" / "runs").iterdir():
         lines = (run / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("grid", "watch", "message"),
+    [
+        ({"training.lr": [1e-4, -1]}, {}, "training.lr"),
+        ({"subject.token": ["sks"]}, {"every": None}, "give --draw.checkpoints [latest]"),
+    ],
+)
+def test_what_cannot_be_trained_or_drawn_is_said_before_the_first_run(
+    run_script, study, tmp_path, grid, watch, message
+):
+    outcome = run_script("personalize.py", "sweep", *study(grid, **watch))
+    assert outcome.is_one_clear_line(), outcome.err
+    assert message in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +276,7 @@ def test_scores_that_a_run_lacks_are_blanks(sweep, copied_run, trained_run, phot
     shutil.copy(photos / "0.png", tmp_path / "one")
     runs = [copied_run(data=str(tmp_path / "one")), trained_run]
     runs = runs if single_first else runs[::-1]
-    outcome = sweep(f"--runs=[{runs[0]},{runs[1]}]", *FEW)
+    outcome = sweep(f"--runs=[{runs[0]},{runs[1]}]", *ONE_PICTURE)
     assert outcome.code == 0, outcome.err
     out = tmp_path / "sweep"
     for table in ("scores.csv", "summary.csv"):
@@ -280,11 +312,11 @@ def test_what_is_wrong_with_the_last_run_is_said_before_the_first_is_drawn(
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_checkpoint_of_two_names_is_drawn_once(sweep, trained_run, tmp_path):
+def test_a_checkpoint_of_two_names_is_drawn_once(sweep, tmp_path):
     """The run has two checkpoints, and chose none as the best."""
-    outcome = sweep('--draw.checkpoints=["latest","step_0000002.pt"]')
+    outcome = sweep(*ONE_PICTURE, '--draw.checkpoints=["latest","step_0000002.pt"]')
     assert outcome.code == 0, outcome.err
-    assert [row["n"] for row in rows_of(tmp_path / "sweep" / "summary.csv")] == ["4"] * 4
+    assert [row["n"] for row in rows_of(tmp_path / "sweep" / "summary.csv")] == ["1"]
 
 
 def test_training_images_that_have_gone(sweep, copied_run, tmp_path, photos):
@@ -293,5 +325,5 @@ def test_training_images_that_have_gone(sweep, copied_run, tmp_path, photos):
     outcome = sweep(f"--runs=[{run}]")
     assert outcome.is_one_clear_line()
     assert f"there is no folder or parquet file of images at {tmp_path / 'gone'}" in outcome.err
-    outcome = sweep(f"--runs=[{run}]", f"--data={photos}", *ONE_POINT)
+    outcome = sweep(f"--runs=[{run}]", f"--data={photos}", *ONE_PICTURE)
     assert outcome.code == 0, outcome.err

@@ -48,7 +48,7 @@ FORMS = {"dora": ("--format=kohya", "--save-precision=bf16"), "full": ("--save-p
 def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
     train, run_script, tiny_bases, tmp_path, kind, method
 ):
-    outcome = train(tiny_bases[kind], "run", "--prior.steps=2", *METHODS[method])
+    outcome = train(tiny_bases[kind], "run", "--prior.steps=2", "--watch.class_prompts=[]", *METHODS[method])
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
     planned = re.search(r"epochs: (.*)", outcome.out).group(1)
@@ -64,7 +64,7 @@ def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
 
 @pytest.mark.usefixtures("no_estimate")
 def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train, run_script, tiny_bases, tmp_path):
-    flags = ("--adapter.targets=kohya+convolutions", "--adapter.rank=4", "--text.clip_skip=2")
+    flags = ("--adapter.targets=kohya+convolutions", "--adapter.rank=4", "--text.clip_skip=2", "--watch.every=null")
     outcome = train(tiny_bases["sd"], "run", *flags, "--text.max_token_length=150", steps=1)
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
@@ -111,8 +111,10 @@ def test_a_library_that_is_missing_is_named(train, tiny_bases, monkeypatch, flag
     assert "is missing: in the checkout, pip install -e '.[few-bits]'" in outcome.err
 
 
+@pytest.mark.usefixtures("no_estimate")
 def test_a_loss_that_is_not_finite_stops_the_run(train, tiny_bases):
-    outcome = train(tiny_bases["sd"], "run", "--training.lr=1e30", "--training.grad_clip=null", steps=9)
+    flags = ("--training.lr=1e30", "--training.grad_clip=null", "--watch.every=null")
+    outcome = train(tiny_bases["sd"], "run", *flags, steps=9)
     assert outcome.code == 2
     assert re.search(r"error: by update \d the loss or its gradient is not finite; .* lower training.lr", outcome.err)
 
@@ -126,7 +128,7 @@ def test_what_was_skipped_is_said(train, tiny_bases, photos, tmp_path):
     (folder / "manual.pdf").write_bytes(b"%PDF-1.4")
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(folder / "sticker.png")
     (folder / "1.txt").write_text("sks " * 80)
-    outcome = train(tiny_bases["sd"], "run", f"--data={folder}")
+    outcome = train(tiny_bases["sd"], "run", f"--data={folder}", "--watch.every=null", steps=1)
     assert outcome.code == 0, outcome.err
     assert "skipped broken.jpg: " in outcome.out
     assert "skipped manual.pdf: not an image" in outcome.out
@@ -251,8 +253,9 @@ def test_a_gpu_too_small_is_said_before_anything_starts(train, tiny_bases, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_estimate")
 def test_a_name_of_several_tokens_is_taken_where_that_is_wanted(train, tiny_bases):
-    flags = ("--subject.token=cinnamoroll", "--subject.class_name=ball")
+    flags = ("--subject.token=cinnamoroll", "--subject.class_name=ball", "--watch.every=null")
     outcome = train(tiny_bases["sd"], "refused", *flags, steps=1)
     assert outcome.is_one_clear_line()
     assert "subject.allow_split_token" in outcome.err

@@ -25,7 +25,7 @@ from improved_diffusion.personalize.config import (  # noqa: E402
 from improved_diffusion.personalize.data.captioned import open_captioned_set  # noqa: E402
 from improved_diffusion.personalize.data.examples import Examples  # noqa: E402
 from improved_diffusion.personalize.generate import Sampling, draw  # noqa: E402
-from improved_diffusion.personalize.models.base import Base, load_base  # noqa: E402
+from improved_diffusion.personalize.models.base import Base  # noqa: E402
 from improved_diffusion.personalize.models.trained import needed_for_updates, prepare  # noqa: E402
 from improved_diffusion.personalize.training import trainer as trainer_module  # noqa: E402
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer  # noqa: E402
@@ -72,12 +72,12 @@ def test_the_loss_is_what_diffusers_computes(base, photos):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_depends_on_what_is_cached(base, photos):
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_nothing_depends_on_what_is_cached(fresh_base, photos, kind):
     images = ImagesConfig(crops=2, flip=True)
     losses = []
     for cache in (True, False):
-        fresh = load_base(base.name)
-        trainer = make_trainer(fresh, photos, images=dataclasses.replace(images, cache=cache), batch_size=2)
+        trainer = make_trainer(fresh_base(kind), photos, images=dataclasses.replace(images, cache=cache), batch_size=2)
         losses.append([trainer.train_step()["loss"].item() for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
