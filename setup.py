@@ -73,7 +73,7 @@ setup(
         "stickers": STICKERS,
         "serving": SERVING,
         "dev": [
-            "pytest>=8",
+            "pytest>=9",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.6",

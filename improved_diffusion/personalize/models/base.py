@@ -28,6 +28,7 @@ from improved_diffusion.settings import require
 
 PREDICTIONS = ("epsilon", "v_prediction")
 TILE = 512  # pixels, in place of what a config says: 1024 of SDXL, where nothing would be gained
+ALIGNMENT = 64  # bytes, as PyTorch allocates
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -192,6 +193,7 @@ def load_base(name: str, variant: str | None = None) -> Base:
         for tokenizer in base.tokenizers:
             require_vocabulary(tokenizer)
     _name_the_end_token(base)
+    _align(base)
     pipeline.set_progress_bar_config(disable=True)
     return base
 
@@ -205,6 +207,15 @@ def _name_the_end_token(base: Base) -> None:
         for module in encoder.modules():
             if hasattr(module, "eos_token_id"):
                 module.eos_token_id = tokenizer.eos_token_id
+
+
+def _align(base: Base) -> None:
+    """Copy weights that lie wherever a file has them, in place, to where PyTorch puts its own: on a CPU products of
+    matrices have other last digits at odd addresses."""
+    for network in base.networks.values():
+        for parameter in network.parameters():
+            if parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:
