@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import os
-import signal
+import multiprocessing
 import time
 
 import pytest
@@ -77,22 +76,25 @@ def test_is_run_directory(run, tmp_path):
     assert is_run_directory(run.path)
 
 
+def hold(run: RunDirectory) -> None:
+    with run.held():
+        (run.path / "held").touch()
+        time.sleep(60)
+
+
 class TestHolding:
     """One process trains in a directory; the system lets go of it when that process ends, however it ends."""
 
     def test_a_second_process_is_refused_until_the_first_is_killed(self, run):
-        pid = os.fork()
-        if pid == 0:
-            with run.held():
-                (run.path / "held").touch()
-                time.sleep(60)
-            os._exit(0)
+        process = multiprocessing.get_context("fork").Process(target=hold, args=(run,))
+        process.start()
         while not (run.path / "held").is_file():
+            assert process.is_alive()
             time.sleep(0.01)
         with pytest.raises(UserError, match=f"another process trains in {run.path}"), run.held():
             pass
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        process.kill()
+        process.join(60)
         with run.held():
             pass
 

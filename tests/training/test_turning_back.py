@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -34,24 +35,29 @@ def run(tmp_path) -> RunDirectory:
     return run
 
 
+def turn_back(number: int, run: RunDirectory) -> None:
+    """To step 10; the process ends before its `number`-th change of a file."""
+    changes = iter(range(number))
+
+    def dying(method):
+        def change(*arguments, **settings):
+            if next(changes, None) is None:
+                os._exit(KILLED)
+            return method(*arguments, **settings)
+
+        return change
+
+    Path.replace, Path.unlink = dying(Path.replace), dying(Path.unlink)
+    RunLog(run, 10)
+
+
 def kill_before_change(number: int, run: RunDirectory) -> bool:
-    """Turn the run back to step 10 in a process that dies before its `number`-th change of a file; whether it died."""
-    pid = os.fork()
-    if pid == 0:
-        changes = iter(range(number))
-
-        def dying(method):
-            def change(*arguments, **settings):
-                if next(changes, None) is None:
-                    os._exit(KILLED)
-                return method(*arguments, **settings)
-
-            return change
-
-        Path.replace, Path.unlink = dying(Path.replace), dying(Path.unlink)
-        RunLog(run, 10)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == KILLED
+    """Turn the run back in a process that dies before its `number`-th change of a file; whether it died."""
+    process = multiprocessing.get_context("fork").Process(target=turn_back, args=(number, run))
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, KILLED)
+    return process.exitcode == KILLED
 
 
 def stands_at(run: RunDirectory) -> tuple[Path, Path | None, list[int], list[int]]:
