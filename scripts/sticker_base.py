@@ -1,8 +1,10 @@
-"""The embedded base, a small Stable Diffusion that draws stickers: its data, its network, and its measures.
+"""The embedded base, a small Stable Diffusion that draws stickers: its data, its network, and what to measure of it.
 
-    python scripts/sticker_base.py prepare data/noto-128.zip data/fluent-128.zip --taesd DIR --out data/sticker-base
+    python scripts/sticker_base.py prepare data/noto.zip data/fluent.zip --taesd DIR --out data/sticker-base
     python personalize.py train --config configs/sticker_base.yaml --out runs/sticker-base
     python scripts/sticker_base.py export --run runs/sticker-base --out pretrained/stickers-128
+    python scripts/sticker_base.py draw data/noto.zip data/fluent.zip --base pretrained/stickers-128 --out results/base
+    python scripts/sticker_base.py style data/twemoji.zip --n 20 --out data/twemoji-20
 
 The icons are rendered by `python -m improved_diffusion.data icons`. TAESD's weights are those of `madebyollin/taesd`.
 """
@@ -12,15 +14,17 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tiny_pipeline import PAD, SCHEDULE, clip_vocabulary, make_tokenizer, make_vae  # beside this file
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
+from improved_diffusion.personalize.commands.options import add_model_options, open_model
 
 SIDE = 128  # pixels
+SPLITS = ("train", "held-out")
 HELD_OUT = 10  # one in so many names
 COMMON_MERGES = 4000  # of CLIP's tokens those that are most frequent anywhere, beside those of the icons' names
 RARE = ("sks", "hta", "oue")  # tokens that stand for a new subject
@@ -50,23 +54,33 @@ def icons(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         raise UserError(f"{path} is no zip of `python -m improved_diffusion.data icons`: {error}") from error
 
 
-def write_images(sets: list[Path], out: Path) -> list[str]:
-    """Write the icons of `sets` into `out`/train and `out`/held-out, as personalize.py reads them. Returns texts."""
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "held-out": []}
-    for path in sets:
-        for row, picture in icons(path):
-            split = "held-out" if is_held_out(row["base"]) else "train"
-            name = f"{row['style']}/{row['file_name']}"
-            file = out / split / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(picture)
-            rows[split].append({"file_name": name, "text": wordings(row)})
-    for split, lines in rows.items():
-        if not lines:
-            raise UserError(f"none of the icons is for {split}: give more of them")
-        (out / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{split}: {len(lines):,} icons")
-    return [text for lines in rows.values() for line in lines for text in line["text"]]
+def split_of(row: dict[str, Any]) -> str:
+    return "held-out" if is_held_out(row["base"]) else "train"
+
+
+def write_images(rows: Iterable[tuple[dict[str, Any], bytes]], out: Path) -> list[str]:
+    """Write icons into the folder `out`, as personalize.py reads them, and return all their texts."""
+    lines = []
+    for row, picture in rows:
+        name = f"{row['style']}/{row['file_name']}"
+        file = out / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture)
+        lines.append({"file_name": name, "text": wordings(row)})
+    if not lines:
+        raise UserError(f"none of the icons is for {out}: give more of them")
+    (out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{out}: {len(lines):,} icons")
+    return [text for line in lines for text in line["text"]]
+
+
+def write_splits(sets: list[Path], out: Path) -> list[str]:
+    """Write the icons of `sets` into `out`/train and `out`/held-out; returns their texts."""
+    found = [icon for path in sets for icon in icons(path)]
+    texts = []
+    for split in SPLITS:
+        texts += write_images((icon for icon in found if split_of(icon[0]) == split), out / split)
+    return texts
 
 
 def reduced_vocabulary(texts: list[str]) -> tuple[dict[str, int], list[str]]:
@@ -133,10 +147,14 @@ def make_base(texts: list[str], taesd: Path, seed: int = 0):
     return StableDiffusionPipeline(**parts, **unchecked)
 
 
+def require_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another --out, or remove it")
+
+
 def prepare(options) -> None:
-    if options.out.exists():
-        raise UserError(f"{options.out} exists already: choose another --out, or remove it")
-    pipeline = make_base(write_images(options.icons, options.out), options.taesd)
+    require_new(options.out)
+    pipeline = make_base(write_splits(options.icons, options.out), options.taesd)
     pipeline.save_pretrained(options.out / "base")
     for name in ("unet", "text_encoder"):
         count = sum(parameter.numel() for parameter in getattr(pipeline, name).parameters())
@@ -157,6 +175,38 @@ def export(options) -> None:
     print(f"update {tuned.step:,} of {options.run} in {options.out}")
 
 
+def draw(options) -> None:
+    """Draw a picture for each name that was held out, beside the icons themselves: folders by category."""
+    from improved_diffusion.personalize.generate import Sampling
+    from improved_diffusion.personalize.pictures import draw_missing
+
+    require_new(options.out / "real")
+    base, config = open_model(options.parser, options)
+    files, texts = [], []
+    for path in options.icons:
+        for row, picture in icons(path):
+            name = Path(row["file_name"]).parent / f"{row['style']}-{Path(row['file_name']).name}"
+            real = options.out / "real" / split_of(row) / name
+            real.parent.mkdir(parents=True, exist_ok=True)
+            real.write_bytes(picture)
+            if is_held_out(row["base"]):
+                files.append(options.out / "drawn" / name)
+                files[-1].parent.mkdir(parents=True, exist_ok=True)
+                texts.append(row["text"])
+    sampling = Sampling(options.steps, options.guidance_scale, height=SIDE, width=SIDE)
+    draw_missing(base, files, config.prompts(texts), range(len(files)), sampling, description="drawing")
+    print(
+        f"{len(files):,} pictures in {options.out / 'drawn'}, icons of these names in {options.out / 'real/held-out'}"
+    )
+
+
+def style(options) -> None:
+    """Write some icons of a set, spread over it, of names that were not held out: a style to learn."""
+    require_new(options.out)
+    found = [icon for icon in icons(options.icons) if split_of(icon[0]) == "train"]
+    write_images(found[:: max(1, len(found) // options.n)][: options.n], options.out)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -169,6 +219,18 @@ def main() -> None:
     command.set_defaults(run_command=export)
     command.add_argument("--run", type=Path, required=True, help="run of personalize.py")
     command.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
+    command = commands.add_parser("draw", help="pictures to measure, of the names that were held out")
+    command.set_defaults(run_command=draw, parser=command)
+    command.add_argument("icons", type=Path, nargs="+", help="zips of `python -m improved_diffusion.data icons`")
+    command.add_argument("--out", type=Path, required=True, help="folder of the folders drawn/ and real/")
+    command.add_argument("--steps", type=int, default=25, help="sampling steps (default: %(default)s)")
+    command.add_argument("--guidance-scale", type=float, default=4.0, help="(default: %(default)s)")
+    add_model_options(command)
+    command = commands.add_parser("style", help="a few icons of a set, to fine-tune on")
+    command.set_defaults(run_command=style)
+    command.add_argument("icons", type=Path, help="zip of `python -m improved_diffusion.data icons`")
+    command.add_argument("--n", type=int, default=20, help="icons (default: %(default)s)")
+    command.add_argument("--out", type=Path, required=True, help="a new folder")
     options = parser.parse_args()
     options.run_command(options)
 
