@@ -10,18 +10,22 @@ from improved_diffusion.data.photo import PhotoLimits
 from improved_diffusion.errors import UserError
 from improved_diffusion.settings import load_settings, require
 
+PRETRAINED = "pretrained"  # names what ships with the project
+SHIPPED_BASE = Path(__file__).parents[2] / "pretrained" / "stickers-128"
+
 
 @dataclass(frozen=True)
 class ModelsConfig:
     """What is drawn with, and where."""
 
-    pixel: str | None = "pretrained"
+    pixel: str | None = PRETRAINED
     """The pixel model, as sample.py --run takes it; null for none."""
-    base: str | None = None
-    """Base of text-to-image and image-to-image: a folder or a name on the hub; null for none."""
+    base: str | None = PRETRAINED
+    """Base of text-to-image and image-to-image: the small one that ships, if it is there; or a folder, or a name on the
+    hub; null for none."""
     styles: dict[str, str] = field(default_factory=dict)
     """LoRA runs of personalize.py on that base, by the name under which they are offered."""
-    matting: str | None = "pretrained"
+    matting: str | None = PRETRAINED
     """What cuts stickers out: the cut-out that ships, if it is there; or a folder that stickers.py segment train wrote,
     or birefnet; null for no stickers."""
     captioner: str | None = None
@@ -39,9 +43,16 @@ class ModelsConfig:
         require(self.batch_size >= 1, f"models.batch_size must be at least 1, not {self.batch_size}")
         require(self.adapter_bytes >= 0, f"models.adapter_bytes must not be negative, not {self.adapter_bytes}")
         require(self.matting != "alpha", "models.matting: what users send is kept without transparency, so not alpha")
-        require(not self.styles or self.base is not None, "models.styles are runs on a base: name it, models.base")
+        require(not self.styles or self.text_base is not None, "models.styles are runs on a base: name it, models.base")
         for name in self.styles:
             require(name.isidentifier(), f"a style's name is letters, digits and _, not {name!r}")
+
+    @property
+    def text_base(self) -> str | None:
+        """`base` as a folder or a name on the hub: a copy of the project may lack the one that ships."""
+        if self.base != PRETRAINED:
+            return self.base
+        return str(SHIPPED_BASE) if SHIPPED_BASE.exists() else None
 
 
 @dataclass(frozen=True)

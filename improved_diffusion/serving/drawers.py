@@ -11,10 +11,10 @@ from PIL import Image
 from improved_diffusion.config import SamplingConfig
 from improved_diffusion.errors import UserError
 from improved_diffusion.sampling.generate import SampleKey
-from improved_diffusion.sampling.loading import PRETRAINED, load
+from improved_diffusion.sampling.loading import load
 from improved_diffusion.sampling.model import Model, change_sampling
 from improved_diffusion.sampling.strip import reverse_process
-from improved_diffusion.serving.config import ModelsConfig, ServingConfig
+from improved_diffusion.serving.config import PRETRAINED, ModelsConfig, ServingConfig
 from improved_diffusion.serving.device import Drawer, Learner, OnProgress, release_memory
 from improved_diffusion.serving.requests import ClassRequest, ProcessRequest
 from improved_diffusion.stickers.matte import SHIPPED
@@ -37,7 +37,7 @@ def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer | Learner], di
         drawers["class"] = PixelDrawer(model, models.batch_size)
         drawers["process"] = ProcessDrawer(model, models.batch_size)
         offer |= {"classes": list(model.row_names), "can_be_guided": model.config.model.class_dropout > 0}
-    if models.base is not None:
+    if models.text_base is not None:
         from improved_diffusion.serving.text_drawer import open_text_drawer  # diffusers takes seconds
 
         drawers["text"] = drawers["image"] = open_text_drawer(config)

@@ -138,7 +138,7 @@ def open_text_drawer(config: ServingConfig) -> TextDrawer:
     """
     models = config.models
     device = usable_device(models.device)
-    base = load_base(models.base).to(device, drawing_precision(device))
+    base = load_base(models.text_base).to(device, drawing_precision(device))
     runs = {name: RunDirectory(Path(path)) for name, path in models.styles.items()}
     own = functools.partial(run_of, config.results)
     return TextDrawer(base, AdapterCache(base, runs, models.adapter_bytes, own), config)

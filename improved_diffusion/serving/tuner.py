@@ -92,7 +92,7 @@ class Tuner:
             return self._kept[1]
         self.release()
         self._copy_pictures(job.request, pictures)
-        config = tune_config(job.request, self.config.models.base, pictures)
+        config = tune_config(job.request, self.config.models.text_base, pictures)
         config, _ = start.with_precision(config, self.device)
         state = state_to_resume(run, str(run.path), start.TRAINING_STATE) if holds_run(run.path) else None
         accelerator = start.start_accelerator(config, cpu=self.device.type == "cpu")

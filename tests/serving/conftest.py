@@ -43,7 +43,7 @@ def make_server(tmp_path) -> Callable[..., ServingConfig]:
     """Makes the home of a server whose pixel model is at `pixel`, with limits of one's own."""
 
     def make(pixel: Path | str | None = "pretrained", models: dict | None = None, **limits: object) -> ServingConfig:
-        settings = {"device": "cpu", "pixel": None if pixel is None else str(pixel), "matting": None}
+        settings = {"device": "cpu", "pixel": None if pixel is None else str(pixel), "base": None, "matting": None}
         chosen = ModelsConfig(**settings | (models or {}))
         ports = {"port": 0, "page_port": free_port()}
         config = ServingConfig(home=str(tmp_path / "home"), **ports, models=chosen, limits=LimitsConfig(**limits))

@@ -70,7 +70,7 @@ def served(browser, tmp_path_factory, tiny_run) -> Iterator[Served]:
         home=str(tmp_path_factory.mktemp("page") / "home"),
         page_port=port,
         survey="http://127.0.0.1:1/",
-        models=ModelsConfig(pixel=str(tiny_run), matting=None, device="cpu"),
+        models=ModelsConfig(pixel=str(tiny_run), base=None, matting=None, device="cpu"),
         limits=LimitsConfig(steps=20, upload_bytes=3_000_000),
     )
     make_home(config)

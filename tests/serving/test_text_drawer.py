@@ -16,6 +16,7 @@ from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.trained import prepare
 from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.serving.config import ModelsConfig
 from improved_diffusion.serving.drawers import open_drawers
 from improved_diffusion.serving.requests import ImageRequest, TextRequest
 from improved_diffusion.serving.text_drawer import AdapterCache
@@ -136,3 +137,13 @@ def test_progress_is_told_at_every_step(fresh_base):
     assert len(list(draw(fresh_base(), ["a dog"] * 2, [0, 1], Sampling(2, 3.0), on_step=told.append))) == 2
     assert told == sorted(told)
     assert (len(told) >= 4, told[-1]) == (True, 1.0)
+
+
+def test_the_base_that_ships_is_the_default_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr("improved_diffusion.serving.config.SHIPPED_BASE", tmp_path / "base")
+    assert ModelsConfig().text_base is None
+    with pytest.raises(UserError, match="name it, models.base"):
+        ModelsConfig(styles={"dog": "runs/dog"})
+    (tmp_path / "base").mkdir()
+    assert ModelsConfig().text_base == str(tmp_path / "base")
+    assert (ModelsConfig(base="a/b").text_base, ModelsConfig(base=None).text_base) == ("a/b", None)
