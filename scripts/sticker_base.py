@@ -58,6 +58,10 @@ def split_of(row: dict[str, Any]) -> str:
     return "held-out" if is_held_out(row["base"]) else "train"
 
 
+def category_of(row: dict[str, Any]) -> str:
+    return Path(row["file_name"]).parts[0]
+
+
 def write_images(rows: Iterable[tuple[dict[str, Any], bytes]], out: Path) -> list[str]:
     """Write icons into the folder `out`, as personalize.py reads them, and return all their texts."""
     lines = []
@@ -182,17 +186,20 @@ def draw(options) -> None:
 
     require_new(options.out / "real")
     base, config = open_model(options.parser, options)
+    found = [icon for path in options.icons for icon in icons(path)]
+    measured = {category_of(row) for row, _ in found if is_held_out(row["base"])}  # of others there is nothing to draw
     files, texts = [], []
-    for path in options.icons:
-        for row, picture in icons(path):
-            name = Path(row["file_name"]).parent / f"{row['style']}-{Path(row['file_name']).name}"
-            real = options.out / "real" / split_of(row) / name
-            real.parent.mkdir(parents=True, exist_ok=True)
-            real.write_bytes(picture)
-            if is_held_out(row["base"]):
-                files.append(options.out / "drawn" / name)
-                files[-1].parent.mkdir(parents=True, exist_ok=True)
-                texts.append(row["text"])
+    for row, picture in found:
+        if category_of(row) not in measured:
+            continue
+        name = f"{category_of(row)}/{row['style']}-{Path(row['file_name']).name}"
+        real = options.out / "real" / split_of(row) / name
+        real.parent.mkdir(parents=True, exist_ok=True)
+        real.write_bytes(picture)
+        if is_held_out(row["base"]):
+            files.append(options.out / "drawn" / name)
+            files[-1].parent.mkdir(parents=True, exist_ok=True)
+            texts.append(row["text"])
     sampling = Sampling(options.steps, options.guidance_scale, height=SIDE, width=SIDE)
     draw_missing(base, files, config.prompts(texts), range(len(files)), sampling, description="drawing")
     print(
