@@ -27,7 +27,7 @@ from gpu_parts.cases import Case, Row
 from gpu_parts.checks import correctness_cases
 from gpu_parts.speed import MODES, measuring_cases, noise_cases, sampling_cases, small, training_cases, whole
 
-from improved_diffusion.config import load_config
+from improved_diffusion.config_file import load_config
 from improved_diffusion.results import markdown_table
 from improved_diffusion.runtime.devices import choose_precision, start_processes
 

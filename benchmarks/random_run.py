@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from improved_diffusion.config import Config, load_config
+from improved_diffusion.config import Config
+from improved_diffusion.config_file import load_config
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.settings import settings_of, to_plain

@@ -21,7 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
-from improved_diffusion.config import load_config
+from improved_diffusion.config_file import load_config
 from improved_diffusion.data.packing import allocate
 from improved_diffusion.errors import user_errors_exit
 from improved_diffusion.models.build import build_network

@@ -18,7 +18,8 @@ from typing import Any, overload
 import yaml
 
 from improved_diffusion.checkpoint_file import write_checkpoint
-from improved_diffusion.config import Config, load_config
+from improved_diffusion.config import Config
+from improved_diffusion.config_file import load_config
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import exclusive, write_text
 from improved_diffusion.settings import Settings, load_settings, to_plain

@@ -8,7 +8,8 @@ from typing import Any
 
 import jsonargparse
 
-from improved_diffusion.config import Config, run_type
+from improved_diffusion.config import Config
+from improved_diffusion.config_file import run_type
 from improved_diffusion.settings import parse_arguments, read_settings, require, settings_parser
 
 

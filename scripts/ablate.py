@@ -27,7 +27,8 @@ from typing import Any
 
 import yaml
 
-from improved_diffusion.config import RUNS, SAMPLER_OPTIONS, Config, load_config
+from improved_diffusion.config import SAMPLER_OPTIONS, Config
+from improved_diffusion.config_file import RUNS, load_config
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import write_text
 from improved_diffusion.run_flags import run_type_of_flags

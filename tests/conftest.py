@@ -26,7 +26,8 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from improved_diffusion.config import Config, ModelConfig, load_config
+from improved_diffusion.config import Config, ModelConfig
+from improved_diffusion.config_file import load_config
 from improved_diffusion.data import open_image_set
 from improved_diffusion.models.backbone import Backbone
 from improved_diffusion.models.build import build_network

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from improved_diffusion.config import Config, DiffusionConfig, load_config
+from improved_diffusion.config import Config, DiffusionConfig
+from improved_diffusion.config_file import load_config
 from improved_diffusion.errors import UserError
 from improved_diffusion.settings import parse_arguments, settings_parser, to_settings
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from improved_diffusion.checkpoint_file import read_checkpoint, write_checkpoint
-from improved_diffusion.config import Config, load_config
+from improved_diffusion.config import Config
+from improved_diffusion.config_file import load_config
 from improved_diffusion.errors import UserError
 from improved_diffusion.run_directory import RunDirectory, is_run_directory
 from improved_diffusion.training.start import held_by_first, new_run

@@ -14,7 +14,8 @@ from filelock import FileLock
 from jsonargparse import ArgumentParser, Namespace
 
 from improved_diffusion.checkpoint_file import read_checkpoint
-from improved_diffusion.config import Config, ModelConfig, TrainingConfig, run_type
+from improved_diffusion.config import Config, ModelConfig, TrainingConfig
+from improved_diffusion.config_file import run_type
 from improved_diffusion.data.image_set import ImageSet, is_image_set
 from improved_diffusion.data.packing import pack_synthetic
 from improved_diffusion.data.shards import ShardedSet

@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 
 import improved_diffusion
-from improved_diffusion.config import Config, load_config
+from improved_diffusion.config import Config
+from improved_diffusion.config_file import load_config
 from improved_diffusion.data import open_image_set
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import read_jsonl
