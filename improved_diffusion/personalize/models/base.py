@@ -101,9 +101,12 @@ class Base:
 
     def to(self, device: torch.device | str, dtype: str = "float32", vae_dtype: str = "float32") -> Base:
         """Move the parts, in place. The autoencoder of SDXL overflows in fp16: keep it in float32."""
-        for part in (self.unet, *self.text_encoders.values()):
-            part.to(device, DTYPES[dtype])
-        self.pipeline.vae.to(device, DTYPES[vae_dtype])
+        dtypes = {part: DTYPES[dtype] for part in (self.unet, *self.text_encoders.values())}
+        for part, wanted in {**dtypes, self.pipeline.vae: DTYPES[vae_dtype]}.items():
+            part.to(device)
+            # diffusers warns of any cast, also of one to what a part is.
+            if any(parameter.dtype != wanted for parameter in part.parameters()):
+                part.to(wanted)
         return self
 
     def place(self, device: torch.device | str, *names: str) -> Base:
