@@ -26,8 +26,9 @@ PERSONALIZE = [
 FEW_BITS = ["bitsandbytes>=0.50", "torchao>=0.16"]
 # Cut-outs: edges without the background's colour; icons as training data; quality of pictures.
 STICKERS = [*PERSONALIZE, "pymatting>=1.1.13", "resvg-py>=0.2"]
-# A durable queue, its status, a Telegram bot, a page.
+# A durable queue, its status, a Telegram bot, a page, and what they make: pictures of texts, and stickers.
 SERVING = [
+    *STICKERS,
     "dbos>=3.4,<4",
     "sqlalchemy>=2.0.43",
     "prometheus_client>=0.21",
@@ -87,7 +88,6 @@ setup(
             *FEW_BITS,
             *STREAMING,
             *SIMILARITY,
-            *STICKERS,
             *SERVING,
         ],
     },

@@ -103,7 +103,7 @@ def talk(config: ServingConfig, server: str) -> None:
 
 def server(home: Path, users: int, jobs: int, pixel: str = "pretrained", database: str | None = None) -> ServingConfig:
     """The settings of one that takes all these jobs."""
-    models = ModelsConfig(pixel=pixel, device="cpu", batch_size=8)
+    models = ModelsConfig(pixel=pixel, base=None, device="cpu", batch_size=8)
     limits = LimitsConfig(queued=users * jobs, queued_per_user=jobs)
     return ServingConfig(home=str(home), database=database, models=models, limits=limits)
 
