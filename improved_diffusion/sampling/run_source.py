@@ -20,7 +20,7 @@ from improved_diffusion.sampling.model import Model
 
 # The source files, and folders of them, that decide what image a checkpoint, settings and a key give.
 GENERATING_CODE = (
-    *("config.py", "diffusion", "models", "runtime"),
+    *("config.py", "config_file.py", "diffusion", "models", "runtime"),
     *(f"sampling/{name}.py" for name in ("generate", "loading", "model", "model_file", "posthoc")),
 )
 

@@ -257,7 +257,7 @@ def test_mistakes_are_one_line(run_script, tmp_path):
         ["init", "--home", tmp_path, "--limits.queued", "many"],
         ["init", "--home", tmp_path, "--limits.queued", "0"],
         ["init", "--home", tmp_path, "--database", "mysql://x"],
-        ["init", "--home", tmp_path, "--models.styles", "{dog: runs/dog}"],
+        ["init", "--home", tmp_path, "--models.base=null", "--models.styles", "{dog: runs/dog}"],
         ["dance"],
     ):
         assert run_script("serve.py", *arguments).is_one_clear_line(), arguments
