@@ -67,6 +67,14 @@ def test_all_stages_and_once_more_after_a_kill(command, run_script, photograph, 
     assert (stickers[0].is_file(), stickers[1].read_bytes()) == (True, whole)
 
 
+def test_a_prompt_that_needs_no_caption_asks_for_none(command, run_script, tmp_path):
+    outcome = run_script("stickers.py", *command, "--prompt=a red heart", "--blip=nowhere")
+    assert outcome.code == 0, outcome.err
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["cut", "restyled", "sheet.png", "stickers"]
+    assert json.loads((out / "restyled/manifest.json").read_text())["prompt"] == "a red heart"
+
+
 def test_results_of_other_settings_or_pictures_are_not_mixed(
     cutout, keep_colours, run_script, photograph, tmp_path, monkeypatch
 ):

@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> None:
     from improved_diffusion.stickers.cut import cut_photos
     from improved_diffusion.stickers.finish import finish_photos, require_outline
     from improved_diffusion.stickers.matte import identity, load_matter
-    from improved_diffusion.stickers.prompt import read_captions
+    from improved_diffusion.stickers.prompt import CAPTION, read_captions
     from improved_diffusion.stickers.restyle import restyle_photos
     from improved_diffusion.stickers.sheet import Stages, stages_sheet
 
@@ -46,9 +46,11 @@ def run(arguments: list[str]) -> None:
     device = usable_device(options.device)
     matter = load_matter(options.matting, device)
     out = options.out
-    captioned = caption_photos(photos, out / "captions", options.blip, options.prefix, device)
-    usable = [photo for photo in photos if photo.name in captioned.made]
-    captions = read_captions(usable, out / "captions")
+    usable, captions, refused = photos, {}, []
+    if options.prompt is None or CAPTION in options.prompt:
+        captioned = caption_photos(photos, out / "captions", options.blip, options.prefix, device)
+        usable = [photo for photo in photos if photo.name in captioned.made]
+        captions, refused = read_captions(usable, out / "captions"), captioned.refused
     style, model = open_style(parser, options)
     restyled = restyle_photos(usable, out / "restyled", style, captions, model)
     cut = cut_photos(restyled.photos(), out / "cut", matter, identity(options.matting))
@@ -58,7 +60,8 @@ def run(arguments: list[str]) -> None:
         for photo in usable:
             if photo.name in finished.made:
                 files = [stage.made[photo.name] for stage in (restyled, cut, finished)]
-                rows.append(Stages(photo.name, captions[photo.name], photo.load(), *map(Image.open, files)))
+                caption = captions.get(photo.name, options.prompt)
+                rows.append(Stages(photo.name, caption, photo.load(), *map(Image.open, files)))
         save_png(stages_sheet(rows), out / "sheet.png")
         print(f"{len(rows)} stickers in {out / 'stickers'}, all stages on {out / 'sheet.png'}")
-    require_all([*captioned.refused, *restyled.refused, *cut.refused, *finished.refused])
+    require_all([*refused, *restyled.refused, *cut.refused, *finished.refused])
