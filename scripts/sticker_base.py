@@ -22,6 +22,7 @@ from tiny_pipeline import PAD, SCHEDULE, clip_vocabulary, make_tokenizer, make_v
 
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.personalize.commands.options import add_model_options, open_model
+from improved_diffusion.settings import require
 
 SIDE = 128  # pixels
 SPLITS = ("train", "held-out")
@@ -209,6 +210,7 @@ def draw(options) -> None:
 
 def style(options) -> None:
     """Write some icons of a set, spread over it, of names that were not held out: a style to learn."""
+    require(options.n >= 1, f"--n must be at least 1, not {options.n}")
     require_new(options.out)
     found = [icon for icon in icons(options.icons) if split_of(icon[0]) == "train"]
     write_images(found[:: max(1, len(found) // options.n)][: options.n], options.out)

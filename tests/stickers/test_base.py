@@ -81,6 +81,8 @@ def test_a_style_is_a_few_icons_spread_over_a_set(run, icons, tmp_path):
     captions = [image.caption for image in open_captioned_set(tmp_path / "style").images]
     assert len(captions) == 2
     assert captions[0] == "noto sticker of birthday cake"
+    with pytest.raises(UserError, match="--n must be at least 1, not 0"):
+        run("style", icons, "--n=0", "--out", tmp_path / "none")
 
 
 @pytest.mark.usefixtures("scripts")
