@@ -11,6 +11,8 @@ from typing import Literal
 
 from improved_diffusion.settings import require
 
+PRETRAINED = "pretrained"  # names what ships with the project, in place of a run or a folder
+
 
 @dataclass(frozen=True)
 class ModelConfig:

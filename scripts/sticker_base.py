@@ -3,7 +3,7 @@
     python scripts/sticker_base.py prepare data/noto.zip data/fluent.zip --taesd DIR --out data/sticker-base
     python personalize.py train --config configs/sticker_base.yaml --out runs/sticker-base
     python scripts/sticker_base.py export --run runs/sticker-base --out pretrained/stickers-128
-    python scripts/sticker_base.py draw data/noto.zip data/fluent.zip --base pretrained/stickers-128 --out results/base
+    python scripts/sticker_base.py draw data/noto.zip data/fluent.zip --base pretrained/stickers-128 --out runs/base
     python scripts/sticker_base.py style data/twemoji.zip --n 20 --out data/twemoji-20
 
 The icons are rendered by `python -m improved_diffusion.data icons`. TAESD's weights are those of `madebyollin/taesd`.

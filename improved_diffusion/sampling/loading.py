@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.checkpoint_file import read_checkpoint
-from improved_diffusion.config import Config
+from improved_diffusion.config import PRETRAINED, Config
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import build_network, set_weights
 from improved_diffusion.run_directory import RunDirectory, is_run_directory
@@ -21,7 +21,6 @@ from improved_diffusion.sampling.posthoc import averaged_weights
 from improved_diffusion.sampling.series import selection
 from improved_diffusion.settings import read_settings
 
-PRETRAINED = "pretrained"  # names the model that ships with the project, a run directory
 SHIPPED_RUN = Path(__file__).parents[2] / "pretrained" / "synthetic-64"
 
 

@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from improved_diffusion.config import PRETRAINED
 from improved_diffusion.data.photo import PhotoLimits
 from improved_diffusion.errors import UserError
 from improved_diffusion.settings import load_settings, require
 
-PRETRAINED = "pretrained"  # names what ships with the project
 SHIPPED_BASE = Path(__file__).parents[2] / "pretrained" / "stickers-128"
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from improved_diffusion.config import SamplingConfig
+from improved_diffusion.config import PRETRAINED, SamplingConfig
 from improved_diffusion.errors import UserError
 from improved_diffusion.sampling.generate import SampleKey
 from improved_diffusion.sampling.loading import load
 from improved_diffusion.sampling.model import Model, change_sampling
 from improved_diffusion.sampling.strip import reverse_process
-from improved_diffusion.serving.config import PRETRAINED, ModelsConfig, ServingConfig
+from improved_diffusion.serving.config import ModelsConfig, ServingConfig
 from improved_diffusion.serving.device import Drawer, Learner, OnProgress, release_memory
 from improved_diffusion.serving.requests import ClassRequest, ProcessRequest
 from improved_diffusion.stickers.matte import SHIPPED

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from improved_diffusion.config import PRETRAINED
 from improved_diffusion.runtime.devices import usable_device
-from improved_diffusion.serving.config import PRETRAINED, ServingConfig
+from improved_diffusion.serving.config import ServingConfig
 from improved_diffusion.serving.device import OnProgress, release_memory
 from improved_diffusion.serving.records import Encoded
 from improved_diffusion.serving.requests import StickerRequest
