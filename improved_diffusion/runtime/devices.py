@@ -204,8 +204,8 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype:
 def with_autocast(network: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """`network` run under autocast to `dtype`; what is outside of it, the loss above all, stays float32."""
 
-    def run(x_t: Tensor, t: Tensor, y: Tensor | None, **conditions: Tensor) -> Tensor:
+    def run(*inputs: Tensor | None, **conditions: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            return network(x_t, t, y, **conditions)
+            return network(*inputs, **conditions)
 
     return run

@@ -27,6 +27,8 @@ class ModelConfig:
     """SegFormer: heads of the attention of each level."""
     decoder_width: int = 128
     """SegFormer: channels in which its levels are joined. 256 in the paper, at half the speed."""
+    patch_size: Literal[1, 2, 4] = 1
+    """UNet: pixels a side of the patches that it sees as one pixel each; with 2 and levels twice as wide, twice as fast."""
 
     def __post_init__(self) -> None:
         widths, depths = self.level_widths, self.level_depths
@@ -36,6 +38,7 @@ class ModelConfig:
         require(
             self.checkpoint is None or self.kind == "segformer", "model.checkpoint is for model.kind segformer alone"
         )
+        require(self.patch_size == 1 or self.kind == "unet", "model.patch_size is for model.kind unet alone")
         levels = 4 if self.kind == "segformer" else len(widths)
         require(
             len(widths) == len(depths) == levels and (self.kind == "unet" or len(self.heads) == levels),
@@ -55,7 +58,7 @@ class ModelConfig:
     @property
     def divisor(self) -> int:
         """What height and width of the network's input must be divisible by."""
-        return 32 if self.kind == "segformer" else 2 ** (len(self.level_widths) - 1)
+        return 32 if self.kind == "segformer" else self.patch_size << (len(self.level_widths) - 1)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class TrainingConfig:
     """Largest allowed norm of the gradient."""
     ema_rate: float = 0.999
     """Rate of the moving average of the weights, which is what cuts out."""
+    precision: Literal["auto", "bf16", "float32"] = "float32"
+    """Arithmetic of the network; auto is bf16 where the device has hardware for it."""
     workers: int = 0
     """Processes that draw pictures; 0: the one that trains. The pictures are the same."""
     log_every: int = 50

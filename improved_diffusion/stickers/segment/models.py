@@ -28,7 +28,7 @@ class CutoutNetwork(nn.Module):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        logits = self.body((pictures.float() - self.mean) / self.deviation)
+        logits = self.body((pictures.float() - self.mean) / self.deviation).float()
         return F.interpolate(logits, pictures.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 
@@ -77,12 +77,13 @@ class Block(nn.Module):
 
 class UNet(nn.Module):
     """The plain segmentation UNet (Ronneberger et al. 2015, arXiv:1505.04597), of residual blocks with group norms:
-    (N, 3, H, W) -> logits (N, 1, H, W). That of models/unet.py, which removes noise, knows of time and of one size."""
+    (N, 3, H, W) -> logits (N, 1, H, W). That of models/unet.py, which removes noise, knows of time and of one size.
+    With `patch_size` its first level is of patches: space to depth, and back at the end."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
-        widths = model.level_widths
-        self.input = nn.Conv2d(3, widths[0], 3, padding=1)
+        widths, self.patch_size = model.level_widths, model.patch_size
+        self.input = nn.Conv2d(3 * self.patch_size**2, widths[0], 3, padding=1)
         self.down, self.up, self.smaller = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, (width, depth) in enumerate(zip(widths, model.level_depths, strict=True)):
             before = widths[max(0, level - 1)]
@@ -91,7 +92,7 @@ class UNet(nn.Module):
                 self.smaller.append(nn.Conv2d(before, before, 3, stride=2, padding=1))
                 self.up.append(self._blocks(width + before, before, depth))
         self.norm = GroupNorm(widths[0])
-        self.output = nn.Conv2d(widths[0], 1, 3, padding=1)
+        self.output = nn.Conv2d(widths[0], self.patch_size**2, 3, padding=1)
 
     @staticmethod
     def _blocks(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
@@ -99,14 +100,14 @@ class UNet(nn.Module):
         return nn.Sequential(Block(in_channels, out_channels), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.down[0](self.input(x))
+        h = self.down[0](self.input(F.pixel_unshuffle(x, self.patch_size)))
         skips = []
         for smaller, blocks in zip(self.smaller, self.down[1:], strict=True):
             skips.append(h)
             h = blocks(smaller(h))
         for blocks in reversed(self.up):
             h = blocks(torch.cat([F.interpolate(h, scale_factor=2), skips.pop()], dim=1))
-        return self.output(self.norm(h, silu=True))
+        return F.pixel_shuffle(self.output(self.norm(h, silu=True)), self.patch_size)
 
 
 def sized_by_checkpoint(model: ModelConfig) -> ModelConfig:

@@ -12,7 +12,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import set_moments
 from improved_diffusion.models.ema import EMA
 from improved_diffusion.personalize.training.running_means import RunningMeans
-from improved_diffusion.runtime.devices import upload
+from improved_diffusion.runtime.devices import arithmetic, upload, with_autocast
 from improved_diffusion.stickers.segment.config import SegmentConfig
 from improved_diffusion.stickers.segment.models import build_network, cutout_loss, learned, set_learned
 from improved_diffusion.training.optimization import learning_rate
@@ -29,6 +29,7 @@ class Trainer:
         self.config, self.device = config, device
         self.network = build_network(config.model, config.seed, pretrained=new).to(device)
         training = config.training
+        self.run_network = with_autocast(self.network, device, arithmetic(training.precision, device))
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
         )
@@ -43,7 +44,7 @@ class Trainer:
             group["lr"] = learning_rate(training, self.step)
         self.network.train()
         pictures = upload(pictures, self.device).contiguous(memory_format=torch.channels_last)
-        terms = cutout_loss(self.network(pictures), upload(alpha, self.device) / 255)
+        terms = cutout_loss(self.run_network(pictures), upload(alpha, self.device) / 255)
         self.optimizer.zero_grad()
         terms["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.grad_clip)
