@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
@@ -24,15 +25,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
-sys.path.insert(0, str(PROJECT / "tests" / "serving"))
-
-from fake_telegram import TOKEN, FakeTelegram  # noqa: E402
+TESTS = types.ModuleType("tests")  # the project's, not those that other packages install under this name
+TESTS.__path__ = [str(PROJECT / "tests")]
+sys.modules.setdefault(TESTS.__name__, TESTS)
 
 from improved_diffusion.errors import UserError, user_errors_exit  # noqa: E402
 from improved_diffusion.serving.commands.init import make_home  # noqa: E402
 from improved_diffusion.serving.config import LimitsConfig, ModelsConfig, ServingConfig  # noqa: E402
 from improved_diffusion.serving.ledger import Ledger  # noqa: E402
 from improved_diffusion.serving.queue import JobQueue  # noqa: E402
+from tests.serving.fake_telegram import TOKEN, FakeTelegram  # noqa: E402
 
 FIRST_USER, BOT = 100, "bot"
 
