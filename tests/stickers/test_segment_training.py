@@ -27,11 +27,12 @@ from tests.stickers.test_segment_data import write_set
 
 TINY = {
     "segformer": (
-        *("--model.widths=[8,8,16,16]", "--model.heads=[1,1,2,2]", "--model.depths=[1,1,1,1]"),
+        *("--model=segformer", "--model.widths=[8,8,16,16]", "--model.heads=[1,1,2,2]", "--model.depths=[1,1,1,1]"),
         "--model.decoder_width=8",
     ),
-    "unet": ("--model.widths=[8,16]", "--model.depths=[1,1]"),
+    "unet": ("--model=unet", "--model.widths=[8,16]", "--model.depths=[1,1]"),
 }
+TINY["patches in bf16"] = (*TINY["unet"], "--model.patch_size=2", "--training.precision=bf16")
 FLAGS = (
     *("--image-size", 32, "--training.batch_size", 4, "--training.lr=0.01", "--training.warmup_steps=0"),
     *("--training.ema_rate=0.8", "--training.log_every=5", "--training.save_every=10", "--training.evaluate_every=100"),
@@ -40,7 +41,7 @@ FLAGS = (
 
 def arguments(kind: str, icons: Path, out: Path) -> tuple[object, ...]:
     """Of the training of a tiny network."""
-    return ("--data", icons, "--model", kind, *TINY[kind], *FLAGS, "--out", out)
+    return ("--data", icons, *TINY[kind], *FLAGS, "--out", out)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def weights(run: Path, step: int) -> dict:
     return {**state["model"], **{f"ema {name}": value for name, value in state["ema"]["0.8"].items()}}
 
 
-@pytest.mark.parametrize("kind", ["segformer", "unet"])
+@pytest.mark.parametrize("kind", TINY)
 def test_training_lowers_the_loss_and_a_stopped_run_goes_on_as_if_unbroken(kind, whole, train, run_script, monkeypatch):
     losses = [record["loss"] for record in metrics(whole(kind))]
     assert np.mean(losses[-2:]) < 0.9 * losses[0]
@@ -203,6 +204,7 @@ def test_both_networks_are_of_one_size_and_give_logits_of_every_pixel():
     networks = [build_network(ModelConfig(kind=kind), 0) for kind in ("segformer", "unet")]
     counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
     assert abs(counts[0] / counts[1] - 1) < 0.01
+    networks.append(build_network(ModelConfig(kind="unet", patch_size=2), 0))
     pictures = torch.zeros(1, 3, 64, 32, dtype=torch.uint8)
     assert all(network(pictures).shape == (1, 64, 32) for network in networks)
 
@@ -236,10 +238,12 @@ def test_a_segformer_starts_from_a_checkpoint(tmp_path):
 
 
 def test_settings_that_make_no_network_are_refused():
-    for wrong in ({"widths": (8, 8)}, {"depths": (0, 1, 1, 1)}, {"kind": "unet", "checkpoint": "x"}):
+    for wrong in ({"widths": (8, 8)}, {"depths": (0, 1, 1, 1)}, {"kind": "unet", "checkpoint": "x"}, {"patch_size": 2}):
         with pytest.raises(UserError, match="model"):
             ModelConfig(**wrong)
     with pytest.raises(UserError, match="make no network"):
         build_network(ModelConfig(heads=(3, 3, 3, 3)), 0)
     with pytest.raises(UserError, match="multiple of 16"):
         SegmentConfig(image_size=40, model=ModelConfig(kind="unet"))
+    with pytest.raises(UserError, match="multiple of 32"):
+        SegmentConfig(image_size=48, model=ModelConfig(kind="unet", patch_size=2))
