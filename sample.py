@@ -17,7 +17,7 @@ from improved_diffusion.sampling.flags import EMA_LENGTH_HELP, add_sampling_flag
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--class", dest="class_name", default="all", help="a class name, or all (default: all)")
+    parser.add_argument("--class", dest="classes", nargs="+", default=["all"], metavar="NAME", help="default: all")
     parser.add_argument(
         "--run", help="run directory, checkpoint, .safetensors file, or pretrained (default: the newest run, or that)"
     )
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         if options.guide:
             model = model.guided_by(load(*split_guide(options.guide), device=processes.device))
         sampling = change_sampling(model.config.sampling, **flag_changes(options), batch_size=options.batch_size)
-        classes = None if options.class_name == "all" else options.class_name
+        classes = None if options.classes == ["all"] else options.classes
         keys = model.keys(classes, options.n, options.seed)
         overview = Overview(model, keys, options.beside)
         if processes.is_first:
