@@ -1,6 +1,7 @@
 """Draw images from a trained model.
 
 python sample.py --class creme_brulee              16 images from the newest run
+python sample.py --class waffles donuts --n 4      of several classes
 python sample.py --class all --n 4 --run runs/hybrid --sampler ddim --sampling-steps 50 --guidance-scale 1.5
 torchrun --nproc-per-node 8 -- sample.py ...       the same images, from several GPUs
 """
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
         if options.guide:
             model = model.guided_by(load(*split_guide(options.guide), device=processes.device))
         sampling = change_sampling(model.config.sampling, **flag_changes(options), batch_size=options.batch_size)
-        classes = None if options.classes == ["all"] else options.classes
+        classes = None if options.classes == ["all"] else list(dict.fromkeys(options.classes))
         keys = model.keys(classes, options.n, options.seed)
         overview = Overview(model, keys, options.beside)
         if processes.is_first:

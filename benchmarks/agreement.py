@@ -2,8 +2,8 @@
 
 A small UNet is trained three times for a few hundred steps: as training does it, in the plain way (float32, NCHW,
 PyTorch's own group norm), and in the plain way from another seed, which says how far apart loss curves are by chance.
-Then both ways draw the same images of the model that ships with the project; their FID64 from the set's test split is
-printed with its interval, and how far apart the images are.
+Then both ways draw the same images of the small model in pretrained/synthetic-64; their FID64 from the set's test split
+is printed with its interval, and how far apart the images are.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
         apart, by_chance = (np.abs(curve - plain).max() for curve in (fast, other))
         print(f"largest difference from plain: fast {apart:.1e}, another seed {by_chance:.1e}", flush=True)
     if options.per_class:
-        model = load("pretrained", device="cpu")
+        model = load("pretrained/synthetic-64", device="cpu")
         drawn = {}
         for name, way in {"plain": plainly(model), "fast": model}.items():
             drawn[name] = way.sample(n=options.per_class, steps=options.sampling_steps, show_progress=False)

@@ -1,4 +1,4 @@
-"""How fast images are drawn: `python benchmarks/sampling.py [--run pretrained] [--images 128] [--sampling-steps 25]`.
+"""How fast images are drawn: `python benchmarks/sampling.py [--run RUN] [--images 128] [--sampling-steps 25]`.
 
 The plain way, float32 in NCHW by PyTorch's own group norm, is compared with what sample.py does, both by DDIM. They
 take turns, so that other work on the machine slows both, and the least time of each is printed, by the clock and of the
@@ -71,7 +71,7 @@ def least(times: list[Times]) -> Times:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", default="pretrained", help="as of sample.py")
+    parser.add_argument("--run", default="pretrained/synthetic-64", help="as of sample.py")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--sampling-steps", type=int, default=25, help="evaluations by DDIM")
     parser.add_argument("--baseline-images", type=int, default=32, help="by 250 ancestral steps; 0: none")

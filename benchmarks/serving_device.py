@@ -1,7 +1,8 @@
 """What the worker's device saves: `python benchmarks/serving_device.py [--images 16]`.
 
-Jobs of the model that ships drawn four at once against one by one (a picture alone is drawn in a batch of two, see
-`sampling.generate`), and a style whose adapters are kept against one whose adapters are read, on a tiny random SDXL.
+Jobs of the small model in pretrained/synthetic-64 drawn four at once against one by one (a picture alone is drawn in a
+batch of two, see `sampling.generate`), and a style whose adapters are kept against one whose adapters are read, on a
+tiny random SDXL.
 The two sides of each comparison take turns.
 """
 
@@ -39,7 +40,7 @@ AT_ONCE, TURNS = 4, 5
 
 def compare_batches(images: int) -> None:
     """Print the rates of jobs one by one and four at once, and their ratio."""
-    model = load("pretrained")
+    model = load(PROJECT / "pretrained" / "synthetic-64")
     drawer = PixelDrawer(model, AT_ONCE)
     jobs = [ClassRequest(class_name=model.row_names[0], seed=seed) for seed in range(images)]
 

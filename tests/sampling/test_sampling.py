@@ -105,6 +105,15 @@ def test_files(tiny_run, model, run_script, tmp_path):
         assert np.abs(image.astype(int) - expected[number].astype(int)).max() <= 1
 
 
+def test_several_classes_are_drawn_once_each(tiny_run, model, run_script, tmp_path):
+    first, _, last = model.class_names
+    classes = ("--class", last, first, last)
+    outcome = run_script("sample.py", "--run", tiny_run, *classes, "--n", 1, "--out", tmp_path / "x")
+    assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in (tmp_path / "x").iterdir() if path.is_dir()) == sorted([first, last])
+    assert json.loads((tmp_path / "x" / "manifest.json").read_text())["keys"] == [[0, last, 0], [0, first, 0]]
+
+
 class TestFolder:
     """A folder holds the samples of one model and one set of settings."""
 
