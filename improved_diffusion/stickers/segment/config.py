@@ -83,8 +83,8 @@ class TrainingConfig:
     """Largest allowed norm of the gradient."""
     ema_rate: float = 0.999
     """Rate of the moving average of the weights, which is what cuts out."""
-    precision: Literal["auto", "bf16", "float32"] = "float32"
-    """Arithmetic of the network; auto is bf16 where the device has hardware for it."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the network in training; bf16 is faster where there is hardware for it, and slower elsewhere."""
     workers: int = 0
     """Processes that draw pictures; 0: the one that trains. The pictures are the same."""
     log_every: int = 50
