@@ -71,7 +71,7 @@ def main() -> None:
         apart, by_chance = (np.abs(curve - plain).max() for curve in (fast, other))
         print(f"largest difference from plain: fast {apart:.1e}, another seed {by_chance:.1e}", flush=True)
     if options.per_class:
-        model = load("pretrained/synthetic-64", device="cpu")
+        model = load("pretrained", device="cpu")
         drawn = {}
         for name, way in {"plain": plainly(model), "fast": model}.items():
             drawn[name] = way.sample(n=options.per_class, steps=options.sampling_steps, show_progress=False)

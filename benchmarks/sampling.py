@@ -71,7 +71,7 @@ def least(times: list[Times]) -> Times:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", default="pretrained/synthetic-64", help="as of sample.py")
+    parser.add_argument("--run", default="pretrained", help="as of sample.py")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--sampling-steps", type=int, default=25, help="evaluations by DDIM")
     parser.add_argument("--baseline-images", type=int, default=32, help="by 250 ancestral steps; 0: none")
