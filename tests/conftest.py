@@ -261,7 +261,7 @@ class Started:
         deadline = time.monotonic() + 120
         while not is_ready():
             assert all(process.is_alive() for process in self.processes), self.err.read_text()
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, self.err.read_text()
             time.sleep(0.01)
 
     def send(self, number: signal.Signals) -> Outcome:
@@ -277,7 +277,7 @@ def free_port() -> int:
 
 
 def as_a_program(arguments: list[str], environment: dict[str, str], files: list[Path]) -> None:
-    """Run a script as `python SCRIPT ARGUMENTS` would, in a fork of this process; `files` are its output and errors."""
+    """Run a script as `python SCRIPT ARGUMENTS` would, in a new process; `files` are its output and errors."""
     os.environ.update(environment)
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -290,10 +290,12 @@ def as_a_program(arguments: list[str], environment: dict[str, str], files: list[
 @pytest.fixture
 def start_script(tmp_path) -> Iterator[Callable[..., Started]]:
     """Start a script of the project's root in a process of its own, or in several as torchrun does. They are forks of
-    this one, so that none takes seconds to import torch."""
+    this one, so that none takes seconds to import torch, unless `by` is "spawn"."""
     started: list[BaseProcess] = []
 
-    def start(*arguments: object, processes: int = 1, environment: dict[str, str] | None = None) -> Started:
+    def start(
+        *arguments: object, processes: int = 1, environment: dict[str, str] | None = None, by: str = "fork"
+    ) -> Started:
         place = Path(tempfile.mkdtemp(dir=tmp_path))
         files = [place / "out", place / "err"]
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
@@ -301,7 +303,7 @@ def start_script(tmp_path) -> Iterator[Callable[..., Started]]:
         for rank in range(processes):
             ranks = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             given = ([*map(str, arguments)], {**ranks, **(environment or {})}, files)
-            own.append(multiprocessing.get_context("fork").Process(target=as_a_program, args=given))
+            own.append(multiprocessing.get_context(by).Process(target=as_a_program, args=given))
             own[-1].start()
         started.extend(own)
         return Started(own, *files)

@@ -46,6 +46,8 @@ class Worker:
         self.records = Records(config, self.queue.engine)
         self.device = Device(drawers, self.records, config.models.batch_size, config.limits.chunk_seconds)
         self.offer = offer
+        self._at_work: set[str] = set()  # jobs that DBOS has started
+        self._not_started: set[str] = set()  # jobs that it had claimed, but not started, when last looked at
         self._ended = threading.Event()
         self._upkeep = threading.Thread(target=self._keep_up, name="upkeep", daemon=True)
 
@@ -72,7 +74,11 @@ class Worker:
         # What the worker dies of is counted, and parked, by Records.begin: job by job, and only while it is drawn.
         @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
         def draw(job_id: str) -> None:
-            self._draw(job_id)
+            self._at_work.add(job_id)
+            try:
+                self._draw(job_id)
+            finally:
+                self._at_work.discard(job_id)
 
         DBOS.listen_queues([QUEUE])
         self.records.publish(self.offer)
@@ -108,6 +114,7 @@ class Worker:
             try:
                 self._sign()
                 self._take_over()
+                self._start_again()
                 if time.monotonic() - cleaned >= SECONDS_BETWEEN_CLEANINGS:
                     cleaned = time.monotonic()
                     remove_expired(self.queue)
@@ -124,9 +131,21 @@ class Worker:
         with self.queue.engine.connect() as connection:
             names = connection.scalars(sa.select(workers.c.id).where(silent, workers.c.id != self.name)).all()
         for name in names:
-            claimed = self.queue.client.list_workflows(status="PENDING", executor_id=name, load_input=False)
-            self.queue.client.resume_workflows([one.workflow_id for one in claimed], queue_name=QUEUE)
+            self._queue_again(self._claimed_by(name))
             self.records.sign_off(name)
+
+    def _start_again(self) -> None:
+        """Queue again what this worker has claimed and DBOS failed to start, of which it logs the error and no more."""
+        not_started = self._claimed_by(self.name) - self._at_work
+        self._queue_again(not_started & self._not_started)
+        self._not_started = not_started
+
+    def _claimed_by(self, name: str) -> set[str]:
+        claimed = self.queue.client.list_workflows(status="PENDING", executor_id=name, load_input=False)
+        return {one.workflow_id for one in claimed}
+
+    def _queue_again(self, job_ids: set[str]) -> None:
+        self.queue.client.resume_workflows(sorted(job_ids), queue_name=QUEUE)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from improved_diffusion.serving.queue import JobQueue
 from improved_diffusion.serving.records import Records
 from improved_diffusion.serving.requests import ClassRequest
 from improved_diffusion.serving.worker import Worker
+from tests.conftest import Started, free_port
 from tests.personalize.conftest import scripts  # noqa: F401
 
 CLASSES = ["apple_pie", "creme_brulee", "waffles"]
@@ -23,12 +24,6 @@ OFFER = {"kinds": ["class", "process", "text", "image"], "classes": CLASSES, "ca
 
 def a_job(seed: int = 0, **values: object) -> ClassRequest:
     return ClassRequest(**{"class_name": "waffles", "seed": seed, "steps": 2, **values})
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def wait_until(is_so: Callable[[], object], seconds: float = 60) -> None:
@@ -66,6 +61,13 @@ def fresh_base(tmp_path_factory, scripts):  # noqa: F811
     loaded = load_base(str(folder))
     shared = {id(tokenizer): tokenizer for tokenizer in loaded.tokenizers}
     return lambda: Base(loaded.name, copy.deepcopy(loaded.pipeline, dict(shared)))
+
+
+@pytest.fixture
+def start_server(start_script) -> Callable[..., Started]:
+    """Start a command of serve.py in a process of its own. Not in a fork: SQLite's state, of which this process has
+    some while it looks at the queue, must not be taken into one."""
+    return functools.partial(start_script, "serve.py", by="spawn")
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ class FakeTelegram:
         self._files: dict[str, bytes] = {}
         self._messages = 1000
         self._numbers = itertools.count(1)
+        self._presses = itertools.count(1)
         self._closing = False
         self._started = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -84,13 +85,15 @@ class FakeTelegram:
         )
         return self.say(user=user, **what, **({} if caption is None else {"caption": caption}), **more)
 
-    def press(self, call: Call, user: int = 7, button: str | None = None) -> None:
-        """Press a button under a message of the bot's, by default the first."""
+    def press(self, call: Call, user: int = 7, button: str | None = None) -> str:
+        """Press a button under a message of the bot's, by default the first. Returns what the answer will refer to."""
         person = {"id": user, "is_bot": False, "first_name": f"User {user}"}
         message = {"message_id": call.values["message_id"], "date": 1, "chat": {"id": user, "type": "private"}}
         buttons = [one for row in json.loads(call.values["reply_markup"])["inline_keyboard"] for one in row]
         data = next(one["callback_data"] for one in buttons if button in (None, one["text"]))
-        self._add(callback_query={"id": "1", "from": person, "chat_instance": "1", "data": data, "message": message})
+        name = f"press {next(self._presses)}"
+        self._add(callback_query={"id": name, "from": person, "chat_instance": "1", "data": data, "message": message})
+        return name
 
     # What they see.
 

@@ -263,7 +263,7 @@ def test_a_failed_job_is_explained(make_server, open_queue, telegram, start_bot)
     assert telegram.texts()[1] == "waffles: the device has too little memory."
 
 
-def test_kill_the_bot_and_nothing_is_lost(make_server, open_queue, telegram, start_script, tmp_path):
+def test_kill_the_bot_and_nothing_is_lost(make_server, open_queue, telegram, start_server, tmp_path):
     """Messages come while it is dead, and results too; the token is in no log."""
     queue = open_queue(make_server())
     (tmp_path / "token").write_text(f"{TOKEN}\n")
@@ -272,7 +272,7 @@ def test_kill_the_bot_and_nothing_is_lost(make_server, open_queue, telegram, sta
     for round_ in range(3):
         for _ in range(2):
             telegram.say("/class waffles")
-        bot = start_script("serve.py", *arguments)
+        bot = start_server(*arguments)
         bot.wait_for(lambda: len(queue.jobs_of("telegram:7")) == 2 * (round_ + 1))  # noqa: B023
         bot.wait_for(lambda: not ledger.undelivered("telegram:") and not ledger.unsure("telegram:7"))
         if round_ < 2:

@@ -55,14 +55,14 @@ def a_sticker(queue: JobQueue, telegram: FakeTelegram, caption: str | None = Non
 
 def press(telegram: FakeTelegram, call: Call, button: str, user: int = 7) -> str:  # noqa: F811
     """What the bot says to it."""
-    before = len(answers(telegram))
-    telegram.press(call, user, button)
-    wait_until(lambda: len(answers(telegram)) > before)
-    return answers(telegram)[before]
+    name = telegram.press(call, user, button)
 
+    def answers() -> list[str]:
+        to_it = [call for call in telegram.calls if call.values.get("callback_query_id") == name]
+        return [call.values.get("text", "") for call in to_it]
 
-def answers(telegram: FakeTelegram) -> list[str]:  # noqa: F811
-    return [call.values.get("text", "") for call in telegram.calls if call.method == "answerCallbackQuery"]
+    wait_until(answers)
+    return answers()[0]
 
 
 def buttons(call: Call) -> list[str]:

@@ -33,7 +33,8 @@ from improved_diffusion.serving.requests import (
 from improved_diffusion.serving.sticker_drawer import StickerDrawer
 from improved_diffusion.serving.worker import Worker
 from improved_diffusion.stickers.finish import require_sticker
-from tests.serving.conftest import free_port, wait_until
+from tests.conftest import free_port
+from tests.serving.conftest import wait_until
 from tests.serving.test_uploads import JPEG, disc
 from tests.stickers.conftest import darkness, keep_colours  # noqa: F401
 

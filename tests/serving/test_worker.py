@@ -8,6 +8,8 @@ import urllib.request
 from collections.abc import Sequence
 
 import numpy as np
+import sqlalchemy as sa
+from dbos import _queue
 from PIL import Image
 
 from improved_diffusion.errors import UserError
@@ -163,6 +165,27 @@ def test_a_worker_that_is_stopped_leaves_its_jobs_queued(make_server, open_queue
     assert [(one.state, one.attempts) for one in queue.jobs_of("A")] == [("done", 1)] * 2
 
 
+def test_what_could_not_be_started_is_started_again(make_server, open_queue, start_worker, monkeypatch):
+    """As when the database is away at the moment between claim and start."""
+    monkeypatch.setattr("improved_diffusion.serving.worker.SECONDS_BETWEEN_SIGNS", 0.1)
+    start, failed = _queue.execute_dequeued_workflow, []
+
+    def start_or_fail(dbos, status, *others):
+        if len(failed) < 2:
+            failed.append(status["workflow_uuid"])
+            raise sa.exc.OperationalError("SELECT", {}, Exception("database is locked"))
+        return start(dbos, status, *others)
+
+    monkeypatch.setattr(_queue, "execute_dequeued_workflow", start_or_fail)
+    config = make_server()
+    queue = open_queue(config)
+    jobs = [queue.submit("A", a_job(seed)).job for seed in range(3)]
+    start_worker(config, {"class": FakeDrawer(0)})
+    wait_until(lambda: all_ended(queue))
+    assert len(failed) == 2
+    assert [(queue.job(job.id).state, queue.job(job.id).attempts) for job in jobs] == [("done", 1)] * 3
+
+
 def test_status_is_shown_and_measured(make_server, open_queue, start_worker, run_script):
     config = make_server()
     queue = open_queue(config)
@@ -184,22 +207,21 @@ def test_status_is_shown_and_measured(make_server, open_queue, start_worker, run
     assert "serving_workers 1.0" in metrics
 
 
-def test_kill_the_worker_and_nothing_is_lost(make_server, open_queue, start_script, tiny_run):
-    """Nor drawn twice that was done; a second worker is refused meanwhile."""
+def test_kill_the_worker_and_nothing_is_lost(make_server, open_queue, start_server, tiny_run):
+    """Nor drawn twice that was done; a second worker of the same name is refused."""
     config = make_server(tiny_run, {"batch_size": 2})
     queue = open_queue(config)
     jobs = [queue.submit(f"user {seed % 3}", a_job(seed, n=2, steps=12)).job for seed in range(6)]
     done: dict[str, float] = {}
     for _ in range(2):
-        worker = start_script("serve.py", "worker", "--home", config.home)
+        worker = start_server("worker", "--home", config.home)
         before = len(done)
         worker.wait_for(lambda: len(queue.jobs_in(["done"])) > before and queue.jobs_in(["running"]))  # noqa: B023
-        if not done:
-            assert start_script("serve.py", "worker", "--home", config.home).finish().is_one_clear_line()
         worker.send(signal.SIGKILL)
         done = {job.id: job.finished for job in queue.jobs_in(["done"])}
-    worker = start_script("serve.py", "worker", "--home", config.home)
+    worker = start_server("worker", "--home", config.home)
     worker.wait_for(lambda: all_ended(queue))
+    assert start_server("worker", "--home", config.home).finish().is_one_clear_line()
     assert worker.send(signal.SIGTERM).code == 0
     ends = {job.id: job for job in queue.jobs_in(FINISHED)}
     assert {job.id: "done" for job in jobs} == {name: job.state for name, job in ends.items()}
@@ -207,13 +229,13 @@ def test_kill_the_worker_and_nothing_is_lost(make_server, open_queue, start_scri
     assert all(len(queue.files(job)) == 2 and all(map(Image.open, queue.files(job))) for job in ends.values())
 
 
-def test_a_dead_workers_jobs_are_taken_over(make_server, open_queue, start_worker, start_script, tiny_run, monkeypatch):
+def test_a_dead_workers_jobs_are_taken_over(make_server, open_queue, start_worker, start_server, tiny_run, monkeypatch):
     """By a worker of another name, which need not be started anew."""
     monkeypatch.setattr("improved_diffusion.serving.worker.SECONDS_BETWEEN_SIGNS", 0.1)
     config = make_server(tiny_run, {"batch_size": 1})
     queue = open_queue(config)
     jobs = [queue.submit("A", a_job(seed, steps=20, n=4)).job for seed in range(2)]
-    dead = start_script("serve.py", "worker", "--home", config.home, "--name", "dead")
+    dead = start_server("worker", "--home", config.home, "--name", "dead")
     dead.wait_for(lambda: queue.jobs_in(["running"]))
     dead.send(signal.SIGKILL)
     start_worker(config, {"class": FakeDrawer(0)})
