@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import io
 import multiprocessing
@@ -247,7 +248,7 @@ class Started:
         """Wait for the end of all its processes, or of one that fails."""
         deadline = time.monotonic() + 240
         while any(process.is_alive() for process in self.processes) and not self.code:
-            assert time.monotonic() < deadline, self.err.read_text()
+            assert time.monotonic() < deadline, self.where_it_hangs()
             time.sleep(0.01)
         return Outcome(self.code, self.out.read_text(), self.err.read_text())
 
@@ -261,8 +262,15 @@ class Started:
         deadline = time.monotonic() + 120
         while not is_ready():
             assert all(process.is_alive() for process in self.processes), self.err.read_text()
-            assert time.monotonic() < deadline, self.err.read_text()
+            assert time.monotonic() < deadline, self.where_it_hangs()
             time.sleep(0.01)
+
+    def where_it_hangs(self) -> str:
+        """What it printed, and where its threads are; ends it."""
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGABRT)
+            process.join()
+        return self.err.read_text()
 
     def send(self, number: signal.Signals) -> Outcome:
         for process in self.processes:
@@ -282,6 +290,7 @@ def as_a_program(arguments: list[str], environment: dict[str, str], files: list[
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), line_buffering=True) for number in (1, 2))
+    faulthandler.enable()
     sys.argv = arguments
     tqdm.set_lock(threading.RLock())  # its own is shared with the forks, and locked for good if one is killed
     runpy.run_path(str(PROJECT / arguments[0]), run_name="__main__")
