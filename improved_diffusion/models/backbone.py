@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from improved_diffusion.models.autocast import without_autocast
 AUGMENTATION_PARAMETERS = 9  # of data/augmentation.py
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Predicts, from noisy images, what the diffusion's loss asks for (eps, x_0, v, ...), and maybe a variance.
 
     A subclass says how in `forward`, which it starts with `check_inputs`, and names its `hidden_parts`. The settings
@@ -77,10 +78,11 @@ class Backbone(nn.Module):
         layers = (layer for part in self.hidden_parts() for layer in part.modules())
         return [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
 
+    @abstractmethod
     def hidden_parts(self) -> Sequence[nn.Module]:
         """The modules between the first layer and the last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
         """Run the network: the one call that denoisers make.
 
@@ -92,7 +94,6 @@ class Backbone(nn.Module):
         Returns float32 (N, out_channels, height, width) under any autocast.
         Raises ValueError for shapes that do not fit, and for a `y` missing or out of place.
         """
-        raise NotImplementedError
 
     def run_block(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`block(*inputs)`. With `gradient_checkpointing` only its inputs are kept for the backward pass, and it is
