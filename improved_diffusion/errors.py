@@ -24,7 +24,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, numpy (a MemoryError) or PyTorch (on a CPU any RuntimeError) found no memory."""
-    return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)) is not None
+    said = re.search("out of memory|can't allocate memory|_STATUS_ALLOC_FAILED", str(error))
+    return isinstance(error, MemoryError) or said is not None
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether a GPU refuses all further work of this process, as it does after an illegal memory access."""
+    said = re.search("CUDA error|_STATUS_EXECUTION_FAILED", str(error))
+    return said is not None and not is_out_of_memory(error)
 
 
 @contextlib.contextmanager

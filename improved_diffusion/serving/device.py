@@ -3,25 +3,28 @@ that one job's end, be it for want of memory, is not another's."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import sqlalchemy as sa
 import torch
 from PIL import Image
 
-from improved_diffusion.errors import UserError, is_out_of_memory
+from improved_diffusion.errors import UserError, is_device_lost, is_out_of_memory
 from improved_diffusion.serving.queue import Job
 from improved_diffusion.serving.records import Encoded, Records
 from improved_diffusion.serving.requests import Request, TuneRequest
 
 SECONDS_BETWEEN_REPORTS = 0.5
 SECONDS_TO_GATHER = 0.05  # what is claimed at once comes one by one
+DEVICE_LOST = 70  # exit status
 NO_MEMORY = "the device has too little memory for this: ask for fewer or smaller pictures"
 BROKEN = "something went wrong while this was drawn; the operator's log says what"
 
@@ -168,7 +171,7 @@ class Device:
         except Stopped:
             self.records.give_back([job.id for job in jobs])
             raise
-        except sa.exc.DBAPIError:  # what happened is not written down: it is done again
+        except sa.exc.SQLAlchemyError:  # what happened is not written down: it is done again
             raise
         except Exception:
             traceback.print_exc()
@@ -189,9 +192,12 @@ class Device:
                 drawn = [self._learn(jobs[0], drawer)]
             else:
                 drawn = drawer.draw([job.request for job in jobs], self._drawing(jobs))
-        except (_Abandoned, _ChunkOver, Stopped, sa.exc.DBAPIError):
+        except (_Abandoned, _ChunkOver, Stopped, sa.exc.SQLAlchemyError):
             raise
         except Exception as error:
+            if is_device_lost(error):
+                traceback.print_exc()
+                die()
             no_memory = is_out_of_memory(error)
             if no_memory:
                 for one in self.drawers.values():
@@ -210,7 +216,8 @@ class Device:
         if len(jobs) > 1:
             half = len(jobs) // 2
             for part in (jobs[:half], jobs[half:]):
-                self._draw_or_divide(part)
+                with contextlib.suppress(_Abandoned):  # nobody waits for this part; for the other somebody may
+                    self._draw_or_divide(part)
         elif no_memory and not last_try:
             self._draw_or_divide(jobs, last_try=True)  # now that memory was released
         else:
@@ -264,6 +271,11 @@ class Device:
                     raise _Abandoned
 
         return report
+
+
+def die() -> NoReturn:
+    """End the process at once: a new one can use the device again, and this one has died of what it is drawing."""
+    os._exit(DEVICE_LOST)
 
 
 def release_memory() -> None:

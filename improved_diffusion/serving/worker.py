@@ -104,7 +104,7 @@ class Worker:
         while True:  # a workflow that failed would not be run again
             try:
                 return self.device.draw(job_id).result()
-            except sa.exc.DBAPIError:
+            except sa.exc.SQLAlchemyError:
                 traceback.print_exc()
                 time.sleep(SECONDS_BETWEEN_SIGNS)
 
@@ -113,7 +113,6 @@ class Worker:
         while not self._ended.wait(SECONDS_BETWEEN_SIGNS):
             try:
                 self._sign()
-                self._take_over()
                 self._start_again()
                 if time.monotonic() - cleaned >= SECONDS_BETWEEN_CLEANINGS:
                     cleaned = time.monotonic()
@@ -125,27 +124,19 @@ class Worker:
     def _sign(self) -> None:
         self.records.sign_of_life(self.name, {"draws": " and ".join(self.device.drawers), "memory": memory_used()})
 
-    def _take_over(self) -> None:
-        """Queue again what a worker had claimed that gives no sign of life any more."""
-        silent = workers.c.heartbeat < time.time() - ALIVE
-        with self.queue.engine.connect() as connection:
-            names = connection.scalars(sa.select(workers.c.id).where(silent, workers.c.id != self.name)).all()
-        for name in names:
-            self._queue_again(self._claimed_by(name))
-            self.records.sign_off(name)
-
     def _start_again(self) -> None:
-        """Queue again what this worker has claimed and DBOS failed to start, of which it logs the error and no more."""
-        not_started = self._claimed_by(self.name) - self._at_work
-        self._queue_again(not_started & self._not_started)
+        """Queue again what is claimed and at work nowhere: by a worker that is gone, or gives no sign of life any more;
+        or by this one, where DBOS failed to start it, of which it logs the error and no more."""
+        claimed = self.queue.client.list_workflows(status="PENDING", load_input=False)
+        with self.queue.engine.connect() as connection:  # after that: a worker signs before it claims
+            signs = dict(connection.execute(sa.select(workers.c.id, workers.c.heartbeat)).all())
+        alive = {name for name, heartbeat in signs.items() if heartbeat >= time.time() - ALIVE} | {self.name}
+        lost = {one.workflow_id for one in claimed if one.executor_id not in alive}
+        not_started = {one.workflow_id for one in claimed if one.executor_id == self.name} - self._at_work
+        self.queue.client.resume_workflows(sorted(lost | not_started & self._not_started), queue_name=QUEUE)
         self._not_started = not_started
-
-    def _claimed_by(self, name: str) -> set[str]:
-        claimed = self.queue.client.list_workflows(status="PENDING", executor_id=name, load_input=False)
-        return {one.workflow_id for one in claimed}
-
-    def _queue_again(self, job_ids: set[str]) -> None:
-        self.queue.client.resume_workflows(sorted(job_ids), queue_name=QUEUE)
+        for name in signs.keys() - alive:
+            self.records.sign_off(name)
 
 
 @contextlib.contextmanager

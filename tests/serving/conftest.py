@@ -89,8 +89,8 @@ def start_worker() -> Iterator[Callable[..., Worker]]:
     """Starts a worker in this process, one at a time."""
     started: list[Worker] = []
 
-    def start(config: ServingConfig, drawers: dict, offer: dict = OFFER) -> Worker:
-        started.append(Worker(config, drawers, offer))
+    def start(config: ServingConfig, drawers: dict, offer: dict = OFFER, name: str = "worker") -> Worker:
+        started.append(Worker(config, drawers, offer, name))
         started[-1].start()
         return started[-1]
 

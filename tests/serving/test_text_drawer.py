@@ -12,6 +12,7 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import AdapterConfig, PersonalizeConfig, SubjectConfig
 from improved_diffusion.personalize.generate import Sampling, draw
+from improved_diffusion.personalize.models import tuned as tuned_module
 from improved_diffusion.personalize.models.adapters import set_scales
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.trained import prepare
@@ -96,6 +97,22 @@ def test_runs_that_share_no_base_are_refused(fresh_base, tmp_path):
         cache.use("damaged")
     cache.use("cat")
     assert not [name for name, _ in base.unet.named_parameters() if "damaged" in name]
+
+
+def test_a_style_that_lacked_memory_can_be_had_later(fresh_base, tmp_path, monkeypatch):
+    """What it got hold of is given back."""
+    base = fresh_base()
+    cache = AdapterCache(base, {"dog": make_run(fresh_base(), tmp_path, "dog")}, 0)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(tuned_module, "trained_parts", raise_out_of_memory)
+        cache.use("dog")
+    assert not [name for name, _ in base.unet.named_parameters() if "lora" in name]
+    cache.use("dog")
+    assert "dog" in cache
+
+
+def raise_out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_texts_and_pictures_are_drawn_as_personalize_draws_them(

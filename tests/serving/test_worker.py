@@ -15,8 +15,9 @@ from PIL import Image
 from improved_diffusion.errors import UserError
 from improved_diffusion.sampling.loading import load
 from improved_diffusion.serving.database import workers
-from improved_diffusion.serving.device import OnProgress
+from improved_diffusion.serving.device import OnProgress, Stopped
 from improved_diffusion.serving.drawers import open_drawers
+from improved_diffusion.serving.records import Records
 from improved_diffusion.serving.requests import Request, TextRequest
 from improved_diffusion.serving.status_page import StatusServer
 from tests.serving.conftest import CLASSES, a_job, wait_until
@@ -163,6 +164,76 @@ def test_a_worker_that_is_stopped_leaves_its_jobs_queued(make_server, open_queue
     start_worker(config, {"class": FakeDrawer(0)})
     wait_until(lambda: all_ended(queue))
     assert [(one.state, one.attempts) for one in queue.jobs_of("A")] == [("done", 1)] * 2
+
+
+def test_jobs_of_a_worker_that_was_stopped_are_drawn_by_another(make_server, open_queue, start_worker, monkeypatch):
+    """For it may never be started again."""
+    monkeypatch.setattr("improved_diffusion.serving.worker.SECONDS_BETWEEN_SIGNS", 0.1)
+    config = make_server(models={"batch_size": 1})
+    queue = open_queue(config)
+    jobs = [queue.submit("A", a_job(seed)).job for seed in range(3)]
+    stopped = start_worker(config, {"class": FakeDrawer(1)}, name="one")
+    wait_until(lambda: queue.jobs_in(["running"]))
+    stopped.stop()
+    start_worker(config, {"class": FakeDrawer(0)}, name="another")
+    wait_until(lambda: all_ended(queue))
+    assert [(queue.job(job.id).state, queue.job(job.id).attempts) for job in jobs] == [("done", 1)] * 3
+
+
+def test_a_part_that_is_cancelled_takes_no_other_with_it(make_server, open_queue, start_worker):
+    """Of a batch that was divided for want of memory."""
+    config = make_server(models={"batch_size": 2})
+    queue = open_queue(config)
+    cancelled, wanted = (queue.submit(user, a_job(seed)).job for seed, user in enumerate("AB"))
+    start_worker(config, {"class": FakeDrawer(0.1, room=1)})
+    wait_until(lambda: queue.job(cancelled.id).progress > 0)
+    queue.cancel(cancelled.id, "A")
+    wait_until(lambda: all_ended(queue))
+    assert queue.job(cancelled.id).state == "cancelled"
+    assert queue.job(wanted.id).state == "done"
+
+
+def test_a_lost_device_is_no_jobs_fault(make_server, open_queue, start_worker, monkeypatch):
+    """The process ends, and nothing is told to have failed: a new one can use the device again."""
+
+    class Broken(FakeDrawer):
+        def draw(self, requests, on_progress):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    ends = []
+
+    def die():
+        ends.append(time.time())
+        raise Stopped
+
+    monkeypatch.setattr("improved_diffusion.serving.device.die", die)
+    config = make_server(models={"batch_size": 1})
+    queue = open_queue(config)
+    jobs = [queue.submit(user, a_job()).job for user in "AB"]
+    worker = start_worker(config, {"class": Broken()})
+    wait_until(lambda: len(ends) == 2)
+    worker.stop()
+    assert {queue.job(job.id).state for job in jobs} == {"queued"}
+
+
+def test_a_database_that_does_not_answer_is_asked_again(make_server, open_queue, start_worker, monkeypatch):
+    monkeypatch.setattr("improved_diffusion.serving.worker.SECONDS_BETWEEN_SIGNS", 0.1)
+    begin, failed = Records.begin, []
+
+    def begin_late(records, job_ids):
+        if not failed:
+            failed.append(job_ids)
+            raise sa.exc.TimeoutError("QueuePool limit reached")
+        return begin(records, job_ids)
+
+    monkeypatch.setattr(Records, "begin", begin_late)
+    config = make_server()
+    queue = open_queue(config)
+    job = queue.submit("A", a_job()).job
+    start_worker(config, {"class": FakeDrawer(0)})
+    wait_until(lambda: all_ended(queue))
+    assert failed
+    assert queue.job(job.id).state == "done"
 
 
 def test_what_could_not_be_started_is_started_again(make_server, open_queue, start_worker, monkeypatch):

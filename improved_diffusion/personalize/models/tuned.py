@@ -77,11 +77,11 @@ def attach_run(base: Base, run: RunDirectory, name: str) -> tuple[PersonalizeCon
     """
     config = lora_config(run)
     state = _drawn_from(read_checkpoint(run.choose_checkpoint(None), ("step", "model", "ema")))
-    attach_adapters(base, config.adapter, config.train_text_encoder, name=name)
-    trained = trained_parts(base)
     try:
+        attach_adapters(base, config.adapter, config.train_text_encoder, name=name)
+        trained = trained_parts(base)
         trained.load_state_dict({key.replace(f".{ADAPTER}.", f".{name}."): value for key, value in state.items()})
-    except UserError:
+    except Exception:  # memory that is short, too
         remove_adapters(base, name)
         raise
     return config, sum(parameter.nbytes for parameter in trained.parameters.values())

@@ -72,8 +72,8 @@ class Courier:
         while True:
             try:
                 await self.look()
-            except sa.exc.DBAPIError as error:  # the database is busy, or away for a moment
-                log.warning("no look at the queue: %s", error.orig)
+            except sa.exc.SQLAlchemyError as error:  # the database is busy, or away for a moment
+                log.warning("no look at the queue: %s", getattr(error, "orig", error))
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
 
     async def finish(self) -> None:
