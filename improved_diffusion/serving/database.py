@@ -65,6 +65,13 @@ packs = Table(  # of stickers on Telegram; a row stays when its job expires, for
     Column("before", JSON, nullable=False),  # stickers that were in the pack before
     Column("sticker", Text),  # Telegram's name of it, when it is in the pack
 )
+updates = Table(  # of Telegram, that it no longer keeps and that have not been dealt with
+    "serving_updates",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("user", Text, nullable=False, index=True),
+    Column("content", JSON, nullable=False),
+)
 workers = Table(
     "serving_workers",
     metadata,

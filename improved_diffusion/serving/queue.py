@@ -31,6 +31,7 @@ from improved_diffusion.serving.database import (
     packs,
     preferences,
     take_number,
+    updates,
     uploads,
     workers,
 )
@@ -238,7 +239,7 @@ class JobQueue:
         self.remove([job.id for job in found])
         with self.engine.begin() as connection:
             names = connection.scalars(sa.select(uploads.c.id).where(uploads.c.user == user)).all()
-            for table in (uploads, packs, preferences):
+            for table in (uploads, packs, preferences, updates):
                 connection.execute(table.delete().where(table.c.user == user))
         for name in names:
             (self.config.uploads / name).unlink(missing_ok=True)

@@ -36,6 +36,7 @@ class FakeTelegram:
         self.calls: list[Call] = []
         self.stickers = StickerSets()
         self.refuse: Callable[[Call], tuple[int, dict[str, Any]] | None] = lambda call: None
+        self.is_away = False  # and a gateway says so
         self.break_off: Callable[[Call], bool] = lambda call: False
         self._updates: list[dict[str, Any]] = []
         self._files: dict[str, bytes] = {}
@@ -141,6 +142,8 @@ class FakeTelegram:
         return web.Response(body=self._files[request.match_info["name"]])
 
     async def _answer(self, request: web.Request) -> web.Response:
+        if self.is_away:
+            return web.Response(status=502, text="<html>502 Bad Gateway</html>", content_type="text/html")
         call, attached = Call(request.match_info["method"], {}), {}
         for name, value in (await request.post()).items():
             if isinstance(value, web.FileField):

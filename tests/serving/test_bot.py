@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -25,7 +26,7 @@ from tests.serving.test_uploads import JPEG, REFUSED, with_place
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """The bot, before it is forked, and not as soon as tests are collected: aiogram takes seconds."""
-    from improved_diffusion.serving.bot import connection, conversation, courier, packs  # noqa: F401
+    from improved_diffusion.serving.bot import connection, conversation, courier, packs, updates  # noqa: F401
 
 
 @pytest.fixture
@@ -47,6 +48,9 @@ class RunningBot:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_until_complete(asyncio.gather(self.task, return_exceptions=True))
+        for task in (left := asyncio.all_tasks(self.loop)):  # as asyncio.run does
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.task.cancel)
@@ -58,7 +62,7 @@ class RunningBot:
 def start_bot(telegram, monkeypatch) -> Iterator[Callable[[JobQueue], RunningBot]]:
     monkeypatch.setattr("improved_diffusion.serving.bot.courier.SECONDS_BETWEEN_LOOKS", 0.05)
     monkeypatch.setattr("improved_diffusion.serving.bot.courier.SECONDS_BETWEEN_EDITS", 0.1)
-    monkeypatch.setattr("improved_diffusion.serving.bot.connection.SECONDS_OF_POLL", 1)
+    monkeypatch.setattr("improved_diffusion.serving.bot.updates.SECONDS_OF_POLL", 1)
     started: list[RunningBot] = []
 
     def start(queue: JobQueue) -> RunningBot:
@@ -261,6 +265,43 @@ def test_a_failed_job_is_explained(make_server, open_queue, telegram, start_bot)
     records.fail(*records.begin([job.id for job in queue.jobs_in(["queued"])]), "the device has too little memory")
     wait_until(lambda: len(telegram.texts()) == 2)
     assert telegram.texts()[1] == "waffles: the device has too little memory."
+
+
+def test_a_slow_chat_keeps_no_other_waiting(make_server, open_queue, telegram, start_bot):
+    """However much comes from it; and nothing of it is lost when the bot is started anew."""
+    from improved_diffusion.serving.bot.updates import Inbox
+
+    queue = open_queue(make_server())
+    bot = start_bot(queue)
+    put_off = 429, {"description": "Too Many Requests", "parameters": {"retry_after": 3600}}
+    telegram.refuse = lambda call: put_off if call.values.get("chat_id") == "8" else None
+    for _ in range(230):
+        telegram.say("/status", user=8)
+    for user in (7, 9):
+        telegram.say("/status", user=user)
+        wait_until(lambda: telegram.texts(user))  # noqa: B023
+    assert telegram.texts(8) == []
+    wait_until(lambda: telegram.unacknowledged < 100)
+    bot.stop()
+    telegram.refuse = lambda call: None
+    start_bot(queue)
+    wait_until(lambda: len(telegram.texts(8)) == 230)
+    wait_until(lambda: not telegram.unacknowledged)
+    wait_until(lambda: not Inbox(queue.engine).read())
+    assert len(telegram.texts(8)) == 230
+
+
+def test_a_gateway_that_answers_for_telegram_is_waited_for(make_server, open_queue, telegram, start_bot):
+    """With a page for people, as proxies do."""
+    queue = open_queue(make_server())
+    start_bot(queue)
+    telegram.say("/status")
+    wait_until(lambda: telegram.texts())
+    telegram.is_away = True
+    telegram.say("/status")
+    time.sleep(2)
+    telegram.is_away = False
+    wait_until(lambda: len(telegram.texts()) == 2)
 
 
 def test_kill_the_bot_and_nothing_is_lost(make_server, open_queue, telegram, start_server, tmp_path):

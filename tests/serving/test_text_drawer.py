@@ -103,9 +103,10 @@ def test_a_style_that_lacked_memory_can_be_had_later(fresh_base, tmp_path, monke
     """What it got hold of is given back."""
     base = fresh_base()
     cache = AdapterCache(base, {"dog": make_run(fresh_base(), tmp_path, "dog")}, 0)
-    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr(tuned_module, "trained_parts", raise_out_of_memory)
-        cache.use("dog")
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.use("dog")
     assert not [name for name, _ in base.unet.named_parameters() if "lora" in name]
     cache.use("dog")
     assert "dog" in cache

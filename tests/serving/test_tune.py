@@ -325,13 +325,13 @@ def album(fake: FakeTelegram, captions: Sequence[str | None], colour: str = "red
 
 def test_an_album_becomes_a_style_in_the_chat(queue, telegram, start_bot, monkeypatch):  # noqa: F811
     """By its caption; the bot dies before all of it has come, and begins anew. The style is chosen, and forgotten."""
-    monkeypatch.setattr("improved_diffusion.serving.bot.connection.SECONDS_OF_ALBUM", 60.0)
+    monkeypatch.setattr("improved_diffusion.serving.bot.updates.SECONDS_OF_ALBUM", 60.0)
     bot = start_bot(queue)
     album(telegram, ["/tune rex dog", None])
     wait_until(lambda: len(queue.unused_uploads("telegram:7")) == 2)
     bot.stop()
     assert queue.jobs_of("telegram:7") == telegram.texts() == []
-    monkeypatch.setattr("improved_diffusion.serving.bot.connection.SECONDS_OF_ALBUM", 0.2)
+    monkeypatch.setattr("improved_diffusion.serving.bot.updates.SECONDS_OF_ALBUM", 0.2)
     start_bot(queue)
     wait_until(lambda: telegram.texts())
     (job,) = queue.jobs_of("telegram:7")

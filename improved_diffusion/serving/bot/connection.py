@@ -1,5 +1,4 @@
-"""The connection to Telegram: the token and where it may show, patience with limits, and updates that are acknowledged
-when they have been dealt with."""
+"""The connection to Telegram: the token and where it may show, and patience with limits."""
 
 from __future__ import annotations
 
@@ -7,27 +6,20 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
-from weakref import WeakValueDictionary
 
-from aiogram import Bot, Dispatcher
+from aiogram import Bot
 from aiogram.client.session.aiohttp import AiohttpSession
 from aiogram.client.session.middlewares.base import BaseRequestMiddleware, NextRequestMiddlewareType
 from aiogram.client.telegram import TelegramAPIServer
-from aiogram.exceptions import TelegramAPIError, TelegramRetryAfter, TelegramUnauthorizedError
+from aiogram.exceptions import TelegramRetryAfter
 from aiogram.methods import TelegramMethod
 from aiogram.methods.base import Response, TelegramType
-from aiogram.types import Update
 
 from improved_diffusion.errors import UserError
 
 TOKEN, TOKEN_FILE = "TELEGRAM_TOKEN", "TELEGRAM_TOKEN_FILE"  # of the environment
 TRIES = 8  # of a call that Telegram puts off
-SECONDS_OF_POLL = 10  # for which Telegram holds a request for updates
-SECONDS_OF_ALBUM = 2.0  # until all messages of an album have come
-UPDATES = ["message", "callback_query"]
 
 log = logging.getLogger(__name__)
 
@@ -82,63 +74,3 @@ class _Patience(BaseRequestMiddleware):
                 log.info("%s is put off by %s s", type(method).__name__, error.retry_after)
                 await asyncio.sleep(error.retry_after)
         return await make_request(bot, method)
-
-
-class Updates:
-    """Feeds updates to a dispatcher: those of a chat one after the other, those of several chats at once.
-
-    Telegram is told that an update has come when it has been dealt with, and all before it; until then it would send
-    it again to a bot that was started anew. So a handler may run twice, and has to bear that.
-
-    A handler may return a coroutine: what is to be done when the messages have been read that come at once with its
-    own, as those of an album do.
-    """
-
-    def __init__(self, bot: Bot, dispatcher: Dispatcher):
-        self.bot = bot
-        self.dispatcher = dispatcher
-        self._chats: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
-
-    async def run(self) -> None:
-        """Until it is cancelled, or Telegram no longer knows the token (TelegramUnauthorizedError)."""
-        tasks: dict[int, asyncio.Task[None]] = {}  # by the number of the update
-        offset = 0
-        while True:
-            under_way = [number for number, task in tasks.items() if not task.done()]
-            offset = min(under_way, default=max(tasks, default=offset - 1) + 1)
-            tasks = {number: task for number, task in tasks.items() if number >= offset}
-            new = [update for update in await self._ask(offset, bool(tasks)) if update.update_id not in tasks]
-            for update in new:
-                tasks[update.update_id] = asyncio.create_task(self._feed(update))
-            if not new and under_way:
-                await asyncio.wait([tasks[number] for number in under_way], timeout=0.2)
-
-    async def _ask(self, offset: int, at_once: bool) -> list[Update]:
-        seconds = 0 if at_once else SECONDS_OF_POLL
-        try:
-            return await self.bot.get_updates(
-                offset=offset, timeout=seconds, allowed_updates=UPDATES, request_timeout=seconds + 30
-            )
-        except TelegramUnauthorizedError:
-            raise
-        except TelegramAPIError as error:  # it is away, or another bot asks with the same token
-            log.warning("no updates: %s", error)
-            await asyncio.sleep(1)
-            return []
-
-    async def _feed(self, update: Update) -> None:
-        event: Any = update.message or getattr(update.callback_query, "message", None)
-        chat = event.chat.id if event is not None else 0
-        lock = self._chats.setdefault(chat, asyncio.Lock())
-        async with lock:
-            later = await self._settle(self.dispatcher.feed_update(self.bot, update), update)
-        if asyncio.iscoroutine(later):
-            await asyncio.sleep(SECONDS_OF_ALBUM)
-            async with lock:  # after those that wait for it by now
-                await self._settle(later, update)
-
-    async def _settle(self, handling: Awaitable[Any], update: Update) -> Any:
-        try:
-            return await handling
-        except Exception:
-            log.exception("update %s failed", update.update_id)

@@ -70,6 +70,7 @@ class _Conversation:
         self.router = router = Router()
         router.message.filter(F.from_user)
         router.message.outer_middleware(answer_mistakes)
+        router.callback_query.outer_middleware(answer_mistakes)
         for name, handler in {
             "class": self.draw_class,
             "prompt": self.draw_text,

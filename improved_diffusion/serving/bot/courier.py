@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 from aiogram import Bot
 from aiogram.exceptions import (
-    TelegramAPIError,
+    AiogramError,
     TelegramBadRequest,
     TelegramForbiddenError,
     TelegramNotFound,
@@ -122,7 +122,7 @@ class Courier:
             await asyncio.to_thread(self.ledger.confirm, job.id, "refused")
         except TelegramRetryAfter:
             await asyncio.to_thread(self.ledger.withdraw, job.id)
-        except TelegramAPIError as error:  # the connection broke: who knows whether before or after
+        except AiogramError as error:  # the connection broke: who knows whether before or after
             log.warning("job %s may or may not have been delivered: %s", job.id, error)
         else:
             await asyncio.to_thread(self.ledger.confirm, job.id)
@@ -167,5 +167,5 @@ class Courier:
             await self.bot.edit_message_text(
                 text, chat_id=job.origin["chat"], message_id=job.origin["answer"], reply_markup=keyboard
             )
-        except TelegramAPIError as error:  # removed by the user, or it says so already: no harm
+        except AiogramError as error:  # removed by the user, or it says so already: no harm
             log.debug("message of job %s stays as it is: %s", job.id, error)

@@ -61,12 +61,13 @@ async def serve_bot(queue: JobQueue, token: str, server: str | None = None) -> N
         UserError: Telegram cannot be reached, or does not know the token.
     """
     from aiogram import Dispatcher
-    from aiogram.exceptions import TelegramAPIError, TelegramUnauthorizedError
+    from aiogram.exceptions import AiogramError, TelegramUnauthorizedError
 
-    from improved_diffusion.serving.bot.connection import Updates, open_bot
+    from improved_diffusion.serving.bot.connection import open_bot
     from improved_diffusion.serving.bot.conversation import USERS, announce, conversation
     from improved_diffusion.serving.bot.courier import Courier
     from improved_diffusion.serving.bot.packs import pack_buttons
+    from improved_diffusion.serving.bot.updates import Inbox, Updates
 
     bot = open_bot(token, server)
     courier, dispatcher = Courier(bot, queue, USERS), Dispatcher()
@@ -74,10 +75,10 @@ async def serve_bot(queue: JobQueue, token: str, server: str | None = None) -> N
     try:
         await announce(bot)
         print(f"the bot @{(await bot.me()).username} listens", flush=True)
-        await asyncio.gather(Updates(bot, dispatcher).run(), courier.run())
+        await asyncio.gather(Updates(bot, dispatcher, Inbox(queue.engine)).run(), courier.run())
     except TelegramUnauthorizedError as error:
         raise UserError("Telegram does not know the bot's token: ask @BotFather for the present one") from error
-    except TelegramAPIError as error:
+    except AiogramError as error:
         raise UserError(f"Telegram cannot be reached: {str(error).replace(token, 'TOKEN')}") from error
     finally:
         await courier.finish()

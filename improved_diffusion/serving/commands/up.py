@@ -15,6 +15,7 @@ from improved_diffusion.serving.config import ServingConfig, config_file, load_s
 
 SECONDS_TO_STOP = 30.0
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_TRIES = 5.0
 TOKENS = ("TELEGRAM_TOKEN", "TELEGRAM_TOKEN_FILE")
 MISTAKE = 2  # the exit status of a command that cannot work as it was asked to
 
@@ -27,14 +28,18 @@ def run(arguments: list[str]) -> None:
     commands = ["worker", "page", *(["bot"] if any(name in os.environ for name in TOKENS) else [])]
     stop = stop_signal()
     started = {command: _start(command, home) for command in commands}
+    again = set()
     print("Ctrl-C stops, and what is queued stays queued", flush=True)
     try:
         while not stop.wait(SECONDS_BETWEEN_LOOKS):
             for command, process in started.items():
-                if process.exitcode == MISTAKE:
+                if process.exitcode == MISTAKE and command not in again:
                     raise UserError(f"the {command} could not start, as it says above")
                 if process.exitcode is not None:
                     print(f"the {command} died ({process.exitcode}) and is started again", flush=True)
+                    if process.exitcode == MISTAKE:  # it has worked before: what it needs is away, Telegram for one
+                        stop.wait(SECONDS_BETWEEN_TRIES)
+                    again.add(command)
                     started[command] = _start(command, home)
     finally:
         _stop(list(started.values()))
