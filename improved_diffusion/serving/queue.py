@@ -249,13 +249,13 @@ class JobQueue:
         """Remove jobs, whatever their state, with their pictures and their rows in the ledger."""
         if not job_ids:
             return
-        with self.engine.begin() as connection:  # first, so that a worker that draws one keeps nothing of it
+        self.client.cancel_workflows(list(job_ids))  # first: if it fails, who tries again still finds the jobs
+        self.client.delete_workflows(list(job_ids))
+        with self.engine.begin() as connection:  # before the pictures: a worker that draws one then keeps nothing of it
             connection.execute(jobs.delete().where(jobs.c.id.in_(job_ids)))
             connection.execute(deliveries.delete().where(deliveries.c.job.in_(job_ids)))
         for job_id in job_ids:
             shutil.rmtree(self.config.results / job_id, ignore_errors=True)
-        self.client.cancel_workflows(list(job_ids))
-        self.client.delete_workflows(list(job_ids))
 
     def _jobs(self, *conditions: sa.ColumnElement[bool]) -> list[Job]:
         with self.engine.connect() as connection:

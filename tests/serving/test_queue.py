@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -24,8 +25,10 @@ from improved_diffusion.serving.requests import (
     TuneRequest,
     request_of,
 )
-from improved_diffusion.serving.upkeep import remove_expired
+from improved_diffusion.serving.upkeep import remove_expired, remove_leftovers
+from improved_diffusion.serving.uploads import keep_upload
 from tests.serving.conftest import OFFER, a_job
+from tests.serving.test_uploads import JPEG
 
 
 def in_order(queue: JobQueue) -> list[str]:
@@ -195,6 +198,40 @@ def test_nothing_is_left_of_a_purged_user(make_server, open_queue, run_script):
     assert "telegram:77" in str(left)
     assert "telegram:7'" not in str(left)
     assert done.id not in str(left)
+
+
+@pytest.mark.parametrize("fails", ["cancel_workflows", "delete_workflows"])
+def test_a_purge_that_fails_can_be_made_again(make_server, open_queue, monkeypatch, fails):
+    """The database is away at any moment of it."""
+    queue = open_queue(make_server())
+    queue.submit("A", a_job())
+    name = keep_upload(queue, "A", JPEG)
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.client, fails, is_away)
+        with pytest.raises(sa.exc.OperationalError):
+            queue.purge("A")
+    assert queue.purge("A") == 1
+    assert queue.client.list_workflows() == []
+    assert not (queue.config.uploads / name).exists()
+
+
+def test_uploads_that_nobody_recorded_go(make_server, open_queue, monkeypatch):
+    queue = open_queue(make_server())
+    kept = keep_upload(queue, "A", JPEG)
+    with monkeypatch.context() as patch:
+        patch.setattr("improved_diffusion.serving.uploads.put", is_away)
+        with pytest.raises(sa.exc.OperationalError):
+            keep_upload(queue, "B", JPEG)
+    remove_leftovers(queue)
+    assert len(list(queue.config.uploads.iterdir())) == 2, "it may be about to be recorded"
+    for file in queue.config.uploads.iterdir():
+        os.utime(file, times=(0, 0))
+    remove_leftovers(queue)
+    assert [file.name for file in queue.config.uploads.iterdir()] == [kept]
+
+
+def is_away(*_: object, **__: object) -> None:
+    raise sa.exc.OperationalError("INSERT", {}, Exception("database is locked"))
 
 
 def test_requests_are_checked_before_they_are_queued(make_server, open_queue):
