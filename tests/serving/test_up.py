@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
+import pytest
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.serving.commands import up
 from tests.serving.conftest import a_job, wait_until
 
 PROJECT = Path(__file__).parents[2]
@@ -41,3 +47,38 @@ def test_everything_at_once(make_server, open_queue, tiny_run, tmp_path):
         assert not any(Path(f"/proc/{pid}").exists() for pid in started())
     finally:
         up.kill()
+
+
+class Played:
+    """A process that has ended, or not."""
+
+    def __init__(self, exitcode: int | None):
+        self.exitcode = exitcode
+
+    def terminate(self) -> None:
+        pass
+
+    kill = terminate
+
+    def join(self, _: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("ends", "is_a_mistake"), [([2], True), ([1, 2, 2], False)])
+def test_what_could_not_start_once_may_start_later(make_server, monkeypatch, ends, is_a_mistake):
+    """After a death, Telegram may be away; at the first start, what was asked for cannot be had."""
+    home, stop, played = make_server().home, threading.Event(), iter([*ends, None])
+
+    def start(command: str, _: str) -> Played:
+        exitcode = next(played) if command == "bot" else None
+        if command == "bot" and exitcode is None:
+            stop.set()
+        return Played(exitcode)
+
+    monkeypatch.setenv("TELEGRAM_TOKEN", "1:a")
+    monkeypatch.setattr(up, "_start", start)
+    monkeypatch.setattr(up, "stop_signal", lambda: stop)
+    monkeypatch.setattr(up, "SECONDS_BETWEEN_TRIES", 0.0)
+    with pytest.raises(UserError, match="the bot could not start") if is_a_mistake else contextlib.nullcontext():
+        up.run(["--home", home])
+    assert stop.is_set() != is_a_mistake
