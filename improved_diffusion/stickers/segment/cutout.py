@@ -25,7 +25,7 @@ from improved_diffusion.stickers.segment.scenery import background
 
 KIND = "cutout"  # what the description in a file says that it is
 FILE = f"cutout{SUFFIX}"  # in a finished run
-COMPARED, TOLERANCE = 8, 0.02  # scenes, and by how much half precision may change an alpha
+COMPARED, TOLERANCE = 8, 0.002  # scenes, and by how much half precision may change alpha in the mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def export(cutout: Cutout, path: Path) -> float:
     """Write `cutout` to a .safetensors file, its weights in half precision (float16), read it back, and compare.
 
     Returns:
-        By how much an alpha of a few drawn scenes differs at most.
+        By how much alpha differs in the mean, over a few drawn scenes.
 
     Raises:
         UserError: there is a file already, another ending, a disk that cannot be written, or a cut-out that half
@@ -130,8 +130,9 @@ def export(cutout: Cutout, path: Path) -> float:
     write_described(path, description, weights)
     written = load_cutout(path, cutout.network.mean.device)
     scenes = [background(cutout.config.image_size, Photographs(()), seeded(0, HELD_OUT, n)) for n in range(COMPARED)]
-    difference = max(float(np.abs(cutout(scene) - written(scene)).max()) for scene in scenes)
+    # In the mean: where a sharp edge lies, one pixel says little.
+    difference = float(np.mean([np.abs(cutout(scene) - written(scene)).mean() for scene in scenes]))
     if not difference <= TOLERANCE:
         path.unlink()
-        raise UserError(f"in half precision alpha differs by {difference:.3f}, more than {TOLERANCE}: not written")
+        raise UserError(f"in half precision alpha differs by {difference:.4f} in the mean, more than {TOLERANCE}: not written")
     return difference
