@@ -134,5 +134,6 @@ def export(cutout: Cutout, path: Path) -> float:
     difference = float(np.mean([np.abs(cutout(scene) - written(scene)).mean() for scene in scenes]))
     if not difference <= TOLERANCE:
         path.unlink()
-        raise UserError(f"in half precision alpha differs by {difference:.4f} in the mean, more than {TOLERANCE}: not written")
+        changes = f"in half precision alpha differs by {difference:.4f} in the mean"
+        raise UserError(f"{changes}, more than {TOLERANCE}: not written")
     return difference
