@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
@@ -25,9 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
-TESTS = types.ModuleType("tests")  # the project's, not those that other packages install under this name
-TESTS.__path__ = [str(PROJECT / "tests")]
-sys.modules.setdefault(TESTS.__name__, TESTS)
+sys.path.insert(0, str(PROJECT))  # first: other packages install tests, too
 
 from improved_diffusion.errors import UserError, user_errors_exit  # noqa: E402
 from improved_diffusion.serving.commands.init import make_home  # noqa: E402

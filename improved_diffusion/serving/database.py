@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from dbos import DBOS
-from sqlalchemy import JSON, Column, Float, Integer, Table, Text
+from sqlalchemy import JSON, BigInteger, Column, Float, Integer, Table, Text
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.config import ServingConfig
@@ -68,7 +68,7 @@ packs = Table(  # of stickers on Telegram; a row stays when its job expires, for
 updates = Table(  # of Telegram, that it no longer keeps and that have not been dealt with
     "serving_updates",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
     Column("user", Text, nullable=False, index=True),
     Column("content", JSON, nullable=False),
 )

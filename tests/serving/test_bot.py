@@ -298,8 +298,9 @@ def test_a_gateway_that_answers_for_telegram_is_waited_for(make_server, open_que
     telegram.say("/status")
     wait_until(lambda: telegram.texts())
     telegram.is_away = True
+    time.sleep(2)  # until it has asked in vain
     telegram.say("/status")
-    time.sleep(2)
+    time.sleep(1)
     telegram.is_away = False
     wait_until(lambda: len(telegram.texts()) == 2)
 

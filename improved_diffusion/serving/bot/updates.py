@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class _Begun:
     task: asyncio.Task[None]
 
 
+def under_way(some: Mapping[int, _Begun]) -> dict[int, _Begun]:
+    return {number: begun for number, begun in some.items() if not begun.task.done()}
+
+
 class Updates:
     """Feeds updates to a dispatcher: those of a chat one after the other, those of several chats at once.
 
@@ -47,36 +52,45 @@ class Updates:
         self.bot = bot
         self.dispatcher = dispatcher
         self.inbox = inbox
+        self._shown: dict[int, _Begun] = {}  # what Telegram keeps, by number
+        self._kept: dict[int, _Begun] = {}  # what the inbox keeps
+        self._offset = 0  # of what Telegram shows
         self._chats: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
 
     async def run(self) -> None:
         """Until it is cancelled, or Telegram no longer knows the token (TelegramUnauthorizedError)."""
-        kept = {number: self._begin(update) for number, update in (await asyncio.to_thread(self.inbox.read)).items()}
-        shown: dict[int, _Begun] = {}  # what Telegram keeps, by number
-        offset = 0
+        found = await asyncio.to_thread(self.inbox.read)
+        self._kept = {number: self._begin(update) for number, update in found.items()}
         while True:
-            under_way = {number: begun for number, begun in shown.items() if not begun.task.done()}
-            offset = min(under_way, default=max(shown, default=offset - 1) + 1)
-            if len(under_way) and max(shown) - offset >= WINDOW and len(kept) < KEPT:
-                await asyncio.to_thread(self.inbox.keep, {number: begun.update for number, begun in under_way.items()})
-                kept |= under_way
-                offset = max(shown) + 1
-            shown = {number: begun for number, begun in shown.items() if number >= offset}
-            done = {number for number, begun in kept.items() if begun.task.done()}
-            if done:
-                await asyncio.to_thread(self.inbox.remove, done)
-                kept = {number: begun for number, begun in kept.items() if number not in done}
-            new = [update for update in await self._ask(offset, bool(shown)) if update.update_id not in shown]
+            try:
+                await self._tidy_inbox()
+            except sa.exc.SQLAlchemyError as error:  # the database is away: Telegram keeps them meanwhile
+                log.warning("no inbox: %s", getattr(error, "orig", error))
+            self._offset = min(under_way(self._shown), default=max(self._shown, default=self._offset - 1) + 1)
+            self._shown = {number: begun for number, begun in self._shown.items() if number >= self._offset}
+            new = [update for update in await self._ask() if update.update_id not in self._shown]
             for update in new:
-                shown[update.update_id] = kept.get(update.update_id) or self._begin(update)
-            if not new and shown:
-                await asyncio.wait([begun.task for begun in shown.values()], timeout=0.2)
+                self._shown[update.update_id] = self._kept.get(update.update_id) or self._begin(update)
+            if not new and self._shown:
+                await asyncio.wait([begun.task for begun in self._shown.values()], timeout=0.2)
 
-    async def _ask(self, offset: int, at_once: bool) -> list[Update]:
-        seconds = 0 if at_once else SECONDS_OF_POLL
+    async def _tidy_inbox(self) -> None:
+        """Take out what is done, and in what Telegram would have to keep too much of."""
+        done = self._kept.keys() - under_way(self._kept).keys()
+        if done:
+            await asyncio.to_thread(self.inbox.remove, done)
+            self._kept = {number: begun for number, begun in self._kept.items() if number not in done}
+        unfinished = under_way(self._shown)
+        if unfinished and max(self._shown) - min(unfinished) >= WINDOW and len(self._kept) < KEPT:
+            await asyncio.to_thread(self.inbox.keep, {number: begun.update for number, begun in unfinished.items()})
+            self._kept |= unfinished
+            self._offset, self._shown = max(self._shown) + 1, {}
+
+    async def _ask(self) -> list[Update]:
+        seconds = 0 if self._shown else SECONDS_OF_POLL  # what is done is to be acknowledged soon
         try:
             return await self.bot.get_updates(
-                offset=offset, timeout=seconds, allowed_updates=ASKED_FOR, request_timeout=seconds + 30
+                offset=self._offset, timeout=seconds, allowed_updates=ASKED_FOR, request_timeout=seconds + 30
             )
         except TelegramUnauthorizedError:
             raise
@@ -95,9 +109,10 @@ class Updates:
         async with lock:
             later = await self._settle(self.dispatcher.feed_update(self.bot, update), update)
         if asyncio.iscoroutine(later):
-            await asyncio.sleep(SECONDS_OF_ALBUM)
-            async with lock:  # after those that wait for it by now
-                await self._settle(later, update)
+            with contextlib.closing(later):
+                await asyncio.sleep(SECONDS_OF_ALBUM)
+                async with lock:  # after those that wait for it by now
+                    await self._settle(later, update)
 
     async def _settle(self, handling: Awaitable[Any], update: Update) -> Any:
         try:
@@ -120,7 +135,12 @@ class Inbox:
 
     def keep(self, found: Mapping[int, Update]) -> None:
         rows = [
-            {"id": number, "user": user_of(update.event), "content": plain(update)} for number, update in found.items()
+            {
+                "id": number,
+                "user": sender(update),
+                "content": update.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            }
+            for number, update in found.items()
         ]
         with self.engine.begin() as connection:
             connection.execute(updates.delete().where(updates.c.id.in_(found)))  # of a bot that died before it said so
@@ -131,6 +151,6 @@ class Inbox:
             connection.execute(updates.delete().where(updates.c.id.in_(numbers)))
 
 
-def plain(update: Update) -> dict[str, Any]:
-    """As Telegram sent it."""
-    return update.model_dump(mode="json", by_alias=True, exclude_unset=True)
+def sender(update: Update) -> str:
+    event = update.message or update.callback_query
+    return user_of(event) if event is not None and event.from_user is not None else ""
