@@ -12,6 +12,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from improved_diffusion.models.build import build_denoiser
 from improved_diffusion.runtime.devices import use_huge_pages
 from improved_diffusion.sampling.generate import generate
 from improved_diffusion.sampling.model import Model, change_sampling
+
+SMALL = Path(__file__).parents[1] / "pretrained" / "synthetic-64"
 
 
 class Times(NamedTuple):
@@ -71,7 +74,7 @@ def least(times: list[Times]) -> Times:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", default="pretrained", help="as of sample.py")
+    parser.add_argument("--run", default=SMALL, help="as of sample.py")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--sampling-steps", type=int, default=25, help="evaluations by DDIM")
     parser.add_argument("--baseline-images", type=int, default=32, help="by 250 ancestral steps; 0: none")

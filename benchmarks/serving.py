@@ -35,6 +35,7 @@ from improved_diffusion.serving.requests import ClassRequest  # noqa: E402
 from tests.serving.fake_telegram import TOKEN, FakeTelegram  # noqa: E402
 
 FIRST_USER, BOT = 100, "bot"
+SMALL = str(PROJECT / "pretrained" / "synthetic-64")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def talk(config: ServingConfig, server: str) -> None:
         asyncio.run(serve_bot(JobQueue(config), TOKEN, server))
 
 
-def server(home: Path, users: int, jobs: int, pixel: str = "pretrained", database: str | None = None) -> ServingConfig:
+def server(home: Path, users: int, jobs: int, pixel: str = SMALL, database: str | None = None) -> ServingConfig:
     """The settings of one that takes all these jobs."""
     models = ModelsConfig(pixel=pixel, base=None, device="cpu", batch_size=8)
     limits = LimitsConfig(queued=users * jobs, queued_per_user=jobs)

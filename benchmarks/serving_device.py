@@ -40,7 +40,7 @@ AT_ONCE, TURNS = 4, 5
 
 def compare_batches(images: int) -> None:
     """Print the rates of jobs one by one and four at once, and their ratio."""
-    model = load("pretrained")
+    model = load(PROJECT / "pretrained" / "synthetic-64")
     drawer = PixelDrawer(model, AT_ONCE)
     jobs = [ClassRequest(class_name=model.row_names[0], seed=seed) for seed in range(images)]
 

@@ -18,6 +18,7 @@ from improved_diffusion.serving.worker import Worker
 from tests.conftest import Started, free_port
 from tests.personalize.conftest import scripts  # noqa: F401
 
+SMALL = Path(__file__).parents[2] / "pretrained" / "synthetic-64"
 CLASSES = ["apple_pie", "creme_brulee", "waffles"]
 OFFER = {"kinds": ["class", "process", "text", "image"], "classes": CLASSES, "can_be_guided": True, "styles": ["dog"]}
 
@@ -37,7 +38,7 @@ def wait_until(is_so: Callable[[], object], seconds: float = 60) -> None:
 def make_server(tmp_path) -> Callable[..., ServingConfig]:
     """Makes the home of a server whose pixel model is at `pixel`, with limits of one's own."""
 
-    def make(pixel: Path | str | None = "pretrained", models: dict | None = None, **limits: object) -> ServingConfig:
+    def make(pixel: Path | str | None = SMALL, models: dict | None = None, **limits: object) -> ServingConfig:
         settings = {"device": "cpu", "pixel": None if pixel is None else str(pixel), "base": None, "matting": None}
         chosen = ModelsConfig(**settings | (models or {}))
         ports = {"port": 0, "page_port": free_port()}
