@@ -181,7 +181,9 @@ class TrainingConfig:
     grad_clip: float | None = 1.0
     """Largest allowed norm of the gradient; null for no clipping."""
     ema_rates: tuple[float, ...] = (0.9999,)
-    """Rates of the moving averages of the weights; the first is the one that is sampled and evaluated."""
+    """Rates of the moving averages of the weights; the first is the one that is sampled and evaluated. Until step
+    9 / (1 - rate) an average forgets faster, so that it reaches back about a ninth of the steps taken: in a shorter run
+    two such rates are one."""
     ema_lengths: tuple[float, ...] = ()
     """Relative lengths (sigma_rel of EDM2) of averages, such as 0.05 and 0.1, that are kept beside each checkpoint, so
     that the average of any length can be made of them after training."""

@@ -22,7 +22,10 @@ from improved_diffusion.diffusion.denoiser import NetworkDenoiser
 from improved_diffusion.diffusion.parameterization import combine, determinant, q_sample
 from improved_diffusion.diffusion.process import SIGMA_DATA, NoiseLevel
 
-LEAST_DIVISOR = 0.05  # for the change of loss space: x_0's error is divided by sigma for v (JiT, arXiv:2511.13720)
+# For the change of loss space: x_0's error is divided by sigma for v, but by no less than this (JiT, arXiv:2511.13720),
+# so that the levels at which the other space magnifies the error beyond all bounds do not make the loss by themselves.
+LEAST_DIVISOR = 0.05
+MOST_FACTOR = LEAST_DIVISOR**-2  # the same for weightings
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,12 @@ class Objective:
         weighting = WEIGHTINGS[self.weighting]
         if weighting is None and self.loss_space in (None, prediction):
             return None
-        divisor = determinant(prediction, level).clamp(min=LEAST_DIVISOR)
-        if weighting is not None:
-            return weighting(level) * (level.sigma / divisor).square()
-        return (determinant(self.loss_space or prediction, level) / divisor).square()
+        divisor = determinant(prediction, level)
+        if weighting is None:
+            wanted = determinant(self.loss_space or prediction, level)
+            return (wanted / divisor.clamp(min=LEAST_DIVISOR)).square()
+        to_x_start = level.sigma / divisor if prediction != "x_start" else torch.ones_like(divisor)
+        return (weighting(level) * to_x_start.square()).clamp(max=MOST_FACTOR)
 
 
 def named_objective(

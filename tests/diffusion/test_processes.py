@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from improved_diffusion.diffusion.denoiser import NetworkDenoiser
-from improved_diffusion.diffusion.objective import LEAST_DIVISOR, WEIGHTINGS, Objective
+from improved_diffusion.diffusion.objective import LEAST_DIVISOR, MOST_FACTOR, WEIGHTINGS, Objective
 from improved_diffusion.diffusion.parameterization import PARAMETERIZATIONS, combine, determinant, q_sample, resolve
 from improved_diffusion.diffusion.process import PROCESSES
 from improved_diffusion.diffusion.schedule import (
@@ -189,11 +189,25 @@ def test_the_loss_is_that_of_its_space_whatever_is_predicted(process, prediction
 @every_process
 @pytest.mark.parametrize("weighting", [name for name in WEIGHTINGS if name != "uniform"])
 def test_a_weighted_loss_is_the_same_whatever_is_predicted(process, weighting):
-    t = middle(process)
-    expected = WEIGHTINGS[weighting](process.at(t)) * losses("x_start", Objective(), process, t)
+    """At every level, but where the factor of the prediction's own error would be beyond its cap."""
+    t = process.level_of(torch.logspace(-2.5, 2.5, 41, dtype=torch.float64))
+    level, of_x_start = process.at(t), losses("x_start", Objective(), process, t)
     for prediction in PARAMETERIZATIONS:
+        own = losses(prediction, Objective(), process, t)
+        expected = torch.minimum(WEIGHTINGS[weighting](level) * of_x_start, MOST_FACTOR * own)
         actual = losses(prediction, Objective(weighting=weighting), process, t)
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("weighting", [name for name in WEIGHTINGS if name not in ("uniform", "edm")])
+def test_weightings_below_the_cap_are_exact_at_both_ends(weighting):
+    """Where x_0 is predicted the factor is the weight; where eps is, the weight over SNR."""
+    schedule = linear_schedule(1000)
+    level = schedule.at(torch.arange(1000))
+    weight = WEIGHTINGS[weighting](level)
+    of_x_start, of_eps = (Objective(weighting=weighting)._factor(name, level) for name in ("x_start", "eps"))
+    torch.testing.assert_close(of_x_start, weight)
+    torch.testing.assert_close(of_eps, weight * (schedule.sigma / schedule.signal).square())
 
 
 def test_named_weightings_are_what_their_papers_say():
