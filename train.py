@@ -67,6 +67,7 @@ def main(arguments: list[str]) -> int:
         if resume is not None:
             old = run.read_config()
             start.require_same_run(old, config)
+            start.require_steps_ahead(config.training.steps, state["step"])
             start.require_same_learning_rates(old.training, config.training, state["step"])
         else:
             name = f"{Path(config.data or defaults.data).name}-{config.loss}"

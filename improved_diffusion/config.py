@@ -192,8 +192,8 @@ class TrainingConfig:
     flip: bool = True
     """Mirror half of the images."""
     augment: float = 0.0
-    """Probability of each of six transformations of an image, which the network is told of so that they do not show in
-    what it draws: for small data sets, such as 0.15."""
+    """Probability of each of five transformations of an image, beside the mirroring of half; the network is told of
+    them, so that they do not show in what it draws: for small data sets, such as 0.15."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Arithmetic of the network; auto is bf16 where the device has hardware for it. The run records which it was."""
     compile: bool = False

@@ -146,14 +146,16 @@ class RunDirectory:
         """Let the run stand at `step`: a new run at 0, a resumed one at its checkpoint, the latest or an earlier one.
 
         `latest` moves first, in one rename, and it decides: what lies after it, of `best` and of the records, is of no
-        account from then on, so that a kill at any moment leaves the run where it was, or where it is to be.
+        account from then on, so that a kill at any moment leaves the run where it was, or where it is to be. What was
+        saved of later steps is removed then: the run may reach them by another way, at other learning rates.
         """
         if self.checkpoint_file(step).is_file():
             self.point("latest", self.checkpoint_file(step))
         if self.pointed("best") is None:
             (self.checkpoints / "best").unlink(missing_ok=True)
-        for file in set(_files_of_steps(self.averages)) - set(self.averages_until(step)):
-            file.unlink()
+        for file in (*self.checkpoint_files(), *_files_of_steps(self.averages)):
+            if step_of(file) > step:
+                file.unlink()
 
     def discard(self, step: int) -> None:
         """Remove the checkpoint of `step`, if there is one, and let `latest` name the one before it."""

@@ -10,7 +10,8 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.settings import parse_arguments, settings_parser, to_settings
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-PIXEL = [file for file in CONFIGS if file.stem.startswith(("food101", "demo"))]  # the others are of personalize.py
+OF_TRAIN = ("food101", "demo", "cifar10")  # the others are of personalize.py
+PIXEL = [file for file in CONFIGS if file.stem.startswith(OF_TRAIN)]
 
 
 @pytest.mark.parametrize("file", PIXEL, ids=lambda file: file.stem)

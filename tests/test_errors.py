@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +102,17 @@ def test_an_image_set_whose_hash_does_not_match(run_script, config, tiny_set, tm
     assert_refused(run_script("train.py", "--config", config, "--data", copy), "images.npy", "SHA-256")
 
 
+@contextlib.contextmanager
+def full_after(size: int) -> Iterator[None]:
+    """A limit on the size of files is a full disk for who writes one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 class TestRun:
     def test_new_run_in_a_taken_directory(self, run_script, config, trained):
         assert_refused(run_script("train.py", "--config", config, "--out", trained), str(trained), "--resume")
@@ -161,25 +175,28 @@ class TestRun:
         assert_refused(run_script("sample.py", "--run", trained, "--out", tmp_path / "out", *flags))
         assert not (tmp_path / "out").exists()
 
-    def test_a_disk_that_is_full(self, trained, tmp_path):
-        """A limit on the size of files is a full disk for who writes one."""
-        import resource
-
+    def test_a_disk_that_is_full(self, trained):
         from improved_diffusion.checkpoint_file import read_checkpoint
         from improved_diffusion.run_directory import RunDirectory
 
         run = RunDirectory(trained)
         before = sorted(run.checkpoints.iterdir())
         state = read_checkpoint(run.latest_checkpoint())
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        try:
-            with pytest.raises(UserError, match="could not write"):
-                run.save_checkpoint({**state, "step": 3}, keep=1)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with full_after(20_000), pytest.raises(UserError, match="could not write"):
+            run.save_checkpoint({**state, "step": 3}, keep=1)
         assert sorted(run.checkpoints.iterdir()) == before
         assert read_checkpoint(run.latest_checkpoint())["step"] == 2
+
+    @pytest.mark.parametrize(("length", "file"), [(1, "tensorboard"), (3000, "metrics.jsonl")])
+    def test_a_disk_that_is_full_for_the_record(self, tmp_path, capfd, length, file):
+        from improved_diffusion.run_directory import RunDirectory
+        from improved_diffusion.training.run_log import RunLog
+
+        record = {f"{'x' * length}{number}": 1.0 for number in range(200)}
+        log = RunLog(RunDirectory(tmp_path / "run"), 0)
+        with full_after(6000), pytest.raises(UserError, match=f"could not write .*{file}"), log:
+            log.write_metrics({"step": 1, **record})
+        assert capfd.readouterr().err == ""
 
 
 def test_weights_that_fail_their_hash(run_script, tiny_set, config, tmp_path):

@@ -1,9 +1,10 @@
 """Augmentation that does not leak into what is drawn: the network is told what was done to each image, and in drawing
 that nothing was (Karras et al. 2022, arXiv:2206.00364, appendix F.2). For small data sets.
 
-Six transformations, each applied to an image with the same probability, independently of the others. Their nine
-parameters are what `models/backbone.py` embeds: mirrored, upside down, size, turned (2), stretched (2), shifted (2); 0
-where nothing is done.
+Half of the images are mirrored (as by the paper's code, whose x-flip does not go by the probability); five more
+transformations are applied to an image with the same probability, independently of each other. Their nine parameters
+are what `models/backbone.py` embeds: mirrored, upside down, size, turned (2), stretched (2), shifted (2); 0 where nothing
+is done.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def draw_parameters(count: int, probability: float, generator: torch.Generator) 
     def normal() -> Tensor:
         return torch.randn(count, generator=generator, device=device)
 
-    mirrored, upside_down = ((uniform() < 0.5) * chosen() for _ in range(2))
+    mirrored = (uniform() < 0.5).float() * (probability > 0)
+    upside_down = (uniform() < 0.5) * chosen()
     size = normal() * chosen()
     angle = (2 * uniform() - 1) * math.pi * chosen()
     direction, stretch = (2 * uniform() - 1) * math.pi, normal() * chosen()

@@ -194,13 +194,18 @@ def uniform_levels(process: Process, steps: int) -> Tensor:
 def karras_levels(process: Process, steps: int, rho: float = 7.0) -> Tensor:
     """Evenly in (sigma / signal)^(1/rho) (Karras et al. 2022, arXiv:2206.00364, equation 5)."""
     low, high = (bound ** (1 / rho) for bound in _noise_range(process))
-    return process.level_of(torch.linspace(low, high, steps, dtype=torch.float64) ** rho)
+    return process.level_of(_down_from(high, low, steps) ** rho)
 
 
 def log_snr_levels(process: Process, steps: int) -> Tensor:
     """Evenly in the logarithm of signal / sigma (Lu et al. 2022, arXiv:2206.00927, section 3.3)."""
     low, high = map(math.log, _noise_range(process))
-    return process.level_of(torch.linspace(low, high, steps, dtype=torch.float64).exp())
+    return process.level_of(_down_from(high, low, steps).exp())
+
+
+def _down_from(high: float, low: float, steps: int) -> Tensor:
+    """So many values from `low` to `high`, evenly; one is `high`, where sampling starts."""
+    return torch.linspace(high, low, steps, dtype=torch.float64).flip(0)
 
 
 SPACINGS = {"uniform": uniform_levels, "karras": karras_levels, "log_snr": log_snr_levels}

@@ -10,6 +10,7 @@ import signal
 import time
 from types import FrameType
 
+import torch
 from tqdm import tqdm
 
 from improved_diffusion.data.image_set import ImageSet
@@ -27,7 +28,9 @@ from improved_diffusion.training.optimization import learning_rate
 from improved_diffusion.training.run_log import RunLog
 from improved_diffusion.training.trainer import Trainer
 
-STEPS_BETWEEN_STOP_CHECKS = 10  # with several processes, which must agree to stop at the same step
+# Several processes must agree to stop at the same step. They ask each other after so many steps, or sooner where steps
+# are slow: torchrun kills what has not ended 30 seconds after its signal.
+STEPS_BETWEEN_STOP_CHECKS, SECONDS_BETWEEN_STOP_CHECKS = 10, 5.0
 
 
 class StopRequest:
@@ -95,6 +98,8 @@ class TrainingLoop:
         self.peak = peak_tflops(self.processes.device, trainer.dtype)
         self.logged_step, self.logged_time = trainer.step, time.monotonic()
         self.stop = StopRequest()
+        self.stop_check_step, self.stop_check_time = trainer.step, time.monotonic()
+        self.next_stop_check = trainer.step + 1
 
     def train(self) -> bool:
         """Train to the last step. Returns False if a signal stopped it before that; all is saved either way.
@@ -130,10 +135,19 @@ class TrainingLoop:
         return step > 0 and step not in self.evaluated_steps and self._is_due(self.config.evaluation.every)
 
     def _should_stop(self) -> bool:
-        between_checks = self.trainer.step % STEPS_BETWEEN_STOP_CHECKS and not self._evaluation_is_due()
-        if self.processes.world_size > 1 and between_checks:
+        if self.processes.world_size == 1:
+            return self.stop.requested
+        if self.trainer.step < self.next_stop_check and not self._evaluation_is_due():
             return False
+        self._plan_next_stop_check()
         return self.processes.any(self.stop.requested)
+
+    def _plan_next_stop_check(self) -> None:
+        step, now = self.trainer.step, time.monotonic()
+        per_step = (now - self.stop_check_time) / max(1, step - self.stop_check_step)
+        steps = max(1, min(STEPS_BETWEEN_STOP_CHECKS, int(SECONDS_BETWEEN_STOP_CHECKS / per_step)))
+        agreed = self.processes.broadcast(torch.tensor(steps, device=self.processes.device), source=0)
+        self.stop_check_step, self.stop_check_time, self.next_stop_check = step, now, step + int(agreed)
 
     def _log_metrics(self) -> dict[str, str]:
         """Write a line of metrics.jsonl; returns what the progress bar shows of it."""

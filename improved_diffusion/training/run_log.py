@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +28,62 @@ class RunLog:
         for file in (run.metrics_file, run.evaluations_file):
             kept = [record for record in read_jsonl(file) if record["step"] <= first_step]
             write_text(file, "".join(json.dumps(record) + "\n" for record in kept))
-        self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
+        with self._for_tensorboard():
+            self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
 
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, and its numbers to TensorBoard."""
         self._append(self.run.metrics_file, record)
-        self._scalars("train", record)
+        with self._for_tensorboard():
+            for name, value in record.items():
+                if name != "step":
+                    self.tensorboard.add_scalar(f"train/{name}", value, record["step"])
 
     def write_evaluation(self, record: dict[str, Any], grid: np.ndarray) -> None:
         """Add a line to evaluations.jsonl, and its numbers and the sample `grid` (H, W, 3) uint8 to TensorBoard."""
         self._append(self.run.evaluations_file, record)
-        if "value" in record:
-            self.tensorboard.add_scalar(f"evaluation/{record['metric']}", record["value"], record["step"])
-        self.tensorboard.add_image("samples", grid, record["step"], dataformats="HWC")
-        self.tensorboard.flush()
+        with self._for_tensorboard():
+            if "value" in record:
+                self.tensorboard.add_scalar(f"evaluation/{record['metric']}", record["value"], record["step"])
+            self.tensorboard.add_image("samples", grid, record["step"], dataformats="HWC")
+            self.tensorboard.flush()
 
     def write_look(self, record: dict[str, Any], sheet: np.ndarray, group: str) -> None:
         """Add a line to evaluations.jsonl; its `scores`, {name: {"mean": ...}}, go to the curves of `group` in
         TensorBoard, and the contact `sheet` (H, W, 3) uint8 beside them."""
         self._append(self.run.evaluations_file, record)
-        for name, score in record["scores"].items():
-            self.tensorboard.add_scalar(f"{group}/{name}", score["mean"], record["step"])
-        self.tensorboard.add_image("sheet", sheet, record["step"], dataformats="HWC")
-        self.tensorboard.flush()
+        with self._for_tensorboard():
+            for name, score in record["scores"].items():
+                self.tensorboard.add_scalar(f"{group}/{name}", score["mean"], record["step"])
+            self.tensorboard.add_image("sheet", sheet, record["step"], dataformats="HWC")
+            self.tensorboard.flush()
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations so far."""
         return read_jsonl(self.run.evaluations_file)
 
     def __enter__(self) -> RunLog:
+        # TensorBoard writes in a thread, whose errors are raised again where it is told to write next, or to close.
+        self._excepthook = threading.excepthook
+        threading.excepthook = lambda error: None if error.exc_type is OSError else self._excepthook(error)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.tensorboard.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._for_tensorboard():
+                self.tensorboard.close()
+        except UserError:
+            if kind is None:
+                raise
+        finally:
+            threading.excepthook = self._excepthook
 
-    def _scalars(self, group: str, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name != "step":
-                self.tensorboard.add_scalar(f"{group}/{name}", value, record["step"])
+    @contextlib.contextmanager
+    def _for_tensorboard(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"could not write {self.run.tensorboard}: {error.strerror}") from error
 
     @staticmethod
     def _append(file: Path, record: dict[str, Any]) -> None:

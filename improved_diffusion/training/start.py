@@ -248,6 +248,19 @@ def require_same_learning_rates(old: TrainingConfig, new: TrainingConfig, step: 
             )
 
 
+def require_steps_ahead(steps: int, taken: int) -> None:
+    """A run that has taken `taken` steps is to take `steps` in all.
+
+    Raises:
+        UserError: those are fewer.
+    """
+    if steps < taken:
+        raise UserError(
+            f"the run has taken {taken} steps already, and the {steps} of training.steps are all that it is to take: "
+            "give more, or turn back to an earlier checkpoint, --resume CHECKPOINT.pt"
+        )
+
+
 def require_same_data(state: dict[str, Any], image_set: ImageSet | ShardedSet) -> None:
     """A resumed run sees the images it has seen before.
 

@@ -92,8 +92,8 @@ def test_each_is_done_to_the_share_of_images_asked_for():
     done = (drawn != 0).double().mean(0)
     for name in (SIZE, TURNED_SIN, STRETCH_SIN, SHIFT_X, SHIFT_Y):
         assert done[name].item() == pytest.approx(0.15, abs=0.01)
-    for name in (MIRRORED, UPSIDE_DOWN):
-        assert done[name].item() == pytest.approx(0.075, abs=0.01)
+    assert done[UPSIDE_DOWN].item() == pytest.approx(0.075, abs=0.01)
+    assert done[MIRRORED].item() == pytest.approx(0.5, abs=0.015)
     torch.testing.assert_close((drawn[:, TURNED_COS] + 1).square() + drawn[:, TURNED_SIN].square(), torch.ones(20_000))
     assert drawn[:, SIZE][drawn[:, SIZE] != 0].std().item() == pytest.approx(1, abs=0.05)
     assert torch.equal(drawn, draw_parameters(20_000, 0.15, torch.Generator().manual_seed(0)))

@@ -249,6 +249,8 @@ def test_every_spacing_gives_so_many_increasing_levels(process, spacing, steps):
     assert (schedule.levels.diff() > 0).all()
     assert schedule.levels[0] > 0
     assert schedule.levels[-1] <= process.last_level
+    most = min(80, process.at(number(process.last_level)).noise_to_signal)
+    assert schedule.sigma[-1] / schedule.signal[-1] >= 0.99 * most
     assert all(table.isfinite().all() for table in (schedule.betas, schedule.posterior_log_variance))
 
 

@@ -6,15 +6,19 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.run
 
 from improved_diffusion.checkpoint_file import read_checkpoint, write_checkpoint
+from improved_diffusion.data import open_image_set
 from improved_diffusion.files import read_jsonl
 from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.training.evaluation import Evaluator
+from improved_diffusion.training.loop import TrainingLoop
 from improved_diffusion.training.trainer import Trainer
 
 PROJECT = Path(__file__).parents[2]
@@ -157,6 +161,45 @@ def test_a_signal_saves_and_exits_cleanly(start_script, run_script, tiny_config_
     outcome = run_script("train.py", "--resume", run.path, f"--training.steps={step + 2}")
     assert outcome.code == 0, outcome.err
     assert read_checkpoint(run.latest_checkpoint())["step"] == step + 2
+
+
+class OneOfTwo(Processes):
+    """Of two processes that are told the same and are as fast as each other, the first."""
+
+    def average(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def concatenate(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x])
+
+    def gather(self, value: object) -> list:
+        return [value, value]
+
+    def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.01, 10), (1, 5), (4, 1), (60, 1)])
+def test_several_processes_stop_in_seconds_also_where_steps_are_slow(
+    tiny_trainer, tiny_set, monkeypatch, tmp_path, seconds, steps
+):
+    rarely = ("--training.log_every=99", "--training.save_every=99", "--evaluation.every=99")
+    trainer, clock = tiny_trainer("--training.steps=99", *rarely), [0.0]
+    trainer.processes = OneOfTwo(torch.device("cpu"), world_size=2)
+    monkeypatch.setattr("improved_diffusion.training.loop.time.monotonic", lambda: clock[0])
+    evaluator = SimpleNamespace(metric=None, protocol={})
+    loop = TrainingLoop(trainer, evaluator, RunDirectory(tmp_path / "run"), open_image_set(tiny_set))
+
+    def step(*_: object) -> None:
+        trainer.step += 1
+        clock[0] += seconds
+        if trainer.step == 31:
+            loop.stop.signals = 1
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    assert not loop.train()
+    assert 31 <= trainer.step < 31 + steps
+    assert read_checkpoint(loop.run.latest_checkpoint())["step"] == trainer.step
 
 
 def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(

@@ -85,6 +85,7 @@ def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new(run, tmp_path):
             assert stands_at(copy) == state  # a resume stays there, and sets right what the kill left
         assert len(read_jsonl(copy.evaluations_file)) == len(state[3])
         assert (copy.checkpoints / "best").is_file() == (state[1] is not None)
+        assert copy.checkpoint_files()[-1] == state[0]  # nothing of the way that was left
         if not died:
             break
         kills += 1
@@ -122,6 +123,23 @@ def test_turning_back_on_the_command_line(run_script, tiny_config_file, tmp_path
     assert [record["step"] for record in read_jsonl(run.evaluations_file)] == [6]
     assert run_script("train.py", "--resume", run.path, "--training.steps=12").code == 0
     assert [record["loss"] for record in read_jsonl(run.metrics_file)] == [record["loss"] for record in before]
+
+
+def test_what_was_saved_of_the_way_that_was_left_is_not_kept_in_place_of_the_new(run):
+    run.turn_to(10)
+    for step in (12, 14):
+        run.save_checkpoint({"step": step}, keep=3)
+    assert run.checkpoint_files() == [run.checkpoint_file(step) for step in (10, 12, 14)]
+
+
+def test_fewer_steps_than_were_taken_are_refused(run_script, tiny_config_file, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    assert run_script("train.py", "--config", tiny_config_file, "--out", run.path, "--training.steps=3").code == 0
+    before = run.config_file.read_text()
+    outcome = run_script("train.py", "--resume", run.path, "--training.steps=2")
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "has taken 3 steps already" in outcome.err
+    assert run.config_file.read_text() == before
 
 
 def test_a_checkpoint_under_another_steps_name(run_script, tiny_config_file, tmp_path):

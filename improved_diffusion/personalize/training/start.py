@@ -41,6 +41,7 @@ from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import choose_precision, default_device
 from improved_diffusion.settings import require, to_plain
+from improved_diffusion.training.start import require_steps_ahead
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "scaler", "images_seen", "prior_seen", "data_hash")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
@@ -161,6 +162,7 @@ def build(
     with_prior = [i for i, concept in enumerate(learned.training.concepts) if config.parts[concept].prior.images]
     budget = plan(stream, config.training, accelerator.num_processes, frozenset(with_prior))
     if state is not None:
+        require_steps_ahead(budget.total.updates, state["step"])
         require_same_updates(stream, budget, state["step"], state["images_seen"])
     say(f"budget: {budget}")
     drawn = len(prompts) + len(class_prompts)

@@ -41,6 +41,7 @@ def run(arguments: list[str]) -> None:
         new_run,
         require_same_learning_rates,
         require_same_run,
+        require_steps_ahead,
         settings_and_run,
         state_to_resume,
     )
@@ -57,6 +58,7 @@ def run(arguments: list[str]) -> None:
         state = None
         if resumed is not None:
             state = state_to_resume(run, options.resume, start.TRAINING_STATE)
+            require_steps_ahead(config.training.steps, state["step"])
             require_same_learning_rates(before.training, config.training, state["step"])
         print(f"run: {run.path}" + (f", going on at step {state['step']}" if state else ""))
         loop = start.build(config, run, state, usable_device())
