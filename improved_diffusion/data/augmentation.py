@@ -3,8 +3,8 @@ that nothing was (Karras et al. 2022, arXiv:2206.00364, appendix F.2). For small
 
 Half of the images are mirrored (as by the paper's code, whose x-flip does not go by the probability); five more
 transformations are applied to an image with the same probability, independently of each other. Their nine parameters
-are what `models/backbone.py` embeds: mirrored, upside down, size, turned (2), stretched (2), shifted (2); 0 where nothing
-is done.
+are what `models/backbone.py` embeds: mirrored, upside down, size, turned (2), stretched (2), shifted (2); 0 where
+nothing is done.
 """
 
 from __future__ import annotations
