@@ -360,6 +360,10 @@ class Config:
             "variance: take learned_range",
         )
         require(
+            self.loss != "hybrid" or bool(diffusion.vlb_weight),
+            "diffusion.vlb_weight 0 leaves nothing of the bound that trains the variance: take the mse loss",
+        )
+        require(
             not has_bound or sampling.sampler != "heun",
             f"sampling.sampler heun has no use for the variance that the {self.loss} loss trains: take another, or mse",
         )

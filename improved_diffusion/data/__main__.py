@@ -17,6 +17,7 @@ from improved_diffusion.data.shards import require_webdataset, write_shards
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 
 LISTED_BROKEN = 10
+PACKING = {"image_size": (64, 64), "channels": 3, "validation_per_class": VALIDATION_PER_CLASS}
 
 
 def positive(text: str) -> int:
@@ -66,12 +67,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     shard.add_argument("--shard-megabytes", type=positive, default=32, metavar="MB", help=megabytes)
     shard.add_argument("--seed", type=natural, default=0, help="of the images' order (default: %(default)s)")
     for command in (food101, folder, shard):
-        taken = "images taken out of train where there is no val split; 0 for none (default: %(default)s)"
+        taken = f"images taken out of train where there is no val split; 0 for none (default: {VALIDATION_PER_CLASS})"
         command.add_argument("--validation-per-class", **validation, help=taken)
         size = "pixels: a side, or HEIGHTxWIDTH such as 64x96, to whose proportions images are cut (default: 64)"
         command.add_argument("--image-size", type=sides, default=(64, 64), metavar="SIZE", help=size)
-        kinds = "1 grey, 3 RGB on white, 4 RGBA with its transparency (default: %(default)s)"
+        kinds = "1 grey, 3 RGB on white, 4 RGBA with its transparency (default: 3)"
         command.add_argument("--channels", type=int, choices=CHANNELS, default=3, help=kinds)
+    shard.set_defaults(**dict.fromkeys(PACKING))  # to know which are given, for a packed set has no use for them
 
     synthetic = commands.add_parser("synthetic", help="the embedded synthetic set, drawn here; 64x64")
     synthetic.add_argument("--per-class", type=positive, default=500, help="training images (default: %(default)s)")
@@ -127,15 +129,20 @@ def shard(arguments: argparse.Namespace) -> None:
     """Divide a packed set into shards; what is no packed set yet is packed for that, beside the shards."""
     require_webdataset()
     check_free(arguments.out, overwrite=False)
+    given = {name: value for name in PACKING if (value := getattr(arguments, name)) is not None}
+    if given and is_image_set(arguments.path):
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UserError(f"{arguments.path} is packed already, and is divided as it is: leave out {flags}")
+    packing = argparse.Namespace(**PACKING | given)
     with contextlib.ExitStack() as stack:
         packed = arguments.path
         if not is_image_set(packed):
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             beside = tempfile.TemporaryDirectory(dir=arguments.out.parent, prefix=f".{arguments.out.name}.")
             packed = Path(stack.enter_context(beside)) / "packed"
-            files = with_validation(labelled_folder(arguments.path), arguments.validation_per_class)
+            files = with_validation(labelled_folder(arguments.path), packing.validation_per_class)
             start = time.perf_counter()
-            splits = pack(files, packed, arguments.image_size, arguments.channels, workers=arguments.workers)
+            splits = pack(files, packed, packing.image_size, packing.channels, workers=arguments.workers)
             print_report(splits, files.notes, time.perf_counter() - start)
         size = arguments.shard_megabytes * 10**6
         written = write_shards(open_image_set(packed), arguments.out, size, arguments.seed)

@@ -174,6 +174,14 @@ def test_an_unlabelled_folder_is_sharded_and_trained_on(tmp_path, monkeypatch, r
     assert all(map(torch.equal, *(model.values() for model in models)))
 
 
+def test_a_packed_set_is_not_packed_in_another_way(tiny_set, tmp_path, monkeypatch):
+    out = tmp_path / "shards"
+    monkeypatch.setattr(sys, "argv", ["data", "shard", str(tiny_set), "--out", str(out), "--image-size", "16"])
+    with pytest.raises(UserError, match="packed already, and is divided as it is: leave out --image-size"):
+        main()
+    assert not out.exists()
+
+
 def test_fid_of_a_set_that_is_far_away_needs_a_reference(server, run_script, tiny_config_file, tmp_path):
     flags = ["--config", tiny_config_file, "--data", server.url, "--evaluation.features=64", "--model.image_size=4"]
     flags += ["--model.channel_multipliers=[1]", "--model.attention_resolutions=[]", "--model.class_conditional=false"]
