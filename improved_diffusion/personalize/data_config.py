@@ -5,6 +5,7 @@ In prompts, `{token}` and `{class}` stand for the subject's.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,6 +121,12 @@ class SubjectConfig:
         except (ValueError, IndexError, AttributeError) as error:
             raise UserError(f"the prompt {template!r} cannot be filled in: {error}") from error
         return " ".join(text.split())
+
+
+def escape_braces(caption: str) -> str:
+    """A template of which `fill` makes the caption again, with its {token} and {class} filled in: other braces are
+    text, as those by which tags are weighed."""
+    return re.sub(r"\{(token|class)\}|[{}]", lambda found: found[0] if found[1] else found[0] * 2, caption)
 
 
 class _Set(dict):

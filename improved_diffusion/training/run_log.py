@@ -19,14 +19,15 @@ from improved_diffusion.run_directory import RunDirectory
 
 class RunLog:
     """Writes the record of a run that starts, or goes on, at `first_step`; what it said of later steps is dropped,
-    which is safe once `latest` names that step: the next resume would drop it too."""
+    which is safe once `latest` names that step: the next resume would drop it too. A run at step 0 begins an empty one:
+    a folder without checkpoints may hold the record of another run, which died before its first."""
 
     def __init__(self, run: RunDirectory, first_step: int):
         self.run = run
         run.remove_leftovers()
         run.turn_to(first_step)
         for file in (run.metrics_file, run.evaluations_file):
-            kept = [record for record in read_jsonl(file) if record["step"] <= first_step]
+            kept = [record for record in read_jsonl(file) if first_step and record["step"] <= first_step]
             write_text(file, "".join(json.dumps(record) + "\n" for record in kept))
         with self._for_tensorboard():
             self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)

@@ -45,18 +45,19 @@ def run(arguments: list[str]) -> None:
     # Imported only now: torch takes seconds, and typos are answered at once.
     import numpy as np
 
+    from improved_diffusion.checkpoint_file import read_checkpoint
     from improved_diffusion.personalize.models.adapters import adapted_parts
     from improved_diffusion.personalize.models.kohya_metadata import kohya_metadata
     from improved_diffusion.personalize.models.words import advice_to_readers, learned_rows
     from improved_diffusion.personalize.verify import export, known_picture, reread
-    from improved_diffusion.run_directory import RunDirectory, step_of
+    from improved_diffusion.run_directory import RunDirectory
 
     base, config = open_model(parser, options)
     word = config.subject.token
     about = None
     if options.format == "kohya" and adapted_parts(base):
         run = options.run and RunDirectory(options.run)
-        step = step_of(run.choose_checkpoint(options.checkpoint)) if run else None
+        step = read_checkpoint(run.choose_checkpoint(options.checkpoint))["step"] if run else None
         about = kohya_metadata(base, config if run else None, step)
     written = export(base, word, options.format, options.out, options.save_precision, about)
     advice = advice_to_readers(base) if learned_rows(base) else None

@@ -11,6 +11,7 @@ from improved_diffusion.diffusion.noise import seeded_generator
 from improved_diffusion.personalize.config import PersonalizeConfig
 from improved_diffusion.personalize.data.captioned import CaptionedImage, CaptionedSet, open_captioned_set
 from improved_diffusion.personalize.data.masks import with_masks
+from improved_diffusion.personalize.data_config import escape_braces
 from improved_diffusion.settings import require
 
 HELD_OUT = 300  # purpose of a generator, see training/trainer.py
@@ -99,6 +100,8 @@ def _with_texts(images: tuple[CaptionedImage, ...], config: PersonalizeConfig, c
         if image.caption is None or not config.images.captions:
             return (subject.fill(subject.prompt),)
         captions = (image.caption, *image.other_captions)
+        if subject.token is not None:
+            captions = tuple(map(escape_braces, captions))
         if subject.caption_prompt is not None:
             captions = tuple(subject.caption_prompt.replace("{caption}", caption) for caption in captions)
         return captions if subject.token is None else tuple(map(subject.fill, captions))

@@ -81,6 +81,11 @@ class Base:
         return self.pipeline.scheduler.config.prediction_type
 
     @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether its noise schedule was rescaled to end in noise alone."""
+        return bool(self.pipeline.scheduler.config.get("rescale_betas_zero_snr", False))
+
+    @property
     def alphas_cumprod(self) -> torch.Tensor:
         """float32 (T,): of the schedule that it was trained with."""
         return self.pipeline.scheduler.alphas_cumprod

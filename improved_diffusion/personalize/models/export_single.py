@@ -69,6 +69,9 @@ def export_single(base: Base, folder: Path) -> Path:
     for prefix, encoder, open_clip in encoders:
         named = _openclip_state(encoder) if open_clip else encoder.state_dict()
         state |= {f"{prefix}{name}": tensor for name, tensor in named.items()}
+    if base.is_sdxl:  # by which ComfyUI and others tell what the network predicts; of SD 1 and 2 the user has to say it
+        marks = {"v_pred": base.prediction == "v_prediction", "ztsnr": base.has_zero_terminal_snr}
+        state |= {name: torch.empty(0) for name, is_so in marks.items() if is_so}
     file = folder / FILE
     with atomic_write(file) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})

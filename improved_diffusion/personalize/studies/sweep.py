@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -84,9 +85,9 @@ def train_runs(config: SweepConfig, folder: Path, sweep_file: Path, flags: Seque
         of_runs = sweep_file.parent / config.train.config
         name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items()) or of_runs.stem
         run = folder / re.sub(r"[^\w.-]+", "-", name)
-        grid = [
-            f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
-        ]
+        if run in commands:  # texts that differ in what no folder's name has
+            run = run.with_name(f"{run.name}-{hashlib.sha256(name.encode()).hexdigest()[:6]}")
+        grid = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
         is_there = bool(RunDirectory(run).checkpoint_files())
         start = ["--resume", str(run)] if is_there else ["--config", str(of_runs), "--out", str(run)]
         commands[run] = [*start, *grid, *flags]

@@ -37,7 +37,11 @@ def make_optimizer(parts: dict[str, Sequence[nn.Parameter]], config: Personalize
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, **decay, fused=True)
     if training.optimizer == "adafactor":  # Shazeer & Stern 2018, arXiv:1804.04235
-        return torch.optim.Adafactor(groups, **decay)
+        from transformers.optimization import Adafactor
+
+        # With learning rates that mean what AdamW's do. PyTorch's own multiplies them by the size of the weights, with
+        # which an adapter, whose weights begin at 0, would hardly move.
+        return Adafactor(groups, **decay, scale_parameter=False, relative_step=False, warmup_init=False)
     if training.optimizer == "lion":  # Chen et al. 2023, arXiv:2302.06675
         from lion_pytorch import Lion
 

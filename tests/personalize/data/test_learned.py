@@ -34,6 +34,12 @@ def test_captions_as_they_are_and_the_prompt_for_what_has_none(texts_of):
     assert texts_of() == ("on a lawn", "a photo of sks dog")
 
 
+def test_braces_in_a_caption_are_text(texts_of, tmp_path):
+    (tmp_path / "0.txt").write_text("{{{masterpiece}}} :{ of {token} {class}")
+    assert texts_of()[0] == "{{{masterpiece}}} :{ of sks dog"
+    assert texts_of(caption_prompt="a {class}, {caption}")[0] == "a dog, {{{masterpiece}}} :{ of sks dog"
+
+
 def test_each_concept_has_its_images_and_texts(texts_of, tmp_path):
     dog = ConceptConfig(str(tmp_path), token="sks", class_name="dog")
     cat = ConceptConfig(str(tmp_path), token="oue", class_name="cat", prompt="{token} {class}")

@@ -62,6 +62,19 @@ def test_a_whole_base_is_exported_and_read_back(kind, fresh_base, tmp_path):
     torch.testing.assert_close(read.pipeline.vae.state_dict(), expected.pipeline.vae.state_dict(), rtol=0, atol=0)
 
 
+def test_what_a_model_of_sdxl_predicts_is_marked_as_other_programs_look_for_it(fresh_base, tmp_path):
+    base = fresh_base("sdxl")
+    assert not {"v_pred", "ztsnr"} & set(load_file(export_single(base, tmp_path / "epsilon")))
+    scheduler = base.pipeline.scheduler
+    changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    base.pipeline.scheduler = type(scheduler).from_config(scheduler.config, **changed)
+    file = export_single(base, tmp_path / "v")
+    assert {"v_pred", "ztsnr"} <= set(load_file(file))
+    read = load_base(str(file))
+    assert (read.prediction, read.has_zero_terminal_snr) == ("v_prediction", True)
+    assert read.fingerprint() == base.fingerprint()
+
+
 def test_settings_may_lie_in_a_folder_with_the_published_name(fresh_base, tmp_path, monkeypatch):
     file = export_single(fresh_base("sdxl"), tmp_path)
     assert load_tokenizer(str(file)).pad_token == "<|endoftext|>"

@@ -28,7 +28,7 @@ from improved_diffusion.personalize.models.adapters import set_scales  # noqa: E
 from improved_diffusion.personalize.models.base import load_base  # noqa: E402
 from improved_diffusion.personalize.models.tuned import load_run  # noqa: E402
 from improved_diffusion.personalize.studies import sweep as sweep_module  # noqa: E402
-from improved_diffusion.personalize.studies.sweep_config import TrainGrid  # noqa: E402
+from improved_diffusion.personalize.studies.sweep_config import SweepConfig, TrainGrid  # noqa: E402
 from improved_diffusion.run_directory import RunDirectory  # noqa: E402
 
 GRID = (
@@ -216,6 +216,24 @@ def test_runs_are_trained_for_each_combination(run_script, start_script, study, 
     for run in (tmp_path / "out" / "runs").iterdir():
         lines = (run / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == 2
+
+
+def test_each_combination_is_a_run_of_its_own(study, tmp_path, monkeypatch):
+    """Also where texts differ only in what no folder is called, and a setting that may be left out is."""
+    commands = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep_module, "subprocess", SimpleNamespace(run=run))
+    prompts = ["a photo of {token}", "a photo, of {token}", "a photo of, {token}"]
+    grid = {"subject.prompt": prompts, "training.min_snr_gamma": [None, 5]}
+    study(grid)
+    config = SweepConfig(train=TrainGrid("run.yaml", grid))
+    runs = sweep_module.train_runs(config, tmp_path / "runs", tmp_path / "study.yaml", [])
+    assert len(set(runs)) == len(commands) == 6
+    assert sum("--training.min_snr_gamma=null" in command for command in commands) == 3
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tests.personalize.training.test_trainer import make_trainer  # noqa: E402
 BY_BITSANDBYTES = {"adamw_8bit": {"lr": 1e-3}}  # the paged one is the same, with its state elsewhere
 SETTINGS = {
     "adamw": {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 3},
-    "adafactor": {"lr": 1e-2, "lr_schedule": "wsd", "cooldown": 0.5},
+    "adafactor": {"lr": 1e-3, "lr_schedule": "wsd", "cooldown": 0.5},
     "lion": {"lr": 1e-4, "lr_schedule": "constant"},
     "prodigy": {"lr": 1.0, "lr_schedule": "cosine", "warmup_steps": 2},
     **BY_BITSANDBYTES,
@@ -61,6 +61,21 @@ def test_ten_updates_and_a_resume(kind, fresh_base, photos):
         resumed.train_step()
     for name, parameter in unbroken.trained.parameters.items():
         assert torch.equal(parameter, resumed.trained.parameters[name]), name
+
+
+def test_a_learning_rate_of_adafactor_is_one_of_adamw():
+    """Also of weights that are 0, as those of an adapter are at first."""
+    moved = {}
+    for kind in ("adamw", "adafactor"):
+        generator = torch.Generator().manual_seed(0)
+        parameter = torch.nn.Parameter(torch.zeros(64, 32))
+        optimizer = make_optimizer({"unet": [parameter]}, PersonalizeConfig(training=TrainingConfig(optimizer=kind)))
+        gradient = torch.randn(64, 32, generator=generator)
+        for _ in range(20):
+            parameter.grad = gradient + 0.1 * torch.randn(64, 32, generator=generator)
+            optimizer.step()
+        moved[kind] = parameter.detach().square().mean().sqrt().item()
+    assert moved["adafactor"] == pytest.approx(moved["adamw"], rel=0.5)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
