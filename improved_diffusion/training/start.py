@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,12 +239,21 @@ def require_same_learning_rates(old: TrainingConfig, new: TrainingConfig, step: 
     Raises:
         UserError: it did not; the message names the step up to which it did.
     """
-    for earlier in range(step):
-        was, now = learning_rate(old, earlier), learning_rate(new, earlier)
+    require_same_rates(functools.partial(learning_rate, old), functools.partial(learning_rate, new), step)
+
+
+def require_same_rates(old: Callable[[int], float], new: Callable[[int], float], taken: int) -> None:
+    """Both give the same learning rates of the first `taken` steps.
+
+    Raises:
+        UserError: they do not; the message names the step up to which they do.
+    """
+    for step in range(taken):
+        was, now = old(step), new(step)
         if was != now:
             raise UserError(
-                f"with these training.steps and training.cooldown the learning rate of step {earlier} would have "
-                f"been {now:.3g} and not {was:.3g}: turn back to a checkpoint of at most {earlier} steps, --resume "
+                f"with so many training steps, or this cool-down, the learning rate of step {step} would have been "
+                f"{now:.3g} and not {was:.3g}: turn back to a checkpoint of at most {step} steps, --resume "
                 "CHECKPOINT.pt, or leave them as they were"
             )
 

@@ -121,6 +121,11 @@ def learning_rate(config: PersonalizeConfig, part: str) -> float:
 
 def set_rates(optimizer: torch.optim.Optimizer, training: TrainingConfig, step: int, updates: int) -> None:
     """Give all groups their learning rates of update `step`, counted from 0, of so many `updates`."""
-    factor = rate_factor(training.lr_schedule, step, updates, training.warmup_steps, training.cooldown)
+    share = rate_share(training, step, updates)
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * share
+
+
+def rate_share(training: TrainingConfig, step: int, updates: int) -> float:
+    """What a learning rate is at update `step` of so many, as a share of the highest."""
+    return rate_factor(training.lr_schedule, step, updates, training.warmup_steps, training.cooldown)

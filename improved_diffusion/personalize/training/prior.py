@@ -67,6 +67,6 @@ def prior_images(
     prompts = [settings["prompt"]] * prior.images
     draw_missing(base, files, prompts, seeds, sampling, batch_size, description="drawing the prior")
     drawn = open_captioned_set(folder)
-    if drawn.skipped:
-        raise UserError(f"of the prior in {folder} {'; '.join(drawn.skipped)}: remove it, and it is drawn anew")
+    if damaged := [line for line in drawn.skipped if not line.startswith(DESCRIPTION)]:
+        raise UserError(f"of the prior in {folder} {damaged[0]}: remove the file, and it is drawn anew")
     return CaptionedSet(folder, drawn.images[: prior.images], ())

@@ -33,7 +33,7 @@ from improved_diffusion.personalize.models.trained import needed_for_updates, pr
 from improved_diffusion.personalize.training.budget import plan, plan_looks, require_same_updates
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.personalize.training.memory import estimate_memory, require_memory
-from improved_diffusion.personalize.training.optimizers import LIBRARIES
+from improved_diffusion.personalize.training.optimizers import LIBRARIES, rate_share
 from improved_diffusion.personalize.training.prior import prior_images
 from improved_diffusion.personalize.training.trainer import EncodedSet, Trainer
 from improved_diffusion.personalize.training.watch import Watch, watched_prompts
@@ -41,7 +41,7 @@ from improved_diffusion.provenance import provenance_entry
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.runtime.devices import choose_precision, default_device
 from improved_diffusion.settings import require, to_plain
-from improved_diffusion.training.start import require_steps_ahead
+from improved_diffusion.training.start import require_same_rates, require_steps_ahead
 
 TRAINING_STATE = ("step", "model", "ema", "optimizer", "scaler", "images_seen", "prior_seen", "data_hash")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
@@ -163,6 +163,13 @@ def build(
     budget = plan(stream, config.training, accelerator.num_processes, frozenset(with_prior))
     if state is not None:
         require_steps_ahead(budget.total.updates, state["step"])
+        before = run.read_config(PersonalizeConfig).training
+        planned = plan(stream, before, accelerator.num_processes, frozenset(with_prior))
+        require_same_rates(
+            lambda step: before.lr * rate_share(before, step, planned.total.updates),
+            lambda step: config.training.lr * rate_share(config.training, step, budget.total.updates),
+            state["step"],
+        )
         require_same_updates(stream, budget, state["step"], state["images_seen"])
     say(f"budget: {budget}")
     drawn = len(prompts) + len(class_prompts)

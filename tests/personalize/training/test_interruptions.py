@@ -159,6 +159,16 @@ def test_a_second_process_is_refused_and_what_would_change_the_result(train, res
             assert f"another process trains in {tmp_path / 'run'}" in outcome.err
 
 
+def test_a_rate_that_has_fallen_does_not_rise_again(train, resume, tiny_bases):
+    assert train(tiny_bases["sd"], "run", UNSEEN, "--training.lr_schedule=cosine", steps=2).code == 0
+    outcome = resume("run", "--training.steps=4")
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "turn back to a checkpoint of at most 1 steps" in outcome.err
+    outcome = resume("run", "--training.steps=1")
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "has taken 2 steps already" in outcome.err
+
+
 def test_killed_in_the_middle_it_goes_on(
     train, train_arguments, resume, start_script, forget_accelerator, tiny_bases, tmp_path
 ):

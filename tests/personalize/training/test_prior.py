@@ -50,6 +50,14 @@ def test_more_are_added_to_those_that_are_there(config):
     assert np.array_equal(pixels(prior_images(base, "base", config, 64)), three)
 
 
+def test_a_damaged_image_is_named(config):
+    base = load_base(config.base)
+    damaged = prior_images(base, "base", config, 64).path / "00001.png"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match="00001.png.*remove the file, and it is drawn anew"):
+        prior_images(base, "base", config, 64)
+
+
 def test_a_folder_of_ones_own_is_taken_as_it_is(config, tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
