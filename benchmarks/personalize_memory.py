@@ -156,7 +156,7 @@ def bytes_that_stay(trainer: Trainer, names: list[str]) -> int:
     tensors += [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
     if trainer.ema is not None:
         tensors += trainer.ema.weights(trainer.config.training.ema_rate).values()
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 def allocator_peak(run: Callable[[], object]) -> int:

@@ -78,7 +78,7 @@ def test_two_processes_give_the_loss_curve_of_one(run_script, finish_script, tin
 
 
 def test_augmented_images_are_trained_on_and_the_network_is_told(tiny_trainer):
-    flags = ["--loss=mse", "--model.dropout=0"]
+    flags = ["--loss=mse", "--model.dropout=0", "--training.batch_size=16"]
     plain, augmented = tiny_trainer(*flags), tiny_trainer(*flags, "--training.augment=0.2")
     seen = []
     for trainer in (plain, augmented):
