@@ -24,10 +24,11 @@ from improved_diffusion.personalize.models.trained import resolution_of
 from improved_diffusion.personalize.models.tuned import Tuned, load_run
 from improved_diffusion.personalize.pictures import draw_missing
 from improved_diffusion.personalize.studies.sweep_config import DrawGrid, SweepConfig
+from improved_diffusion.personalize.training.start import with_precision
 from improved_diffusion.progress import progress
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.run_flags import parse_run, run_parser
-from improved_diffusion.training.start import settings_and_run
+from improved_diffusion.training.start import holds_run, require_same_run, settings_and_run
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ def train_runs(config: SweepConfig, folder: Path, sweep_file: Path, flags: Seque
         if run in commands:  # texts that differ in what no folder's name has
             run = run.with_name(f"{run.name}-{hashlib.sha256(name.encode()).hexdigest()[:6]}")
         grid = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-        is_there = bool(RunDirectory(run).checkpoint_files())
-        start = ["--resume", str(run)] if is_there else ["--config", str(of_runs), "--out", str(run)]
-        commands[run] = [*start, *grid, *flags]
-    for arguments in commands.values():
-        _require_drawable(arguments, config.draw)
+        afresh = ["--config", str(of_runs), "--out", str(run), *grid, *flags]
+        commands[run] = ["--resume", str(run), *grid, *flags] if holds_run(run) else afresh
+        settings_of_run = _settings(commands[run])
+        _require_drawable(settings_of_run, config.draw)
+        _require_unedited(run, settings_of_run, _settings(afresh))
     for run, arguments in commands.items():
         print(f"{'going on with' if '--resume' in arguments else 'training'} {run.name}", flush=True)
         done = subprocess.run([sys.executable, sys.argv[0], "train", *arguments])
@@ -103,15 +104,30 @@ def train_runs(config: SweepConfig, folder: Path, sweep_file: Path, flags: Seque
     return list(commands)
 
 
-def _require_drawable(arguments: Sequence[str], draw: DrawGrid) -> None:
-    """Raise UserError if a run of these arguments cannot be trained, or will not have what is to be drawn from it."""
+def _settings(arguments: list[str]) -> PersonalizeConfig:
+    """Those of a run that is trained with these arguments."""
     parser = run_parser(PersonalizeConfig, prog="personalize.py train")
     settings, _ = settings_and_run(PersonalizeConfig, parser, arguments, parse_run(parser, arguments))
+    return with_precision(settings)[0]
+
+
+def _require_drawable(settings: PersonalizeConfig, draw: DrawGrid) -> None:
+    """Raise UserError if a run of these settings will not have what is to be drawn from it."""
     if settings.watch.every is None and "best" in draw.checkpoints:
         raise UserError(
             "draw.checkpoints names best, which is chosen by looks, and watch.every null leaves these out: "
             "give --draw.checkpoints [latest]"
         )
+
+
+def _require_unedited(run: Path, begun: PersonalizeConfig, asked: PersonalizeConfig) -> None:
+    """Raise UserError if the runs' file now says other than when the run was begun: that would be ignored."""
+    try:
+        require_same_run(begun, asked, {})
+    except UserError as error:
+        raise UserError(
+            f"the file of the runs has changed since {run} was begun; give another --out ({error})"
+        ) from error
 
 
 def draw_grid(config: SweepConfig, runs: Sequence[Path], out: Path, device: str, dtype: str) -> list[Drawn]:

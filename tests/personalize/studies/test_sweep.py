@@ -207,15 +207,20 @@ def test_runs_are_trained_for_each_combination(run_script, start_script, study, 
 
     monkeypatch.setattr(sweep_module, "subprocess", SimpleNamespace(run=run_in_fork))
     AcceleratorState._reset_state(reset_partial_state=True)
-    outcome = run_script(
-        "personalize.py", "sweep", *study({"subject.token": ["sks", "oue"]}), "--", "--training.steps=2"
-    )
+    arguments = (*study({"subject.token": ["sks", "oue"]}), "--", "--training.steps=2")
+    outcome = run_script("personalize.py", "sweep", *arguments)
     assert outcome.code == 0, outcome.err
     rows = rows_of(tmp_path / "out" / "scores.csv")
     assert [(row["run"], row["prompt"]) for row in rows] == [("token-sks", "a sks ball"), ("token-oue", "a oue ball")]
     for run in (tmp_path / "out" / "runs").iterdir():
         lines = (run / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == 2
+    settings = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "adapter": {"rank": 2}}))
+    outcome = run_script("personalize.py", "sweep", *arguments)
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "the file of the runs has changed" in outcome.err
+    assert "adapter.rank" in outcome.err
 
 
 def test_each_combination_is_a_run_of_its_own(study, tmp_path, monkeypatch):
