@@ -23,6 +23,13 @@ def run(arguments: list[str]) -> None:
     add = parser.add_argument
     add("generated", type=Path, metavar="GENERATED", help="folder of pictures, with their prompts as captions")
     add("--references", type=Path, help="the real pictures: a folder or a parquet file")
+    add(
+        "--tokens",
+        nargs="+",
+        default=(),
+        metavar="TOKEN",
+        help="rare tokens in the captions, which CLIP is not to read",
+    )
     add("--metrics", nargs="+", choices=METRICS, default=DEFAULT, metavar="METRIC", help=" ".join(METRICS))
     add("--clip", default=CLIP, help="CLIP model, by name or folder (default: %(default)s)")
     add(
@@ -55,7 +62,7 @@ def run(arguments: list[str]) -> None:
     clip, vision = options.clip if by_clip else None, options.vision if by_vision else None
     judge = Judge(clip, vision, device, inception_weights=options.weights)
     found, measurements = [], []
-    similarities = evaluate.Similarities(generated, references, judge, options.lpips_weights, device)
+    similarities = evaluate.Similarities(generated, references, judge, options.tokens, options.lpips_weights, device)
     refused = evaluate.each(similar, lambda metric: found.append(similarities.measure(metric)))
     refused += evaluate.each(
         [metric for metric in chosen if metric in evaluate.INCEPTION_METRICS],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from improved_diffusion.errors import UserError
@@ -79,3 +81,21 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise UserError(f"there is no prompt in {file}: write one on each line")
     return prompts
+
+
+def names(prompt: str, token: str) -> bool:
+    """Whether the prompt has this token, as a word of its own."""
+    return re.search(_as_word(token), prompt) is not None
+
+
+def without_tokens(prompt: str, tokens: Iterable[str]) -> str:
+    """The prompt as CLIP is to read it: it has not learned these tokens, and takes sks for a rifle. (Custom Diffusion,
+    Kumari et al. 2023, measures so.) A prompt of nothing else stays as it is."""
+    left = prompt
+    for token in tokens:
+        left = re.sub(rf"\s*{_as_word(token)}", "", left)
+    return left.strip() or prompt
+
+
+def _as_word(token: str) -> str:
+    return rf"(?<!\w){re.escape(token)}(?!\w)"

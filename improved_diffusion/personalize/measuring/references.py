@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from improved_diffusion.personalize.data.captioned import CaptionedImage
 from improved_diffusion.personalize.data.crops import fit
 from improved_diffusion.personalize.data.learned import Captioned
 from improved_diffusion.personalize.measuring.judge import Judge, Seen, scores_of
+from improved_diffusion.personalize.measuring.prompts import names, without_tokens
 from improved_diffusion.personalize.models.base import Base
 from improved_diffusion.personalize.models.encoding import rendered
 from improved_diffusion.progress import progress
@@ -68,17 +68,19 @@ def _see(
 
 
 def score_pictures(
-    seen: Seen, prompts: Sequence[str], texts: Tensor | None, references: Sequence[References]
+    judge: Judge, seen: Seen, prompts: Sequence[str], references: Sequence[References]
 ) -> dict[str, Tensor]:
-    """{score: one value for each of N pictures, (N,)}; see `scores_of`.
+    """{score: one value for each of N pictures, (N,)}; see `scores_of`. CLIP reads the prompts without the tokens.
 
     Args:
+        judge: of the prompts.
         seen: the pictures.
         prompts: theirs, N.
-        texts: CLIP's embeddings of these, (N, d).
         references: the training images of each concept. A picture is compared with those of the concepts that its
             prompt names, or of all if it names none. Of a single image, copies cannot be told.
     """
+    tokens = [of.token for of in references if of.token is not None]
+    texts = judge.read([without_tokens(prompt, tokens) for prompt in prompts])
     scored, order = [], []
     for concepts, rows in _rows_of(prompts, references).items():
         real, copies = (_joined([getattr(references[c], name) for c in concepts]) for name in ("real", "copies"))
@@ -100,7 +102,7 @@ def _rows_of(prompts: Sequence[str], references: Sequence[References]) -> dict[t
     tokens = [(concept, of.token) for concept, of in enumerate(references) if of.token is not None]
     rows_of: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in enumerate(prompts):
-        named = tuple(c for c, token in tokens if re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt))
+        named = tuple(concept for concept, token in tokens if names(prompt, token))
         rows_of.setdefault(named or tuple(range(len(references))), []).append(row)
     return rows_of
 

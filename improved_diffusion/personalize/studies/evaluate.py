@@ -23,6 +23,7 @@ from improved_diffusion.metrics.store import extract_features
 from improved_diffusion.personalize.data.captioned import CaptionedSet
 from improved_diffusion.personalize.data.crops import fit
 from improved_diffusion.personalize.measuring.judge import Judge, Seen, scores_of
+from improved_diffusion.personalize.measuring.prompts import without_tokens
 
 INCEPTION_METRICS = ("kid", "fid", "inception-score")
 SIMILARITY_METRICS = ("clip-t", "clip-i", "likeness", "copying", "lpips")
@@ -86,6 +87,7 @@ class Similarities:
         generated: pictures with their prompts.
         references: real pictures, or None.
         judge: of both.
+        tokens: rare ones, which CLIP is not to read in the prompts.
         lpips_weights: torchvision's AlexNet, or None.
         device: where LPIPS runs.
     """
@@ -95,10 +97,11 @@ class Similarities:
         generated: CaptionedSet,
         references: CaptionedSet | None,
         judge: Judge,
+        tokens: Sequence[str] = (),
         lpips_weights: Path | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.generated, self.references, self.judge = generated, references, judge
+        self.generated, self.references, self.judge, self.tokens = generated, references, judge, tokens
         self.lpips_weights, self.device = lpips_weights, device
 
     @functools.cached_property
@@ -106,7 +109,7 @@ class Similarities:
         """All scores that can be told. Unlike a look at a run, there is no autoencoder to render the references by."""
         texts = None
         if not self.generated.without_caption():
-            texts = self.judge.read([image.caption for image in self.generated.images])
+            texts = self.judge.read([without_tokens(image.caption, self.tokens) for image in self.generated.images])
         real = Seen()
         if self.references is not None:
             real = self.judge.see(_square(image.load()) for image in self.references.images)

@@ -196,19 +196,19 @@ def _digest(*what: object) -> str:
 
 
 def _references(tuned: Tuned, swept: SweptRun, judge: Judge, known: dict[tuple, list[References]]) -> list[References]:
-    """The training images of a run; those that several runs share are looked at once."""
+    """The training images of a run; those that several runs share are looked at once, whatever these call them."""
     config, side = swept.config, resolution_of(swept.config, tuned.base)
     most = config.watch.max_references
     key = (tuned.base.name, side, config.data, config.concepts, config.images, config.seed, most)
     if key not in known:
         known[key] = see_training(tuned.base, judge, swept.training, config, side)
-    return known[key]
+    return [replace(of, token=part.subject.token) for of, part in zip(known[key], config.parts, strict=True)]
 
 
 def _score(pictures: list[Drawn], judge: Judge, references: list[References]) -> list[Drawn]:
     seen = judge.see(Image.open(picture.file).convert("RGB") for picture in pictures)
     prompts = [picture.prompt for picture in pictures]
-    values = score_pictures(seen, prompts, judge.read(prompts), references)
+    values = score_pictures(judge, seen, prompts, references)
     return [
         replace(picture, scores={name: value[i].item() for name, value in values.items()})
         for i, picture in enumerate(pictures)

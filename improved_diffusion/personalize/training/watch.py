@@ -112,7 +112,7 @@ class Watch:
         pictures, of_class = drawn[: len(self.prompts) * per_prompt], drawn[len(self.prompts) * per_prompt :]
         said = [prompt for prompt in self.prompts for _ in self.watch.seeds]
         with self.judge.at_work():
-            values = score_pictures(self.judge.see(pictures), said, self.judge.read(said), self.references)
+            values = score_pictures(self.judge, self.judge.see(pictures), said, self.references)
             by_concept = {
                 name: _means({score: value[rows] for score, value in values.items()})
                 for name, rows in rows_by_concept(said, self.references).items()

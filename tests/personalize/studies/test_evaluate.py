@@ -51,13 +51,14 @@ def squares(folder) -> list[Image.Image]:
     return images
 
 
-def test_similarities_are_those_of_metrics(evaluate, generated, photos, tiny_judges, tmp_path):
-    outcome = evaluate("--metrics", "clip-t", "clip-i", "likeness")
+@pytest.mark.parametrize("tokens", [(), ("in", "red")])
+def test_similarities_are_those_of_metrics(evaluate, generated, photos, tiny_judges, tmp_path, tokens):
+    outcome = evaluate("--metrics", "clip-t", "clip-i", "likeness", *(("--tokens", *tokens) if tokens else ()))
     assert outcome.code == 0, outcome.err
     found = {record["metric"]: record for record in json.loads((tmp_path / "out.json").read_text())}
     pictures, real = squares(generated), squares(photos)
     clip, vision = load_clip(str(tiny_judges["clip"])), load_vision(str(tiny_judges["dino"]))
-    texts = [PROMPTS[number // 2] for number in range(4)]
+    texts = [" ".join(word for word in PROMPTS[i // 2].split() if word not in tokens) for i in range(4)]
     cosines = clip_score(pictures, texts, *clip) / 100
     assert (cosines > 0).all()  # clip_score cuts negative ones, CLIP-T does not
     expected = {
@@ -141,7 +142,7 @@ def test_diversity_is_the_mean_distance_within_a_prompt(generated, monkeypatch):
 
     monkeypatch.setattr(evaluate, "load_lpips", lambda weights, device: Difference().eval())
     monkeypatch.setattr(evaluate, "LPIPS_SIDE", 64)
-    found = evaluate.Similarities(open_captioned_set(generated), None, None, generated).measure("lpips")
+    found = evaluate.Similarities(open_captioned_set(generated), None, None, (), generated).measure("lpips")
     arrays = [np.asarray(Image.open(generated / f"{i}.png"), dtype=np.float64) / 127.5 for i in range(4)]
     expected = np.mean([np.abs(arrays[0] - arrays[1]).mean(), np.abs(arrays[2] - arrays[3]).mean()])
     assert found.score.mean == pytest.approx(expected, rel=1e-4)
