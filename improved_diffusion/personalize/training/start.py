@@ -295,6 +295,8 @@ def _prior(
     """The prior of a concept at each of the `sizes`; the first process draws what is missing of it."""
     with accelerator.main_process_first(), drawing():
         found = prior_images(base, fingerprint, config, resolution)
+    for line in found.skipped:
+        accelerator.print(f"skipped of the prior {line}")
     base.place(accelerator.device, "vae")
     text = config.subject.fill(config.prior.prompt)
     drawn = Captioned(found.images, ((text,),) * len(found), (0,) * len(found))

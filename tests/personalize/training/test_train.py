@@ -63,6 +63,15 @@ def test_two_steps_of_each_method_and_the_export_of_what_they_learned(
 
 
 @pytest.mark.usefixtures("no_estimate")
+def test_what_cannot_be_used_of_ones_own_prior_is_said(train, tiny_bases, photos, tmp_path):
+    own = shutil.copytree(photos, tmp_path / "own")
+    (own / "broken.jpg").write_bytes(b"no picture")
+    outcome = train(tiny_bases["sd"], "run", f"--prior.path={own}", "--prior.images=2", "--watch.every=null", steps=1)
+    assert outcome.code == 0, outcome.err
+    assert "skipped of the prior broken.jpg" in outcome.out
+
+
+@pytest.mark.usefixtures("no_estimate")
 def test_what_a_file_in_kohyas_form_says_and_a_run_among_several_adapters(train, run_script, tiny_bases, tmp_path):
     flags = ("--adapter.targets=kohya+convolutions", "--adapter.rank=4", "--text.clip_skip=2", "--watch.every=null")
     outcome = train(tiny_bases["sd"], "run", *flags, "--text.max_token_length=150", steps=1)
