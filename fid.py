@@ -89,6 +89,19 @@ def check(parser: ArgumentParser, options: argparse.Namespace) -> None:
         parser.error(f"{min(needed)} needs the images that the model was trained on: give them with --train")
 
 
+def require_model(options: argparse.Namespace) -> None:
+    """Raise UserError for flags that say how a model draws, where there is none to draw."""
+    from improved_diffusion.sampling.loading import is_model
+
+    if is_model(options.real) or is_model(options.fake):
+        return
+    of_model = {name: getattr(options, name) for name in ("per_class", "checkpoint", "ema", "ema_length", "guide")}
+    of_model |= flag_changes(options)
+    if given := [name.replace("_", "-") for name, value in of_model.items() if value is not None]:
+        sides = f"neither {options.real} nor {options.fake} is one"
+        raise UserError(f"{', '.join(given)}: these say what a run or a model draws, and {sides}")
+
+
 def main() -> None:
     options = parse_arguments()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -102,6 +115,7 @@ def main() -> None:
     from improved_diffusion.sampling.identity import selection_line
     from improved_diffusion.sampling.measuring import Drawn, Extraction, open_sets
 
+    require_model(options)
     with start_processes() as processes:
         if options.device is not None:
             processes = dataclasses.replace(processes, device=usable_device(options.device))

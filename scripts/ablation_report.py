@@ -114,7 +114,7 @@ def sections(rows: Sequence[Row], settings: Mapping[str, Config], by_time: bool)
             found.append(Section(f"{metric} of the last checkpoint", "sampling steps", curves, common(curves)))
         elif metric == "bits/dim":
             curves = curves_of(rows, metric, lambda row: "bits/dim")
-            found.append(Section("Bound on held-out images, last checkpoint", "", curves, common(curves)))
+            found.append(Section("Bound on images of the reference, last checkpoint", "", curves, common(curves)))
         elif metric.startswith("training "):
             curves = with_best(curves_of(rows, metric, place(rows, by_time)))
             title = f"{metric.removeprefix('training ')} while training"

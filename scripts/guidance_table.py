@@ -9,6 +9,7 @@ Features are kept as fid.py keeps them, so an interrupted command goes on where 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -47,6 +48,8 @@ def main(arguments: list[str]) -> None:
     from improved_diffusion.sampling.measuring import Drawn, open_sets
 
     model = load(options.run)
+    everywhere = dataclasses.replace(model.config.sampling, guidance_interval=None)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, sampling=everywhere))
     guided = {"classifier-free": model} if model.config.model.class_dropout > 0 else {}
     if options.guide:
         guided["autoguidance"] = model.guided_by(load(*split_guide(options.guide)))

@@ -115,6 +115,8 @@ def main(arguments: list[str]) -> None:
         print(f"{label:>14} {taken:>4} {estimate.value:.4f} ({low:.4f} to {high:.4f})", flush=True)
         title = f"{metric_name(options.features)}, n = {len(source)} against {real.n:,}, seed {options.seed}"
         report(points, options.out, title)
+    if not points:
+        raise UserError(f"none of the samplers can take {' or '.join(map(str, options.evaluations))} evaluations")
     print(f"\n{(options.out / 'curve.md').read_text()}", end="")
 
 

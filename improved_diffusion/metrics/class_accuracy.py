@@ -16,7 +16,7 @@ REGULARISATION = 0.01  # scikit-learn's C, for features of unit variance
 CONFUSED_PAIRS = 10
 
 
-def class_accuracy(train: Features, real: Features, fake: Features) -> dict[str, Estimate]:
+def class_accuracy(train: Features, real: Features, fake: Features, confidence: float = 0.95) -> dict[str, Estimate]:
     """The share of images that a multinomial logistic regression on the features of `train` puts into their own class,
     and the share whose own class is among its first five (where there are more than five classes).
 
@@ -38,7 +38,7 @@ def class_accuracy(train: Features, real: Features, fake: Features) -> dict[str,
             hits = _hits(ranks, side.labels, k)
             estimates[f"top-{k} accuracy{suffix}"] = _share(hits, side.labels)
     details = estimates["top-1 accuracy"].details
-    details["by_class"] = _by_class(ranked.values(), names)
+    details["by_class"] = _by_class(ranked.values(), names, confidence)
     details["confused"] = _confused(fake.labels, ranked[""][1][:, 0], names)
     return estimates
 
@@ -69,7 +69,7 @@ def _share(hits: np.ndarray, labels: np.ndarray | None = None) -> Estimate:
     return Estimate(float(hits.mean()), (Influence(hits, labels),), least=0, most=1)
 
 
-def _by_class(sides: Iterable[tuple[Features, np.ndarray]], names: dict[int, str]) -> list[tuple]:
+def _by_class(sides: Iterable[tuple[Features, np.ndarray]], names: dict[int, str], confidence: float) -> list[tuple]:
     rows = []
     for label, name in names.items():
         row: list = [name]
@@ -79,7 +79,7 @@ def _by_class(sides: Iterable[tuple[Features, np.ndarray]], names: dict[int, str
                 row += [None, None, None]
                 continue
             share = _share(hits)
-            row += [share.value, *bootstrap_interval(share)]
+            row += [share.value, *bootstrap_interval(share, confidence)]
         rows.append(tuple(row))
     return sorted(rows, key=lambda row: (row[1] is None, row[1] or 0.0))
 

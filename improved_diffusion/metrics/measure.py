@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from improved_diffusion.errors import UserError
@@ -20,7 +21,7 @@ from improved_diffusion.metrics.fid import (
     metric_name,
     per_class,
 )
-from improved_diffusion.metrics.images.sources import balanced_rows
+from improved_diffusion.metrics.images.sources import balanced_rows, proportional_rows
 from improved_diffusion.metrics.inception.network import LOGITS, SPATIAL
 from improved_diffusion.metrics.inception_score import inception_score
 from improved_diffusion.metrics.kernel import kernel_inception_distance
@@ -112,7 +113,7 @@ def measure(
         (size,) = feature_sizes([metric], features)
         sides = _sides(metric, sets, size)
         settings = next((side.settings for side in sides.values() if side.settings is not None), None)
-        for name, estimate, n_real, n_fake in _estimates(metric, sides, size, device, seed):
+        for name, estimate, n_real, n_fake in _estimates(metric, sides, size, device, confidence, seed):
             interval = bootstrap_interval(estimate, confidence, seed=seed) or (None, None)
             measurements.append(
                 Measurement(
@@ -159,7 +160,9 @@ def _sides(metric: str, sets: FeatureSets, size: int) -> dict[str, Side]:
     return sides
 
 
-def _estimates(metric: str, sides: dict[str, Side], size: int, device: torch.device | str, seed: int) -> list[Named]:
+def _estimates(
+    metric: str, sides: dict[str, Side], size: int, device: torch.device | str, confidence: float, seed: int
+) -> list[Named]:
     real, fake, train = (sides.get(name) for name in ("real", "fake", "train"))
     name = metric_name(size)
     if metric == "inception-score":
@@ -168,7 +171,7 @@ def _estimates(metric: str, sides: dict[str, Side], size: int, device: torch.dev
     if metric in ("fid", "sfid"):
         return [(name, frechet_inception_distance(real, fake), *counts)]
     if metric == "floor":
-        train = train.take(balanced_rows(train.n, train.labels, fake.n or train.n, seed))
+        train = _like(fake, real, train, seed)
         return [(f"{name} floor", frechet_inception_distance(real, train), real.n, train.n)]
     if metric == "fid-infinity":
         return [(f"{name}-infinity", fid_infinity(real, fake, seed), *counts)]
@@ -179,9 +182,20 @@ def _estimates(metric: str, sides: dict[str, Side], size: int, device: torch.dev
     if metric == "memorisation":
         return [("memorisation", memorisation(train, real, fake, device), *counts)]
     if metric == "class-accuracy":
-        return [(label, estimate, *counts) for label, estimate in class_accuracy(train, real, fake).items()]
+        return [(label, estimate, *counts) for label, estimate in class_accuracy(train, real, fake, confidence).items()]
     of_both = {"precision-recall": precision_recall, "density-coverage": density_coverage}[metric]
     return [(label, estimate, *counts) for label, estimate in of_both(real, fake, device=device).items()]
+
+
+def _like(fake: Side, real: Side, train: Features, seed: int) -> Features:
+    """Training images, as many as the fake ones, with the classes in proportion to theirs or, where they have none, to
+    the real ones': with another mixture they would be farther from the real images than a perfect model's."""
+    mixtures = [side for side in (fake, real) if isinstance(side, Features) and side.class_names == train.class_names]
+    n = fake.n or train.n
+    if train.labels is None or not mixtures or mixtures[0].labels is None:
+        return train.take(balanced_rows(train.n, None, n, seed))
+    shares = np.bincount(mixtures[0].labels, minlength=len(train.class_names or ())) / mixtures[0].n
+    return train.take(proportional_rows(train.labels, shares, n, seed))
 
 
 def _notes(metric: str, size: int, sides: dict[str, Side], n_real: int | None, n_fake: int | None) -> tuple[str, ...]:
@@ -195,6 +209,8 @@ def _notes(metric: str, size: int, sides: dict[str, Side], n_real: int | None, n
         compared = [side for name, side in sides.items() if (metric, name) != ("floor", "fake")]
         if fixed := [side.name for side in compared if not isinstance(side, Features)]:
             notes.append(f"the interval takes {' and '.join(fixed)} as fixed: there were no images to resample")
+    if metric == "memorisation" and sides["real"].content_hash == sides["train"].content_hash is not None:
+        notes.append("REAL is the training set itself: what is said of the real images says nothing")
     if metric == "floor" and n_fake != sides["fake"].n:
-        notes.append(f"of all {n_fake:,} training images: fewer than the fake ones")
+        notes.append(f"of {n_fake:,} training images, all that there are of these classes: fewer than the fake ones")
     return tuple(notes)

@@ -11,11 +11,13 @@ single array, opened memory-mapped; it is found again by the content of the imag
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import re
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from improved_diffusion.progress import progress
 from improved_diffusion.runtime.devices import Processes
 
 CHUNK = 512  # images
+LEFT_BEHIND = 3600  # seconds after which a file that is half-written has been left by a kill
 CHUNK_NAME = re.compile(r"chunk_(\d+)_(\d+)\.npz")
 MAX_BROKEN = 0.02  # of the images; beyond it the set is not the one that was meant
 COMPILE_FROM = 5000  # images still to do on a CPU; below, compiling takes longer than it saves, as it does on a GPU
@@ -87,9 +90,14 @@ class FeatureStore:
                 raise
 
     def remove_leftovers(self) -> None:
-        """Remove the chunks, and what kills left of files, of a complete store."""
-        for file in [*self.directory.glob("chunk_*.npz"), *self.directory.glob(".*.tmp")]:
+        """Remove the chunks, and what kills left of files, of a complete store. A new file that is half-written may be
+        another command's, which would fail without it."""
+        for file in self.directory.glob("chunk_*.npz"):
             file.unlink(missing_ok=True)
+        for file in self.directory.glob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > LEFT_BEHIND:
+                    file.unlink()
 
     def _join(self, chunks: Sequence[range], size: int) -> None:
         parts = [self._chunk_rows(chunk) for chunk in chunks]

@@ -46,11 +46,17 @@ def bound_on_images(
         batch_size: images at once; changes speed and memory only.
 
     Raises:
-        UserError: other classes, or more steps than the model has.
+        UserError: other classes or another size of images, a model without a bound, or more steps than it has.
     """
     has_classes = model.config.model.class_conditional
     if has_classes and image_set.class_names != model.class_names:
         raise UserError(f"the classes of {image_set.path} are not those of the run {model.source}")
+    height, width, channels = image_set.images.shape[1:]
+    if (channels, height, width) != tuple(model.config.model.image_shape):
+        wanted = "x".join(map(str, model.config.model.image_shape[1:]))
+        raise UserError(f"the images of {image_set.path} are {height}x{width}, those of {model.source} are {wanted}")
+    if not has_bound(model.config):
+        raise UserError(f"{model.source} has no bound: it was trained in continuous time, or without its variances")
     sampling = SamplingConfig(steps=steps)
     denoiser, schedule = model.denoiser(sampling), build_schedule(model.config.diffusion, sampling)
     bounds = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import typing
+from pathlib import Path
 from typing import Any
 
 from improved_diffusion.config import SAMPLER_OPTIONS, SamplingConfig
@@ -55,7 +56,7 @@ def flag_changes(flags: argparse.Namespace) -> dict[str, Any]:
 def split_guide(guide: str) -> tuple[str, str | None]:
     """RUN[:CHECKPOINT] as its two parts."""
     run, colon, checkpoint = guide.rpartition(":")
-    return (run, checkpoint) if colon else (guide, None)
+    return (run, checkpoint) if colon and not Path(guide).exists() else (guide, None)
 
 
 def _choices(setting: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.diffusion.denoiser import ClippedDenoiser, Denoiser
-from improved_diffusion.diffusion.noise import NOISES
+from improved_diffusion.diffusion.noise import NOISES, PerSampleNoise, PhiloxNoise
 from improved_diffusion.diffusion.samplers import SAMPLERS, OnStep
 from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import build_schedule, number_of_steps
@@ -43,6 +43,12 @@ def sampling_record(config: Config, sampling: SamplingConfig) -> dict[str, Any]:
     }
 
 
+def require_drawable(config: Config, keys: Sequence[SampleKey], sampling: SamplingConfig, device: torch.device) -> None:
+    """Raise at once the UserError that `generate` would raise of these keys and settings."""
+    build_schedule(config.diffusion, sampling)
+    _noise_of([max(keys), *keys[:1]], config, sampling, device)
+
+
 def generate(
     denoiser: Denoiser,
     keys: Sequence[SampleKey],
@@ -69,13 +75,23 @@ def generate(
     for first in range(0, len(keys), at_once):
         batch = list(keys[first : first + at_once])
         full = batch + [batch[-1]] * (size - len(batch))
-        try:
-            draw_noise = NOISES[sampling.noise](full, config.model.image_shape, device)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        draw_noise = _noise_of(full, config, sampling, device)
         y = torch.tensor([key.class_index for key in full], device=device) if config.model.class_conditional else None
         x = sampler(ClippedDenoiser(denoiser), schedule, draw_noise(), y, draw_noise)
+        if not x.isfinite().all():  # as uint8 it would be a black picture
+            raise UserError(
+                "the network's pictures are not finite numbers: its weights are damaged, or training failed"
+            )
         yield batch, to_uint8(x[: len(batch)])
+
+
+def _noise_of(
+    keys: Sequence[SampleKey], config: Config, sampling: SamplingConfig, device: torch.device
+) -> PerSampleNoise | PhiloxNoise:
+    try:
+        return NOISES[sampling.noise](keys, config.model.image_shape, device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def batch_size_on(device: torch.device, sampling: SamplingConfig) -> int:

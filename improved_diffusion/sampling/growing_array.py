@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +33,15 @@ def open_rows(file: Path) -> Iterator[WriteRow]:
         yield write
 
 
-def write_npz(out: Path, images_file: Path, labels: np.ndarray) -> None:
-    """Write the .npz `out` with the array of the .npy `images_file` as `arr_0`, copied piece by piece, and `labels`.
+def write_npz(out: Path, images_file: Path, labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Write the .npz `out`: the array of the .npy `images_file` as `arr_0`, copied piece by piece, and `labels`, which
+    are indices into `class_names`.
 
     Raises:
         UserError: it cannot be written.
     """
     with atomic_write(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         archive.write(images_file, "arr_0.npy")
-        with archive.open("labels.npy", "w") as stream:
-            np.lib.format.write_array(stream, labels)
+        for name, array in (("labels", labels), ("class_names", np.array(class_names))):
+            with archive.open(f"{name}.npy", "w") as stream:
+                np.lib.format.write_array(stream, array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,10 +52,10 @@ def fid(
             array of uint8 images (N, H, W, 3), or a model or its path.
         fake: what is measured; any of these too.
         features: size of the Inception features: 64, 192, 768 or 2048, which is what "FID" means elsewhere.
-        n: measure with at most so many images of each side, drawn evenly over the classes.
+        n: measure with at most so many images of each side, drawn evenly over the classes if both have some.
         per_class: images of each class that a model draws, as its own settings say; by default as many as the other
             side has.
-        generation_seed: of a model's images.
+        generation_seed: of a model's images; where both sides are models, the next one for those of `real`.
         confidence: of the interval.
         preprocessing: the resize: tf1, clean or none.
         fast: features in bfloat16: another measurement, not to be mixed with others.
@@ -68,6 +69,10 @@ def fid(
     Raises:
         UserError: nothing usable on a side, no weights, or images that cannot be compared.
     """
+    if n is not None and n < 2:
+        raise UserError(f"n is {n}: it must be at least 2")
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence is {confidence}: it must lie between 0 and 1")
     drawn = Drawn(per_class=per_class, seed=generation_seed)
     extraction = Extraction(weights, preprocessing, fast, batch_size)
     opened = open_sets(
@@ -161,14 +166,17 @@ def open_sets(
     """
     device = processes.device
     opened = [_opened(side, drawn, device) for side in (real, fake)]
-    sides = [_side(opened[0], opened[1], drawn), _side(opened[1], opened[0], drawn)]
+    # Of two models each has noise of its own: drawn from the same, their images would not be independent, and too near.
+    of_real = dataclasses.replace(drawn, seed=drawn.seed + 1) if isinstance(opened[1], Model) else drawn
+    sides = [_side(opened[0], opened[1], of_real), _side(opened[1], opened[0], drawn)]
     trained_on = [open_source(train)] if train and set(metrics) & set(OF_TRAINING_IMAGES) else []
     identities: dict[str, Identity] = {}
     if processes.is_first:
         identities = dict(zip(("real", "fake", "train"), map(identify, [*sides, *trained_on]), strict=False))
         warn_of_selection(identities["real"], identities["fake"])
     if n is not None:
-        sides = [_subset(side, n, seed) for side in sides]
+        evenly = all(isinstance(side, FeatureStatistics) or side.labels is not None for side in sides)
+        sides = [_subset(side, n, seed, evenly) for side in sides]
     sizes = feature_sizes(metrics, features) | ({features} if always else set())
     precision = "bf16" if extraction.fast else "float32"
     extractor = FeatureExtractor(sizes, device, extraction.weights, extraction.preprocessing, precision)
@@ -205,7 +213,8 @@ def _side(
     return run_source(side, reference, sampling, drawn.seed, drawn.per_class)
 
 
-def _subset(side: Source | FeatureStatistics, n: int, seed: int) -> Source:
+def _subset(side: Source | FeatureStatistics, n: int, seed: int, evenly: bool) -> Source:
+    """Evenly over the classes if all sides have some: else the mixture of one would change, and not the other's."""
     if isinstance(side, FeatureStatistics):
         raise UserError(f"--n draws images, and {side.name} holds only their mean and covariance")
-    return side.subset(balanced_rows(len(side), side.labels, n, seed))
+    return side.subset(balanced_rows(len(side), side.labels if evenly else None, n, seed))

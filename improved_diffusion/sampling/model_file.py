@@ -111,6 +111,9 @@ def export(model: Model, path: Path, *, half: bool = False) -> None:
     weights = {name: tensor.cpu() for name, tensor in model.network.state_dict().items()}
     if half:
         weights = {name: tensor.half() for name, tensor in weights.items()}
+    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        why = "larger than float16 can hold: export without --half" if half else "damaged, or training failed"
+        raise UserError(f"not all weights of {bad[0]} of {model.checkpoint} are finite numbers: they are {why}")
     origin = {"checkpoint_sha256": model.checkpoint_sha256, "exported_by": project_version()}
     card = ModelCard(**{**_fields(model), "provenance": {**model.provenance, **origin}})
     write_model_file(path, card, weights)

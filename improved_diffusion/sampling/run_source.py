@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from improved_diffusion.config import SamplingConfig
-from improved_diffusion.data.image_set import is_image_set
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.sources import Batch, Source
 from improved_diffusion.metrics.statistics import FeatureStatistics
@@ -99,8 +98,8 @@ def run_source(
 
     Args:
         model: from `load`.
-        reference: images of the model's classes, of each of which as many are generated; or images or statistics
-            without them, whose number is spread evenly. None where it is a model too.
+        reference: images of the model's classes or some of them, of each of which as many are generated; or images or
+            statistics without any, whose number is spread evenly. None where it is a model too.
         sampling: how they are drawn.
         seed: of the images; by default another than that of the evaluations by which a run's best was chosen.
         per_class: images of each class, whatever the reference has.
@@ -132,9 +131,11 @@ def _counts_of(reference: Source | FeatureStatistics | None, model: Model) -> li
     if reference is None:
         raise UserError("two runs have no number of images of their own: give one with --per-class")
     classes = len(model.row_names)
-    if classes > 1 and not isinstance(reference, FeatureStatistics) and reference.class_names == model.class_names:
-        return np.bincount(np.asarray(reference.labels), minlength=classes).tolist()
-    if classes > 1 and is_image_set(Path(reference.name)):
+    if classes > 1 and not isinstance(reference, FeatureStatistics) and reference.labels is not None:
+        names = reference.class_names
+        if names is not None and set(names) <= set(model.class_names):
+            counts = dict(zip(names, np.bincount(np.asarray(reference.labels), minlength=len(names)), strict=True))
+            return [int(counts.get(name, 0)) for name in model.class_names]
         raise UserError(
             f"the classes of {reference.name} are not those of the run {model.source}: say how many images to generate "
             "of each class with --per-class"

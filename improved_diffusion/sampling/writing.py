@@ -14,7 +14,7 @@ from improved_diffusion.data.packing import allocate
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import exclusive
 from improved_diffusion.runtime.devices import Processes
-from improved_diffusion.sampling.generate import SampleKey
+from improved_diffusion.sampling.generate import SampleKey, require_drawable
 from improved_diffusion.sampling.grids import save_png
 from improved_diffusion.sampling.growing_array import open_rows, write_npz
 from improved_diffusion.sampling.model import Model
@@ -56,7 +56,11 @@ def write_samples(
         UserError: sampling settings that the model cannot follow, a folder that holds other samples which `overwrite`
             does not replace, or in which another process is writing, or a disk that cannot be written.
     """
-    model.denoiser(sampling)  # refuses what the model cannot follow before anything is written
+    # What the model cannot follow is refused before anything is written, or removed.
+    model.denoiser(sampling)
+    require_drawable(model.config, keys, sampling, model.device)
+    if out is not None and out.name in ("", ".."):
+        out = out.resolve()  # the grid lies beside the folder, by its name
     with contextlib.ExitStack() as held:
         out = _claim_folder(out, model, sampling, keys, processes, overwrite, held)
         if with_npz:
@@ -64,7 +68,7 @@ def write_samples(
         _draw_missing(model, keys, sampling, out, processes, with_npz)
         processes.wait()
         if with_npz and processes.is_first:
-            write_npz(out / ARRAY, out / ROWS, np.array([key.class_index for key in keys]))
+            write_npz(out / ARRAY, out / ROWS, np.array([key.class_index for key in keys]), model.row_names)
             (out / ROWS).unlink()
     return out
 

@@ -54,6 +54,16 @@ def test_what_is_taken_for_another_class_is_named(drawn):
     assert 0 <= low <= value <= high < 0.1 < 0.9 < of_real
 
 
+def test_the_intervals_of_the_classes_have_the_confidence_that_is_asked_for(drawn):
+    sides = [drawn(seed, spread=2.0) for seed in (0, 1, 2)]
+    narrow, wide = (
+        class_accuracy(*sides, confidence)["top-1 accuracy"].details["by_class"] for confidence in (0.5, 0.99)
+    )
+    for (name, _, low, high, *_), (same, _, lower, higher, *_) in zip(narrow, wide, strict=True):
+        assert name == same
+        assert lower < low < high < higher
+
+
 def test_as_a_metric(drawn):
     sets = FeatureSets(*({8: drawn(seed)} for seed in (1, 2, 0)))
     measured = measure(sets, ["class-accuracy"], 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -20,7 +21,7 @@ import fid as command
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import METRICS, FeatureSets, measure
 from improved_diffusion.metrics.images.opening import open_source
-from improved_diffusion.metrics.images.sources import balanced_rows
+from improved_diffusion.metrics.images.sources import balanced_rows, proportional_rows
 from improved_diffusion.metrics.measure import feature_sizes
 from improved_diffusion.metrics.report import table
 from improved_diffusion.metrics.statistics import statistics_of
@@ -99,6 +100,38 @@ def test_what_is_missing_or_does_not_fit_is_said(sets, make_features):
 def test_sizes_of_features():
     assert feature_sizes(["fid", "kid"], 2048) == {2048}
     assert feature_sizes(["fid", "per-class", "sfid", "inception-score"], 192) == {192, 64, 2023, 1008}
+
+
+def test_the_floor_has_the_classes_in_the_proportion_of_the_fake_images(make_features):
+    """What is drawn like the real images is not below it, however uneven these are."""
+    rng = np.random.default_rng(0)
+
+    def drawn(*counts: int):
+        labels = np.repeat([0, 1], counts)
+        return make_features(4.0 * np.eye(8)[labels] + rng.normal(size=(len(labels), 8)), labels, ("a", "b"))
+
+    sets = FeatureSets({8: drawn(1800, 200)}, {8: drawn(1800, 200)}, {8: drawn(3000, 1000)})
+    fid, floor = measure(sets, ["fid", "floor"], 8)
+    assert floor.value == pytest.approx(fid.value, abs=0.1)
+    assert floor.n_fake == 2000
+    few = FeatureSets(sets.real, sets.fake, {8: drawn(3000, 100)})
+    (floor,) = measure(few, ["floor"], 8)
+    assert floor.n_fake == 1000
+    assert "of 1,000 training images, all that there are of these classes" in floor.notes[0]
+
+
+def test_memorisation_against_the_training_set_itself_is_noted(sets):
+    same = dataclasses.replace(sets.real[32], content_hash="same")
+    (result,) = measure(FeatureSets({32: same}, sets.fake, {32: same}), ["memorisation"], 32)
+    assert any("REAL is the training set itself" in note for note in result.notes)
+
+
+def test_a_part_in_proportion():
+    labels = np.repeat([0, 1, 2], [50, 20, 30])
+    rows = proportional_rows(labels, np.array([0.2, 0.0, 0.8]), 20, seed=0)
+    assert np.bincount(labels[rows]).tolist() == [4, 0, 16]
+    assert (np.diff(rows) > 0).all()
+    assert np.bincount(labels[proportional_rows(labels, np.array([0.25, 0, 0.75]), 90, seed=0)]).tolist() == [10, 0, 30]
 
 
 def test_a_subset_is_even_over_the_classes():

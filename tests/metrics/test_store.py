@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from pathlib import Path
 
@@ -296,3 +297,15 @@ def test_killed_and_run_again_as_a_command(tmp_path, photos, weights, cache, sta
         finish_script(*command, output, processes=processes, environment=where)
         results.append([part["value"] for part in json.loads(output.read_text())["measurements"]])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+
+
+def test_what_another_command_is_writing_stays(source, extractor64):
+    extract_features(source, extractor64)
+    chunks = open_store(source, extractor64.settings(64))
+    new, old = chunks.directory / ".features.npy.new.tmp", chunks.directory / ".features.npy.old.tmp"
+    for file in (new, old):
+        file.touch()
+    os.utime(old, (0, 0))
+    chunks.remove_leftovers()
+    assert new.exists()
+    assert not old.exists()

@@ -37,6 +37,13 @@ def test_what_it_cannot_be_of_is_refused(model, tiny_set):
     for n in (0, 37):
         with pytest.raises(UserError, match=f"36 images of .*, not of {n}"):
             bound_rows(images, n)
+    smaller = dataclasses.replace(images, images=images.images[:, :8, :8])
+    with pytest.raises(UserError, match="are 8x8, those of .* are 16x16"):
+        bound_on_images(model, smaller, np.arange(1))
+    diffusion = dataclasses.replace(model.config.diffusion, variance="learned_range")
+    untrained = dataclasses.replace(model, config=dataclasses.replace(model.config, loss="mse", diffusion=diffusion))
+    with pytest.raises(UserError, match="has no bound"):
+        bound_on_images(untrained, images, np.arange(1))
     renamed = dataclasses.replace(images, class_names=("a", "b", "c"))
     with pytest.raises(UserError, match="the classes of"):
         bound_on_images(model, renamed, np.arange(1))

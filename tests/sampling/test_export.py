@@ -132,3 +132,13 @@ def test_a_file_cut_short_is_refused(exported, tmp_path):
         (tmp_path / "cut.safetensors").write_bytes(content[: int(share * len(content))])
         with pytest.raises(UserError, match=r"cut\.safetensors is damaged"):
             improved_diffusion.load(tmp_path / "cut.safetensors")
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(tiny_run, tmp_path):
+    model = improved_diffusion.load(tiny_run)
+    with torch.no_grad():
+        next(model.network.parameters()).view(-1)[0] = 1e6
+    with pytest.raises(UserError, match="larger than float16 can hold: export without --half"):
+        export_model(model, tmp_path / "half.safetensors", half=True)
+    export_model(model, tmp_path / "whole.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["whole.safetensors"]

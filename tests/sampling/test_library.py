@@ -18,6 +18,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.metrics import open_source
 from improved_diffusion.metrics.inception.weights import packaged_weights
 from improved_diffusion.run_directory import RunDirectory
+from improved_diffusion.sampling.flags import split_guide
 
 PROJECT = Path(improved_diffusion.__file__).parent.parent
 
@@ -169,6 +170,33 @@ class TestFid:
             improved_diffusion.fid(model, model, features=64)
         with pytest.raises(UserError, match="there is nothing at"):
             improved_diffusion.fid(tiny_set, "nowhere", features=64)
+
+
+@pytest.mark.skipif(packaged_weights() is None, reason="needs the Inception weights")
+def test_two_models_draw_from_noise_of_their_own(model):
+    """From the same noise they would draw the same pictures, at no distance from each other."""
+    result = improved_diffusion.fid(model, model, features=64, per_class=3)
+    assert result.value > 1e-3
+
+
+@pytest.mark.parametrize(("wrong", "words"), [({"n": -2}, "n is -2"), ({"confidence": 95}, "confidence is 95")])
+def test_a_number_that_cannot_be_is_refused(model, wrong, words):
+    with pytest.raises(UserError, match=words):
+        improved_diffusion.fid(model, model, per_class=3, **wrong)
+
+
+def test_how_a_model_draws_is_not_said_where_there_is_none(run_script, tiny_set):
+    flags = "--checkpoint=latest", "--guidance-scale=4", "--per-class=7"
+    outcome = run_script("fid.py", tiny_set, tiny_set / "test", "--features=64", *flags)
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "per-class, checkpoint, guidance-scale: these say what a run or a model draws" in outcome.err
+
+
+def test_a_guide_may_have_a_colon_in_its_name(tmp_path):
+    (tmp_path / "lr:2e-4").mkdir()
+    assert split_guide(str(tmp_path / "lr:2e-4")) == (str(tmp_path / "lr:2e-4"), None)
+    assert split_guide(f"{tmp_path / 'lr:2e-4'}:latest") == (str(tmp_path / "lr:2e-4"), "latest")
+    assert split_guide("runs/a") == ("runs/a", None)
 
 
 def test_it_is_imported_without_torch():

@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import grimp
+import numpy as np
 import pytest
 
+from improved_diffusion.errors import UserError
+from improved_diffusion.metrics.images.sources import ArraySource
 from improved_diffusion.sampling import run_source
 from improved_diffusion.sampling.generate import SampleKey
 from improved_diffusion.sampling.loading import load
@@ -60,3 +63,22 @@ def test_whatever_generating_imports_is_hashed():
     for module in imports.find_upstream_modules("improved_diffusion.sampling.loading"):
         name = module.removeprefix("improved_diffusion.")
         assert name in DECIDES_NO_IMAGE or any(f"{name}.".startswith(f"{part}.") for part in hashed), module
+
+
+@pytest.mark.parametrize("names", [("creme_brulee", "waffles"), ("waffles", "apple_pie", "creme_brulee")])
+def test_as_many_of_each_class_as_the_reference_has_whatever_their_order(tiny_run, names):
+    """And none of a class that it lacks."""
+    model = load(tiny_run, device="cpu")
+    labels = np.repeat(np.arange(len(names)), [1 + i for i in range(len(names))])
+    reference = ArraySource("real", np.zeros((len(labels), 16, 16, 3), np.uint8), labels, names)
+    drawn = run_source.run_source(model, reference, model.config.sampling)
+    counts = dict(zip(model.class_names, np.bincount(drawn.labels, minlength=3).tolist(), strict=True))
+    assert counts == {name: 0 for name in model.class_names} | {name: 1 + i for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("names", [None, ("a", "b")])
+def test_classes_that_are_not_the_models_are_refused(tiny_run, names):
+    model = load(tiny_run, device="cpu")
+    reference = ArraySource("real", np.zeros((4, 16, 16, 3), np.uint8), np.array([0, 0, 0, 1]), names)
+    with pytest.raises(UserError, match="say how many images to generate of each class with --per-class"):
+        run_source.run_source(model, reference, model.config.sampling)

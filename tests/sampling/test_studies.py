@@ -88,3 +88,10 @@ def test_the_scale_of_guidance_is_chosen_on_one_seed_and_reported_on_another(
     chosen = measure(f"--guidance-scale={free['chosen']}", "--generation-seed=2")
     assert free["reported"]["value"] == chosen
     assert f"{free['chosen']:g}: {chosen:.3f}" in outcome.out
+
+
+def test_a_curve_without_points_is_refused(run_script, quick_run, tiny_set, tmp_path):
+    where = quick_run, tiny_set / "test", "--per-class=2", f"--out={tmp_path / 'curve'}"
+    outcome = run_script(CURVE, *where, "--evaluations", 2000, "--samplers", "ancestral")
+    assert outcome.is_one_clear_line(), outcome.err
+    assert "none of the samplers can take 2000 evaluations" in outcome.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import exclusive
+from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.sampling import sample_folder, writing
 from improved_diffusion.sampling.loading import load
@@ -162,3 +164,33 @@ def test_a_full_disk_is_one_line(write, monkeypatch):
     monkeypatch.setattr(writing, "allocate", full)
     with pytest.raises(UserError, match="could not write .*No space left"):
         write(1)
+
+
+def test_what_cannot_be_drawn_replaces_nothing(write, model, tmp_path):
+    folder = write(2)
+    before = {file: file.read_bytes() for file in folder.rglob("*.png")}
+    for wrong in ({"sampler": "ancestral", "steps": 5000}, {"sampler": "ddim", "steps": 2, "noise": "philox"}):
+        sampling, keys = change_sampling(model.config.sampling, **wrong), model.keys(None, 2, seed=2**64)
+        with pytest.raises(UserError):
+            writing.write_samples(model, keys, sampling, folder, Processes(CPU), with_npz=False, overwrite=True)
+    assert {file: file.read_bytes() for file in folder.rglob("*.png")} == before
+    assert sample_folder.read_manifest(folder)["sampling_steps"] == 2
+
+
+def test_into_the_folder_where_one_is(write, model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    keys = model.keys(None, 1, seed=0)
+    sampling = change_sampling(model.config.sampling, sampler="ddim", steps=1)
+    folder = writing.write_samples(model, keys, sampling, Path("."), Processes(CPU), with_npz=True, overwrite=False)
+    assert folder == tmp_path / "here"
+    assert open_source(folder / "samples.npz").class_names == model.class_names
+
+
+def test_pictures_that_are_no_numbers_are_refused(tiny_run):
+    """As uint8 they would be black."""
+    broken = load(tiny_run, device="cpu")
+    with torch.no_grad():
+        next(broken.network.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite numbers"):
+        broken.sample(n=1, steps=1, show_progress=False)

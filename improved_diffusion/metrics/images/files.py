@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from improved_diffusion.data.containers import Archive, Folder, is_hidden
-from improved_diffusion.data.decode import EXTENSIONS, decode_upright
+from improved_diffusion.data.decode import EXTENSIONS, FORMATS, decode_upright
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.sources import Batch, check_count
 
@@ -107,13 +107,21 @@ class FileSource:
                 yield index, image.result()
 
     def _decode(self, name: str) -> np.ndarray | str:
+        data = None
         try:
-            return np.asarray(decode_upright(self.files.read(name)))
-        except Exception as error:  # Pillow raises almost anything on a damaged file
+            data = self.files.read(name)
+            return np.asarray(decode_upright(data))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow and zipfile raise almost anything on a damaged file
+            of_system = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)
+            if data is None and of_system:  # the next time it may be read: kept as broken, it would be missing for ever
+                raise UserError(f"cannot read {name} of {self.name}: {error}") from error
             return " ".join(str(error).split()) or type(error).__name__
 
     def _file_digest(self, name: str) -> str:
         try:
-            return hashlib.sha256(self.files.read(name)).hexdigest()
+            unseen = b"" if "HEIF" in FORMATS or not name.lower().endswith((".heic", ".heif")) else b"unseen"
+            return hashlib.sha256(self.files.read(name) + unseen).hexdigest()  # another set once they can be decoded
         except Exception:  # as in _decode: such an image is skipped
             return "unreadable"

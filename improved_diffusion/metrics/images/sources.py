@@ -110,6 +110,19 @@ def balanced_rows(count: int, labels: np.ndarray | None, n: int, seed: int) -> n
     return np.sort(np.lexsort((labels, place))[:n])
 
 
+def proportional_rows(labels: np.ndarray, shares: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """The numbers of at most `n` of the images with these `labels`, at random, in which class c has the share
+    `shares[c]`, as nearly as counts can; fewer where a class has not enough images. Increasing."""
+    rng = np.random.default_rng(seed)
+    available = np.bincount(labels, minlength=len(shares))
+    wanted = shares > 0
+    n = min(n, int((available[wanted] / shares[wanted]).min()))
+    ends = np.round(np.cumsum(shares) * n).astype(int)  # so that the counts add up to n
+    counts = np.minimum(np.diff(ends, prepend=0), available)
+    parts = [rng.permutation(np.flatnonzero(labels == label))[:count] for label, count in enumerate(counts)]
+    return np.sort(np.concatenate(parts))
+
+
 def check_count(name: str, count: int) -> None:
     """Raise UserError for fewer than two images."""
     if count < 2:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from improved_diffusion.data.containers import Folder
 from improved_diffusion.data.image_set import content_sha256
 from improved_diffusion.data.sums import array_sha256
 from improved_diffusion.errors import UserError
@@ -241,3 +242,18 @@ def test_what_is_no_set_of_images_is_said_in_one_line(tmp_path):
             open_source(path)
         assert path.name in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_what_could_not_be_read_this_once_is_not_taken_for_broken(tmp_path, monkeypatch):
+    source = open_source(write_folder(tmp_path / "images"))
+    read = Folder.read
+
+    def read_or_fail(self, name):
+        if name.endswith("2.png"):
+            raise OSError(5, "Input/output error")
+        return read(self, name)
+
+    monkeypatch.setattr(Folder, "read", read_or_fail)
+    with pytest.raises(UserError, match=r"cannot read class0/2.png of .*Input/output error"):
+        all_images(source)
+    assert not source.broken
