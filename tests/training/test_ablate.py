@@ -290,7 +290,7 @@ def test_an_ablation(in_this_process, tiny_config_file, tiny_set, tmp_path, monk
 
     report = (out / "ablation.md").read_text()
     assert "bits/dim are of 3 of them" in report
-    for title in ("FID64 of the last checkpoint", "Bound on held-out images", "FID64 while training"):
+    for title in ("FID64 of the last checkpoint", "Bound on images of the reference", "FID64 while training"):
         assert f"## {title}" in report
     assert report.count("paired by seed") == 2 + 1 + 1  # two numbers of sampling steps, the bound, the best FID
     with Image.open(out / "ablation.png") as picture:
