@@ -1,5 +1,5 @@
-"""The flags by which sample.py and fid.py change how a run's images are drawn. Their names, choices and meanings are
-those of the settings."""
+"""The flags by which sample.py, fid.py and the export change how a run's images are drawn. Their names, choices and
+meanings are those of the settings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from improved_diffusion.errors import UserError
 EMA_LENGTH_HELP = "average of the weights of this relative length, made of those kept by training.ema_lengths"
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """--sampler, --sampling-steps, --spacing, --sampling.options, --guidance-scale, --guidance-interval, --guide and
-    --noise."""
+def add_sampling_flags(parser: argparse.ArgumentParser, *, with_guide: bool = True) -> None:
+    """--sampler, --sampling-steps, --spacing, --sampling.options, --guidance-scale, --guidance-interval, --noise and,
+    which is no setting, --guide."""
     of = " and ".join(f"{', '.join(names)} of {sampler}" for sampler, names in SAMPLER_OPTIONS.items() if names)
     add = parser.add_argument_group("of the images of a run", "by default as the run's own settings say").add_argument
     add("--sampler", choices=tuple(SAMPLER_OPTIONS))
@@ -31,11 +31,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar=("LO", "HI"),
         help="noise levels (sigma / signal) between which there is guidance",
     )
-    add(
-        "--guide",
-        metavar="RUN[:CHECKPOINT]",
-        help="be guided by this worse model instead of by the same one without the class: one smaller or less trained",
-    )
+    if with_guide:
+        worse = "be guided by this worse model instead of by the same one without the class: one smaller or less trained"
+        add("--guide", metavar="RUN[:CHECKPOINT]", help=worse)
     noises = typing.get_args(typing.get_type_hints(SamplingConfig)["noise"])
     add("--noise", choices=noises, help="drawn by numpy, or on the device by Philox: other images, faster on a GPU")
 

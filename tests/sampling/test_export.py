@@ -64,6 +64,14 @@ def test_the_command_lines_take_it(tiny_run, exported, run_script, tmp_path):
     assert "two runs" in refused.err
 
 
+def test_it_draws_as_the_flags_say(tiny_run, tmp_path):
+    flags = ("--guidance-scale", "1.5", "--sampler", "dpmpp_2m", "--sampling.options", "eta=1", "--sampling-steps", "3")
+    export.main([str(tiny_run), "--out", str(tmp_path / "guided.safetensors"), *flags])
+    run, file = improved_diffusion.load(tiny_run), improved_diffusion.load(tmp_path / "guided.safetensors")
+    as_flags_say = {"guidance_scale": 1.5, "sampler": "dpmpp_2m", "options": {"eta": 1.0}, "steps": 3}
+    assert (file.sample(n=2, show_progress=False) == run.sample(n=2, show_progress=False, **as_flags_say)).all()
+
+
 def test_the_model_that_ships_survives_in_half_the_space(tmp_path):
     """Its weights are kept in float16."""
     shipped = improved_diffusion.load("pretrained")
@@ -81,6 +89,7 @@ def test_the_model_that_ships_survives_in_half_the_space(tmp_path):
         (["--out", "there.safetensors"], "exists already"),
         (["--out", "new.safetensors", "--ema=0.9"], "it has none"),
         (["--out", "new.safetensors", "--checkpoint=best"], "no best checkpoint"),
+        (["--out", "new.safetensors", "--sampling-steps=100000"], "must not exceed diffusion.timesteps"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(tiny_run, tmp_path, monkeypatch, arguments, words):
