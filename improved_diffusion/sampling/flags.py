@@ -32,7 +32,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, with_guide: bool = Tr
         help="noise levels (sigma / signal) between which there is guidance",
     )
     if with_guide:
-        worse = "be guided by this worse model instead of by the same one without the class: one smaller or less trained"
+        worse = "be guided by this worse model, smaller or less trained, instead of by the same one without the class"
         add("--guide", metavar="RUN[:CHECKPOINT]", help=worse)
     noises = typing.get_args(typing.get_type_hints(SamplingConfig)["noise"])
     add("--noise", choices=noises, help="drawn by numpy, or on the device by Philox: other images, faster on a GPU")
