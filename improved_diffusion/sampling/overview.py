@@ -1,7 +1,9 @@
-"""The picture of a folder of samples: a row for each class, and real images beside them if wanted."""
+"""The picture of a folder of samples: a row for each class, a square of one class alone; and real images beside them if
+wanted."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from improved_diffusion.sampling.model import Model
 from improved_diffusion.sampling.sample_folder import read_sample, sample_file
 
 COLUMNS = 16
+SHORT = 4  # images that one class alone has in a row
 SIDE = 8192  # pixels: what viewers still open
 
 
@@ -57,11 +60,13 @@ class Overview:
             UserError: one of them is not there any more.
         """
         images = np.array([[self._read(folder, key) for key in row] for row in self.rows])
-        grid = make_grid(images, tuple(self.model.row_names[row[0].class_index] for row in self.rows))
+        titles = tuple(self.model.row_names[row[0].class_index] for row in self.rows)
+        folded = _folded(images)
+        grid = make_grid(folded, titles + ("",) * (len(folded) - len(titles)))
         if self.real is None:
             return grid
         gap = np.full((len(grid), images.shape[3] // 2, 3), 255, np.uint8)
-        return np.concatenate([grid, gap, make_grid(self.real)], axis=1)
+        return np.concatenate([grid, gap, make_grid(_folded(self.real))], axis=1)
 
     def _read(self, folder: Path, key: SampleKey) -> np.ndarray:
         file = folder / sample_file(key.seed, self.model.row_names[key.class_index], key.number)
@@ -96,6 +101,16 @@ class Overview:
         if not len(numbers):
             raise UserError(f"--beside {images.path} has no image of the class {name!r}, which the model draws")
         return numbers
+
+
+def _folded(rows: np.ndarray) -> np.ndarray:
+    """uint8 (R, columns, ...): of one long row a square, white where no image is left; several rows as they are."""
+    if len(rows) > 1 or rows.shape[1] <= SHORT:
+        return rows
+    side = math.ceil(math.sqrt(rows.shape[1]))
+    square = np.full((math.ceil(rows.shape[1] / side) * side, *rows.shape[2:]), 255, np.uint8)
+    square[: rows.shape[1]] = rows[0]
+    return square.reshape(-1, side, *rows.shape[2:])
 
 
 def _part(shown: int, total: int) -> str:

@@ -49,6 +49,15 @@ def test_few_images_of_few_classes_are_shown(sample, tmp_path, monkeypatch):
     np.testing.assert_array_equal(grid[:, -32:], np.concatenate([np.concatenate(row, axis=1) for row in shown]))
 
 
+def test_one_class_alone_is_a_square(sample, tmp_path):
+    outcome = sample("--n", 5, "--class", "waffles")
+    assert outcome.code == 0, outcome.err
+    grid = np.asarray(Image.open(tmp_path / "out.png"))
+    images = [np.asarray(Image.open(tmp_path / "out" / "waffles" / f"seed0_{i:06d}.png")) for i in range(5)]
+    rows = [np.concatenate(row, axis=1) for row in (images[:3], [*images[3:], np.full_like(images[0], 255)])]
+    np.testing.assert_array_equal(grid[:, -48:], np.concatenate(rows))
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
