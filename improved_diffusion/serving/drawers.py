@@ -36,7 +36,11 @@ def open_drawers(config: ServingConfig) -> tuple[dict[str, Drawer | Learner], di
         model = load(models.pixel, device=models.device)
         drawers["class"] = PixelDrawer(model, models.batch_size)
         drawers["process"] = ProcessDrawer(model, models.batch_size)
-        offer |= {"classes": list(model.row_names), "can_be_guided": model.config.model.class_dropout > 0}
+        offer |= {
+            "classes": list(model.row_names),
+            "can_be_guided": model.config.model.class_dropout > 0,
+            "guidance_scale": model.config.sampling.guidance_scale,
+        }
     if models.text_base is not None:
         from improved_diffusion.serving.text_drawer import open_text_drawer  # diffusers takes seconds
 

@@ -6,7 +6,7 @@ A new kind is a dataclass here, a line in KINDS, and a drawer in drawers.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from improved_diffusion.stickers.finish import require_outline
 from improved_diffusion.stickers.prompt import CAPTION
 
 NO_STYLE = "none"  # how users call the base without one
+LONG_LIST = 3000  # characters: a message of Telegram's has 4,096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ class ClassRequest(Request):
 
     kind = "class"
     class_name: str
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
+    """By default as the model's own settings say."""
 
     @property
     def group(self) -> Hashable:
@@ -70,12 +72,12 @@ class ClassRequest(Request):
 
     def check(self, limits: LimitsConfig, offer: Mapping[str, Any]) -> None:
         super().check(limits, offer)
-        _require_scale(self.guidance_scale)
-        require(
-            self.guidance_scale == 1 or offer["can_be_guided"], "the model was not trained to be guided: leave scale 1"
-        )
+        if self.guidance_scale is not None:
+            _require_scale(self.guidance_scale)
+            guided = self.guidance_scale != 1
+            require(not guided or offer["can_be_guided"], "the model was not trained to be guided: leave scale 1")
         known = offer["classes"]
-        require(self.class_name in known, f"there is no class {self.class_name!r}; there are: {', '.join(known)}")
+        require(self.class_name in known, f"there is no class {self.class_name!r}; there are: {listed(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +254,14 @@ def request_of(plain: Mapping[str, Any]) -> Request:
 def uploads_in(plain: Mapping[str, Any]) -> set[str]:
     """The uploads that a request in its `plain` form needs."""
     return {*plain.get("uploads", ()), *filter(None, [plain.get("upload")])}
+
+
+def listed(names: Sequence[str]) -> str:
+    """All names, or as many as fit into a message, and how many are left out."""
+    kept = list(names)
+    while len(text := ", ".join(kept)) > LONG_LIST:
+        kept.pop()
+    return text if len(kept) == len(names) else f"{text} and {len(names) - len(kept):,} more"
 
 
 def _require_scale(scale: float) -> None:

@@ -23,6 +23,7 @@ from improved_diffusion.serving.requests import (
     StickerRequest,
     TextRequest,
     TuneRequest,
+    listed,
     request_of,
 )
 from improved_diffusion.serving.upkeep import remove_expired, remove_leftovers
@@ -232,6 +233,16 @@ def test_uploads_that_nobody_recorded_go(make_server, open_queue, monkeypatch):
 
 def is_away(*_: object, **__: object) -> None:
     raise sa.exc.OperationalError("INSERT", {}, Exception("database is locked"))
+
+
+def test_many_names_fit_into_a_message():
+    names = [f"class_{i}" for i in range(1000)]
+    text = listed(names)
+    *first, last = text.split(", ")
+    assert first == names[: len(first)]
+    assert last == f"class_{len(first)} and {1000 - len(first) - 1} more"
+    assert 2900 < len(text) < 3100
+    assert listed(names[:3]) == "class_0, class_1, class_2"
 
 
 def test_requests_are_checked_before_they_are_queued(make_server, open_queue):

@@ -13,6 +13,7 @@ from dbos import _queue
 from PIL import Image
 
 from improved_diffusion.errors import UserError
+from improved_diffusion.sampling import export
 from improved_diffusion.sampling.loading import load
 from improved_diffusion.serving.database import workers
 from improved_diffusion.serving.device import OnProgress, Stopped
@@ -56,18 +57,21 @@ def all_ended(queue):
     return not queue.jobs_in(["queued", "running"])
 
 
-def test_classes_are_drawn_as_sample_draws_them(make_server, open_queue, start_worker, tiny_run):
-    """In batches of several users' jobs, each with its own seed."""
-    config = make_server(tiny_run, {"batch_size": 4})
+def test_classes_are_drawn_as_sample_draws_them(make_server, open_queue, start_worker, tiny_run, tmp_path):
+    """In batches of several users' jobs, each with its own seed; guided as the model's settings say, or as asked."""
+    guided = tmp_path / "guided.safetensors"
+    export.main([str(tiny_run), "--guidance-scale", "1.5", "--out", str(guided)])
+    config = make_server(guided, {"batch_size": 4})
     queue = open_queue(config)
     drawers, offer = open_drawers(config)
-    assert offer == {"kinds": ["class", "process"], "classes": CLASSES, "can_be_guided": True, "styles": []}
+    told = {"classes": CLASSES, "can_be_guided": True, "guidance_scale": 1.5, "styles": []}
+    assert offer == {"kinds": ["class", "process"], **told}
     asked = [a_job(seed, n=n, class_name=name, steps=5) for seed, n, name in ((1, 1, CLASSES[0]), (2, 2, CLASSES[2]))]
     asked.append(a_job(1, class_name=CLASSES[1], steps=5, guidance_scale=2.0))
     jobs = [queue.submit(f"user {number}", request).job for number, request in enumerate(asked)]
     start_worker(config, drawers, offer)
     wait_until(lambda: all_ended(queue))
-    model = load(tiny_run, device="cpu")
+    model = load(guided, device="cpu")
     for job, request in zip(jobs, asked, strict=True):
         job = queue.job(job.id)
         assert (job.state, job.attempts, job.progress) == ("done", 1, 1.0)

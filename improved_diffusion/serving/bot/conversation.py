@@ -25,6 +25,7 @@ from improved_diffusion.serving.requests import (
     StickerRequest,
     TextRequest,
     TuneRequest,
+    listed,
 )
 from improved_diffusion.serving.uploads import keep_upload
 from improved_diffusion.serving.words import answer_of, describe
@@ -96,7 +97,7 @@ class _Conversation:
         offer = await asyncio.to_thread(self.queue.offer)
         lines = [f"/{name} - {what}" for name, what in COMMANDS.items()]
         if "class" in offer["kinds"]:
-            lines.append(f"Classes: {', '.join(offer['classes'][:50])}")
+            lines.append(f"Classes: {listed(offer['classes'])}")
         if "image" in offer["kinds"]:
             lines.append("Or send a photo, with a caption that says what to make of it.")
         if "tune" in offer["kinds"]:

@@ -32,9 +32,10 @@ def class_form(queue: JobQueue, user: str, offer: Mapping[str, Any]) -> None:
     """Images of a class, or how one comes about."""
     with st.form("class"):
         name = st.selectbox("Class", offer["classes"], format_func=lambda name: name.replace("_", " "))
-        scale = 1.0
+        scale = None
         if offer["can_be_guided"]:
-            scale = st.slider("Guidance", 0.0, 5.0, 2.0, 0.1, help="1 is none; more is truer to the class, less varied")
+            own = min(5.0, float(offer.get("guidance_scale", 1)))  # which an older worker does not tell
+            scale = st.slider("Guidance", 0.0, 5.0, own, 0.1, help="1 is none; more is truer to the class, less varied")
         common = _common(queue.config.limits)
         comes_about = st.checkbox("Show how it comes about, step by step", help="one image, whatever the number")
         if not st.form_submit_button("Draw", type="primary"):

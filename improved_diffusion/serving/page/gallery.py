@@ -63,7 +63,8 @@ def _settings(request: Request) -> str:
         return f"outline {request.outline}"
     if isinstance(request, TuneRequest):
         return f"{request.steps} updates; {{token}} {{class}} in a prompt is what it shows"
-    return f"{request.steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}"
+    guidance = "" if request.guidance_scale is None else f", guidance {request.guidance_scale:g}"
+    return f"{request.steps} steps{guidance}, seed {request.seed}"
 
 
 def _pictures(job: Job, files: list[Path]) -> None:
