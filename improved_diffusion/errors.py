@@ -36,13 +36,21 @@ def is_device_lost(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """Wrap a command line's `main`: a `UserError` prints `error: ...` and exits 2, and so does a want of memory;
-    Ctrl-C exits 130."""
+    """Wrap a command line's `main`: a `UserError` prints `error: ...` and exits 2, and so do a path that the system
+    refuses and a want of memory; Ctrl-C exits 130."""
     try:
         yield
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has gone, `head` for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -53,6 +61,3 @@ def user_errors_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has gone, `head` for one
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
-        sys.exit(1)

@@ -223,6 +223,15 @@ def test_a_want_of_memory_exits_2(capsys, error):
         raise RuntimeError("a fault of ours")
 
 
+def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop, user_errors_exit():
+        (tmp_path / ("x" * 300)).read_text()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path}")
+    assert err.endswith("x: File name too long\n")
+
+
 def test_a_message_of_several_lines_becomes_one(capsys):
     with pytest.raises(SystemExit) as stop, user_errors_exit():
         raise UserError("first\n  second")

@@ -112,4 +112,5 @@ def _premultiplied(images: Tensor) -> Tensor:
 def _straight(images: Tensor) -> Tensor:
     """The inverse of `_premultiplied`; black where nothing is to be seen."""
     alpha = (images[:, 3:] + 1) / 2
-    return torch.cat(((images[:, :3] + 1) / alpha.clamp(min=1 / 255) - 1, images[:, 3:]), dim=1)
+    colours = (images[:, :3] + 1) / alpha.clamp(min=1 / 255) - 1
+    return torch.cat((torch.where(alpha < 0.5 / 255, -1.0, colours), images[:, 3:]), dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import zipfile
@@ -21,12 +22,19 @@ class Folder:
     root: Path
 
     def names(self) -> Iterator[str]:
-        """Names of all files, and of all folders with a final '/'."""
+        """Names of all files, and of all folders with a final '/'. Links are followed, but not to a folder that holds
+        them."""
 
         def fail(error: OSError) -> None:
             raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
 
+        way = {str(self.root): [os.path.realpath(self.root)]}  # folder -> where it and those above it really are
         for parent, folders, files in os.walk(self.root, onerror=fail, followlinks=True):
+            above = way.pop(parent)
+            for folder in folders:
+                path = os.path.join(parent, folder)
+                way[path] = [*above, os.path.realpath(path)]
+            folders[:] = [folder for folder in folders if way[os.path.join(parent, folder)][-1] not in above]
             relative = os.path.relpath(parent, self.root)
             prefix = "" if relative == "." else f"{relative}/"
             yield from (f"{prefix}{folder}/" for folder in folders)
@@ -63,13 +71,12 @@ class Archive:
 
 def _member_name(member: zipfile.ZipInfo) -> str:
     """The member's name. Without the UTF-8 flag, `zipfile` assumes the old code page 437, but most writers that do not
-    set the flag (macOS, for one) store UTF-8 all the same."""
-    if member.flag_bits & 0x800:
-        return member.filename
-    try:
-        return member.filename.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        return member.filename
+    set the flag (macOS, for one) store UTF-8 all the same. Some on Windows put backslashes between folders."""
+    name = member.filename
+    if not member.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name if "/" in name else name.replace("\\", "/")
 
 
 def is_hidden(name: str) -> bool:

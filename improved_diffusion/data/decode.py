@@ -138,8 +138,8 @@ def decode_image(data: bytes, shape: tuple[int, int, int], window: Window = CENT
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Integer samples in 0..65535, which Pillow's own conversions clip, to 0..255, rounded (65535 = 257 * 255); other
-    modes as they are."""
+    """Integer samples in 0..65535, which Pillow's own conversions clip, to 0..255, rounded (65535 = 257 * 255), with
+    alpha where one of them stands for transparency; other modes as they are."""
     if image.mode == "F":
         raise ValueError("floating-point samples have no defined white level")
     if not image.mode.startswith("I"):
@@ -147,4 +147,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     grey = np.asarray(image)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError("32-bit integer samples have no defined white level")
-    return Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    reduced = Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if (clear := image.info.get("transparency")) is None:
+        return reduced
+    return Image.merge("LA", (reduced, Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8))))

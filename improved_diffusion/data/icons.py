@@ -58,7 +58,8 @@ class IconSet:
 
     @property
     def licence(self) -> str:
-        return self.info.get("license", {}).get("spdx") or self.info.get("license", {}).get("title") or "unknown"
+        named = self.info.get("license") or {}
+        return named if isinstance(named, str) else named.get("spdx") or named.get("title") or "unknown"
 
 
 def open_icons(path: Path | str) -> IconSet:
@@ -75,11 +76,19 @@ def open_icons(path: Path | str) -> IconSet:
         raise UserError(f"cannot read the icon set {path}: {error}; {GET}") from error
     if not isinstance(found := files.get("icons.json"), dict) or not found.get("icons"):
         raise UserError(f"there is no icon set at {path}: {GET}")
-    categories = files.get("metadata.json", {}).get("categories", {})
-    category_of = {name: _folder_name(category) for category, names in categories.items() for name in names}
-    shown = {name: icon for name, icon in found["icons"].items() if not icon.get("hidden")}
-    icons = tuple(_icon(name, shown, category_of.get(name, UNCATEGORIZED), found) for name in sorted(shown))
-    return IconSet(found["prefix"], files.get("info.json", {}), files.get("package.json", {}).get("version"), icons)
+    try:
+        categories = files.get("metadata.json", {}).get("categories", {})
+        category_of = {name: _folder_name(category) for category, names in categories.items() for name in names}
+        shown = {name: icon for name, icon in found["icons"].items() if not icon.get("hidden")}
+        icons = tuple(_icon(name, shown, category_of.get(name, UNCATEGORIZED), found) for name in sorted(shown))
+        icon_set = IconSet(
+            found["prefix"], files.get("info.json", {}), files.get("package.json", {}).get("version"), icons
+        )
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"the icon set {path} is not as those of npm are ({error!r}); {GET}") from error
+    if not icons:
+        raise UserError(f"the icon set {path} hides all its icons; {GET}")
+    return icon_set
 
 
 def _icon(name: str, shown: dict[str, dict[str, Any]], category: str, found: dict[str, Any]) -> Icon:

@@ -119,11 +119,14 @@ def _read_description(path: Path) -> dict:
 
 def _load_array(file: Path, mmap_mode: str | None) -> np.ndarray:
     try:
-        return np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
+        array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing. {REPACK}") from error
     except Exception as error:  # numpy raises almost anything on a damaged file
         raise UserError(f"cannot read {file}: {error}. {REPACK}") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{file} is an .npz of another name, not an array. {REPACK}")
+    return array
 
 
 def _what_it_is_instead(path: Path) -> str:

@@ -49,7 +49,7 @@ def labelled_folder(path: str | Path) -> LabelledFiles:
     container = _open(path)
     try:
         names = [name for name in container.names() if not is_hidden(name)]
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, UnicodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
     images, strays = [], Counter()

@@ -126,8 +126,11 @@ def usable_cores() -> int:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise `UserError` when `out` exists and is not an empty folder, unless it is a packed set and `overwrite`."""
+    """Raise `UserError` when `out` exists and is not an empty folder, unless it is a packed set and `overwrite`; or
+    when it is a mount point, which cannot be replaced."""
     try:
+        if out.is_mount():
+            raise UserError(f"{out} is a mount point: choose a folder in it as --out")
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
     except OSError as error:
@@ -182,7 +185,9 @@ class Crop:
     def window(self) -> Window:
         if self.number == 0:
             return CENTRED
-        draw = np.random.default_rng(list(hashlib.sha256(f"{self.number} {self.name}".encode()).digest()))
+        draw = np.random.default_rng(
+            list(hashlib.sha256(f"{self.number} {self.name}".encode("utf-8", "surrogateescape")).digest())
+        )
         return Window(draw.uniform(SMALLEST_CROP, 1), draw.uniform(), draw.uniform())
 
 
@@ -215,6 +220,9 @@ def _write_splits(
         reasons = fill_rows(pool, images_file, keys, f"packing {split}", total)
         if reasons:
             kept = np.delete(np.arange(len(items)), list(reasons))
+            if not len(kept):
+                row, reason = next(iter(reasons.items()))
+                raise UserError(f"no image of {split} can be read; of {keys[row]}: {reason}")
             _keep_rows(images_file, kept)
             labels = labels[kept]
         broken = tuple({str(keys[row]): reason for row, reason in reasons.items()}.items())  # once, of several crops

@@ -75,8 +75,10 @@ def _require_usable(image: Image.Image, data: bytes, limits: PhotoLimits) -> Non
         max(width, height) <= LONGEST_RATIO * min(width, height),
         f"the picture is {width} x {height}, too narrow: its sides may differ by a factor of {LONGEST_RATIO:g}",
     )
-    require(getattr(image, "n_frames", 1) == 1, "the picture is animated: send a still one")
-    scans = len(re.findall(rb"\xff\xda", data)) if image.format == "JPEG" else 1
+    # MPO is a JPEG with more pictures behind it, previews or depth, as cameras and telephones write it.
+    is_jpeg = image.format in ("JPEG", "MPO")
+    require(is_jpeg or getattr(image, "n_frames", 1) == 1, "the picture is animated: send a still one")
+    scans = len(re.findall(rb"\xff\xda", data)) if is_jpeg else 1
     require(scans <= MOST_SCANS, f"the picture has {scans} scans: save it again as a plain JPEG")
 
 

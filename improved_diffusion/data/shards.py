@@ -68,7 +68,7 @@ class ShardedSet:
             UserError: it cannot be read, or is not what the index says.
         """
         shard, webdataset = self.shards[number], require_webdataset()
-        url = f"{self.path}/{shard.name}"
+        url = _url(self.path, shard.name)
         pipeline = webdataset.DataPipeline(webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples())
         sample = _attempt(lambda: next(iter(pipeline)), url)
         try:
@@ -82,6 +82,11 @@ class ShardedSet:
         return images, labels
 
 
+def _url(path: str | Path, name: str) -> str:
+    """Where a file of the set lies: below a URL, or an absolute path, in which no colon is taken for a URL's."""
+    return f"{path if '://' in str(path) else Path(path).absolute()}/{name}"
+
+
 def is_sharded_set(path: str | Path) -> bool:
     """Whether `path` is a URL, which only a sharded set may have, or a folder that looks like one."""
     return "://" in str(path) or (Path(path) / INDEX).is_file()
@@ -93,7 +98,7 @@ def open_sharded_set(path: str | Path) -> ShardedSet:
     Raises:
         UserError: the index cannot be read, or the extra `streaming` is not installed.
     """
-    url = f"{path}/{INDEX}"
+    url = _url(path, INDEX)
     gopen = require_webdataset().gopen
 
     def read() -> bytes:
@@ -106,6 +111,8 @@ def open_sharded_set(path: str | Path) -> ShardedSet:
         if index.pop("format_version") != FORMAT_VERSION:
             raise ValueError(f"its format version is not {FORMAT_VERSION}")
         shards = tuple(Shard(**shard) for shard in index.pop("shards"))
+        if not shards or not all(isinstance(shard.count, int) and shard.count > 0 for shard in shards):
+            raise ValueError("it names no shards, or some without images")
         shape, names = tuple(index.pop("image_shape")), tuple(index.pop("class_names"))
         return ShardedSet(str(path), image_shape=shape, class_names=names, shards=shards, **index)
     except (ValueError, LookupError, TypeError, AttributeError) as error:

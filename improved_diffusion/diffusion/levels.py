@@ -88,8 +88,11 @@ def stratified(process: Process, n: int, generator: torch.Generator) -> Tensor:
 
 
 def log_normal(process: Process, n: int, generator: torch.Generator, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """ln(sigma / signal) ~ N(mean, std^2) (EDM: Karras et al. 2022, arXiv:2206.00364, table 1)."""
-    return process.level_of(torch.exp(mean + std * torch.randn(n, generator=generator, dtype=torch.float64)))
+    """ln(sigma / signal) ~ N(mean, std^2) (EDM: Karras et al. 2022, arXiv:2206.00364, table 1); of a process of T
+    steps, that of the nearest step."""
+    t = process.level_of(torch.exp(mean + std * torch.randn(n, generator=generator, dtype=torch.float64)))
+    # Step k has the level (k + 1) / T and is drawn for the t from k / T on: half a step lower, it is the nearest one.
+    return t if process.timesteps is None else (t - 0.5 / process.timesteps).clamp(min=0)
 
 
 def logit_normal(process: Process, n: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -133,6 +133,8 @@ def set_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
     Raises ValueError where they are those of other parameters.
     """
     shapes = [tuple(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
+    if state["state"].keys() - set(range(len(shapes))):
+        raise ValueError("the saved moments are of more parameters")
     for index, moments in state["state"].items():
         found = {name: tuple(moment.shape) for name, moment in moments.items() if moment.is_floating_point()}
         if found not in (

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import warnings
 from pathlib import Path
@@ -28,14 +29,14 @@ def compiled(source: Path, *definitions: str) -> ctypes.CDLL | None:
     """
     if os.environ.get("IMPROVED_DIFFUSION_C") == "0":
         return None
-    command = [os.environ.get("CC", "cc"), *FLAGS, *_instruction_set(), *definitions]
+    command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, *_instruction_set(), *definitions]
     try:
         # The predefined macros name the compiler's version and the instruction set that `native` is here.
         target = _output([*command, "-dM", "-E", "-x", "c", os.devnull])
         key = hashlib.sha256(b"\n".join([source.read_bytes(), " ".join(command).encode(), target])).hexdigest()
         library = cache_directory() / "c" / f"{source.stem}-{key[:16]}.so"
         if not library.is_file():
-            with atomic_write(library, durable=False) as temporary:
+            with atomic_write(library) as temporary:
                 _output([*command, str(source), "-o", str(temporary), "-lm"])
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError, UserError) as error:

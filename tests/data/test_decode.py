@@ -154,6 +154,13 @@ def test_sixteen_bit_greyscale_is_scaled(kind: str):
     np.testing.assert_array_equal(decoded, np.tile(np.rint(levels / 257)[None, :, None], (64, 1, 3)))
 
 
+def test_transparent_level_of_sixteen_bit_greyscale():
+    grey = np.tile(np.array([5000, 60000], np.uint16), (8, 4))
+    data = encode(Image.fromarray(grey), transparency=5000)
+    np.testing.assert_array_equal(decode_image(data, (8, 8, 3))[0, :2, 0], [255, round(60000 / 257)])
+    np.testing.assert_array_equal(decode_image(data, (8, 8, 4))[0, :2, 3], [0, 255])
+
+
 def test_float_samples_are_refused():
     with pytest.raises(ValueError, match="white level"):
         decode_square(encode(Image.fromarray(np.ones((8, 8), dtype=np.float32)), "TIFF"), 8)

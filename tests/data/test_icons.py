@@ -95,9 +95,17 @@ def test_an_unpacked_package_makes_the_same_bytes(package, tmp_path, monkeypatch
         write(monkeypatch, package, tmp_path / "toy.tgz.zip")
 
 
-@pytest.mark.parametrize("content", [None, b"no package", b"{}"])
+NOT_AS_NPMS = [
+    b"{}",
+    b'{"icons": {"a": {"body": "<g/>"}}}',
+    b'{"prefix": "toy", "icons": {"a": {}}}',
+    b'{"prefix": "toy", "icons": {"a": {"body": "<g/>", "hidden": true}}}',
+]
+
+
+@pytest.mark.parametrize("content", [None, b"no package", *NOT_AS_NPMS])
 def test_what_is_no_icon_set_is_said_with_what_to_do(tmp_path, content):
-    path = tmp_path / ("icons.json" if content == b"{}" else "noto.tgz")
+    path = tmp_path / ("icons.json" if content in NOT_AS_NPMS else "noto.tgz")
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match="npm pack @iconify-json/noto"):

@@ -50,6 +50,11 @@ def flip_a_bit(packed: Path) -> None:
     images.flush()
 
 
+def put_an_npz(packed: Path) -> None:
+    with (packed / "images.npy").open("wb") as file:
+        np.savez(file, images=np.zeros(1))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -60,6 +65,7 @@ def flip_a_bit(packed: Path) -> None:
         (lambda p: np.save(p / "images.npy", np.zeros((2, 16, 8, 3))), r"expected uint8 \(N, H, W, C\)"),
         (lambda p: os.truncate(p / "images.npy", 500), "cannot read .*images.npy"),
         (lambda p: os.truncate(p / "images.npy", 0), "cannot read .*images.npy"),
+        (put_an_npz, "images.npy is an .npz of another name"),
         (lambda p: (p / "labels.npy").unlink(), "labels.npy is missing"),
         (lambda p: (p / "dataset.json").unlink(), "dataset.json is missing"),
         (lambda p: os.truncate(p / "dataset.json", 40), "cannot read .*dataset.json"),

@@ -88,6 +88,28 @@ def test_zip_names_without_the_utf8_flag(tmp_path: Path):
     assert found.container.read("crème/1.png") == b"content"
 
 
+def test_zip_names_with_backslashes(tmp_path: Path):
+    found = labelled_folder(make_zip(tmp_path / "set.zip", "a\\1.png", "b\\", "b\\1.png"))
+    assert found.class_names == ("a", "b")
+    assert found.container.read("b/1.png") == b"b\\1.png"
+
+
+def test_zip_names_that_are_no_utf8_although_they_say_so(tmp_path: Path):
+    path = make_zip(tmp_path / "set.zip", "é/1.png")  # which is flagged as UTF-8
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xfe"))
+    with pytest.raises(UserError, match="cannot read"):
+        labelled_folder(path)
+
+
+def test_links_in_a_circle_end(tmp_path: Path):
+    root = make_files(tmp_path / "set", "a/1.png", "b/2.png")
+    make_files(tmp_path / "elsewhere", "3.png")
+    for link, target in {"a/self": "a", "a/up": "..", "a/other": "b", "b/other": "a", "b/more": "elsewhere"}.items():
+        (root / link).symlink_to({"..": root, "elsewhere": tmp_path / "elsewhere"}.get(target, root / target))
+    found = [name for name, _ in labelled_folder(root).splits["all"]]
+    assert found == ["a/1.png", "a/other/2.png", "a/other/more/3.png", "b/2.png", "b/more/3.png", "b/other/1.png"]
+
+
 def test_hidden_and_system_files_are_skipped(make):
     found = labelled_folder(
         make("a/1.png", "a/.hidden.png", ".git/x.png", "__MACOSX/a/1.png", "a/Thumbs.db", "a/.DS_Store", "b/1.png")

@@ -114,6 +114,16 @@ def test_crops_of_what_is_trained_on(run, tmp_path: Path):
     assert "at least 1" in errors
 
 
+def test_crops_of_files_whose_names_are_no_utf8(run, tmp_path: Path):
+    try:
+        make_folder(tmp_path / "in", [os.fsdecode(b"a/caf\xe9.png"), "b/1.png"])
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    code, _, errors = run("folder", tmp_path / "in", "--out", tmp_path / "out", "--crops", 2, "--image-size", 8)
+    assert code == 0, errors
+    assert len(open_image_set(tmp_path / "out")) == 4
+
+
 def test_broken_images_are_named_and_left_out(forked, tmp_path: Path):
     names = [f"a/{i:03}.png" for i in range(300)]  # three chunks
     broken = ("a/000.png", "a/128.png", "a/200.png", "a/299.png")
@@ -125,6 +135,14 @@ def test_broken_images_are_named_and_left_out(forked, tmp_path: Path):
     description = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert [entry["image"] for entry in description["broken"]] == list(broken)
     assert all("truncated" in entry["reason"] for entry in description["broken"])
+
+
+def test_a_split_of_which_no_image_can_be_read_is_an_error(forked, tmp_path: Path):
+    names = [f"train/a/{i:02}.png" for i in range(99)] + ["val/a/0.png"]  # less than 2% of both
+    files = labelled_folder(make_folder(tmp_path / "set", names, ("val/a/0.png",)))
+    with pytest.raises(UserError, match=r"no image of val can be read; of val/a/0.png: .*truncated"):
+        pack(files, tmp_path / "out", 16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_more_than_two_percent_broken_is_an_error(forked, tmp_path: Path):
@@ -307,6 +325,9 @@ def test_food101_with_its_official_splits(run, tmp_path: Path):
         (["folder", "{tmp}/set", "--out", "{tmp}/set"], "not a packed image set"),
         (["folder", "{tmp}/set", "--out", "{tmp}/set/a/1.png/out"], "could not write"),
         (["food101", "--source", "{tmp}/set", "--out", "{tmp}/out"], "no usable food-101/"),
+        (["folder", "{tmp}/set", "--out", "/proc"], "is a mount point"),
+        (["folder", "{tmp}/" + 300 * "x", "--out", "{tmp}/out"], "File name too long"),
+        (["shard", "{tmp}/set", "--out", "{tmp}/set/a/1.png/out"], "File exists"),
         (["sorcery"], "invalid choice: 'sorcery'"),
     ],
 )

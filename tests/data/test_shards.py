@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -140,9 +141,18 @@ def test_damage_is_noticed(folder, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="000003.tar does not match its SHA-256"):
         take(make_stream(tmp_path), 0, 9)
-    (tmp_path / "index.json").write_text("{}")
-    with pytest.raises(UserError, match="no index of a sharded set"):
-        open_sharded_set(tmp_path)
+    nothing = [{**index, "shards": []}, {**index, "shards": [{**index["shards"][0], "count": "3"}]}]
+    for content in ({}, *nothing):
+        (tmp_path / "index.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="no index of a sharded set"):
+            open_sharded_set(tmp_path)
+
+
+def test_a_colon_in_a_path_is_no_url(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c:1").mkdir()
+    shutil.copytree(folder, "c:1/shards")
+    assert_equal(take(make_stream(Path("c:1/shards")), 0, 2), take(make_stream(folder), 0, 2))
 
 
 def test_what_is_missing_is_said(folder, monkeypatch):

@@ -15,6 +15,7 @@ from improved_diffusion.diffusion.levels import (
     LEVEL_SAMPLERS,
     LossSecondMomentTimesteps,
     UniformTimesteps,
+    log_normal,
     make_level_sampler,
 )
 from improved_diffusion.diffusion.process import PROCESSES, TabulatedProcess
@@ -65,6 +66,16 @@ def test_log_normal_levels_have_log_normal_noise(process):
     process = process()
     t, _ = make_level_sampler("log_normal", process).sample(5000, generator())
     assert kstest(process.at(t).noise_to_signal.log(), norm(-1.2, 1.2).cdf).pvalue > 1e-3
+
+
+def test_of_a_process_of_steps_the_nearest_one_has_a_log_normal_level():
+    process = steps(20)
+    for index in range(20):
+        level = process.at(torch.tensor((index + 1) / 20, dtype=torch.float64))
+        near = float(level.noise_to_signal.log())
+        for off in (-1e-6, 1e-6):
+            t = log_normal(process, 1, generator(), mean=near + off, std=0.0)
+            assert int(t * 20) == index
 
 
 def test_logit_normal_levels_are_logit_normal():

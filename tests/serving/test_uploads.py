@@ -115,6 +115,7 @@ REFUSED = {
     "a JPEG bomb": (encoded(Image.new("L", (1500, 1500)), "jpeg"), "million pixels|MB"),
     "a bomb of text": (png_of(64, 64, b"", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2_000_000)))), "damaged"),
     "a JPEG of scans": (scans(200), "scans"),
+    "a JPEG of scans with a preview": (encoded(PHOTO, "mpo", save_all=True, append_images=[PHOTO] * 60), "scans"),
     "too many bytes": (PNG + bytes(300_000), "MB"),
 }
 USED = {
@@ -122,6 +123,7 @@ USED = {
     "PNG": PNG,
     "WebP": WEBP,
     "a progressive JPEG": scans(1),
+    "a JPEG with a preview": encoded(PHOTO, "mpo", save_all=True, append_images=[PHOTO.resize((32, 32))]),
     "CMYK": encoded(PHOTO.convert("CMYK"), "jpeg"),
     "grey": encoded(PHOTO.convert("L"), "jpeg"),
     "black and white": encoded(PHOTO.convert("1")),

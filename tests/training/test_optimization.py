@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 
 from improved_diffusion.config import TrainingConfig
 from improved_diffusion.errors import UserError
+from improved_diffusion.models.build import set_moments
 from improved_diffusion.models.transformer import Transformer
 from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.training.optimization import learning_rate, make_optimizers
@@ -144,3 +145,18 @@ def test_betas_and_eps_reach_adamw(tiny_trainer):
     assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.95), 1e-6)
     with pytest.raises(UserError, match="training.betas"):
         TrainingConfig(betas=(0.9, 1.0))
+
+
+def test_moments_of_other_parameters_are_refused():
+    def stepped(*sizes: int) -> torch.optim.Optimizer:
+        parameters = [nn.Parameter(torch.ones(size)) for size in sizes]
+        optimizer = torch.optim.AdamW(parameters)
+        sum(parameter.sum() for parameter in parameters).backward()
+        optimizer.step()
+        return optimizer
+
+    state = stepped(2, 3).state_dict()
+    set_moments(stepped(2, 3), state)
+    for others in (stepped(2), stepped(3, 2)):
+        with pytest.raises(ValueError, match="the saved moments"):
+            set_moments(others, state)
