@@ -33,8 +33,8 @@ def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # only now: what fills it may have made a private file of its own
         if durable:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())

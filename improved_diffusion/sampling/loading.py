@@ -21,7 +21,7 @@ from improved_diffusion.sampling.posthoc import averaged_weights
 from improved_diffusion.sampling.series import selection
 from improved_diffusion.settings import read_settings
 
-SHIPPED_RUN = Path(__file__).parents[2] / "pretrained" / "synthetic-64"
+SHIPPED = Path(__file__).parents[2] / "pretrained" / "food101-64" / f"food101-64{SUFFIX}"
 
 
 def load(
@@ -52,7 +52,7 @@ def load(
         raise UserError(f"choose one average of the weights: by its rate {ema}, or by its relative length {ema_length}")
     device, path = usable_device(device), Path(path)
     if _is_pretrained(path):
-        path = _shipped_run()
+        path = _shipped()
     if not _is_model_file(path):
         if path.is_file():
             raise UserError(f"{path} is no model: give a run directory, a checkpoint .pt in one, or a {SUFFIX} file")
@@ -86,7 +86,7 @@ def newest_run() -> Path:
     """
     pointers = sorted(Path("runs").glob("**/checkpoints/latest"), key=lambda pointer: pointer.stat().st_mtime)
     runs = (pointer.parent.parent for pointer in reversed(pointers))
-    return next(filter(is_pixel_run, runs), None) or _shipped_run()
+    return next(filter(is_pixel_run, runs), None) or _shipped()
 
 
 def is_pixel_run(path: Path) -> bool:
@@ -105,12 +105,10 @@ def _is_pretrained(path: Path) -> bool:
     return str(path) == PRETRAINED and not is_run_directory(path)
 
 
-def _shipped_run() -> Path:
-    if not SHIPPED_RUN.is_dir():
-        raise UserError(
-            f"the model that ships with the project is not at {SHIPPED_RUN}: name a run, or train one first"
-        )
-    return SHIPPED_RUN
+def _shipped() -> Path:
+    if not SHIPPED.is_file():
+        raise UserError(f"the model that ships with the project is not at {SHIPPED}: name a run, or train one first")
+    return SHIPPED
 
 
 def _load_run(

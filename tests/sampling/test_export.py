@@ -48,6 +48,11 @@ def test_it_says_where_it_comes_from(tiny_run, exported):
         assert json.loads(opened.metadata()["improved_diffusion"])["config"]["model"]["num_channels"] == 32
 
 
+def test_others_may_read_it(exported, tmp_path):
+    (tmp_path / "any").touch()
+    assert exported.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_the_command_lines_take_it(tiny_run, exported, run_script, tmp_path):
     images = []
     for model in (tiny_run, exported):
@@ -79,7 +84,7 @@ def test_the_model_that_ships_survives_in_half_the_space(tmp_path):
     again = improved_diffusion.load(tmp_path / "half.safetensors")
     few = {"classes": [0], "n": 2, "steps": 1, "show_progress": False}
     assert (again.sample(**few) == shipped.sample(**few)).all()
-    assert (tmp_path / "half.safetensors").stat().st_size < 3e6
+    assert (tmp_path / "half.safetensors").stat().st_size < 16e6
 
 
 @pytest.mark.parametrize(
