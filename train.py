@@ -66,7 +66,10 @@ def main(arguments: list[str]) -> int:
         say(f"arithmetic: {why}", flush=True)
         if resume is not None:
             old = run.read_config()
-            start.require_same_run(old, config)
+            from_checkpoint = resume.endswith(".pt")
+            start.require_same_run(
+                old, config, start.CHANGEABLE_FROM_A_CHECKPOINT if from_checkpoint else start.CHANGEABLE
+            )
             start.require_steps_ahead(config.training.steps, state["step"])
             start.require_same_learning_rates(old.training, config.training, state["step"])
         else:
@@ -82,9 +85,10 @@ def main(arguments: list[str]) -> int:
             del state  # the copies of the weights would stay for the whole run
         evaluator = Evaluator(config, image_set, processes)
         say(start.summary(trainer, evaluator, image_set, run), flush=True)
-        if processes.is_first:
+        loop = TrainingLoop(trainer, evaluator, run, image_set)
+        if processes.is_first:  # now that `latest` stands at the step from which these settings hold
             start.record_provenance(run, config, image_set, processes)
-        finished = TrainingLoop(trainer, evaluator, run, image_set).train()
+        finished = loop.train()
         say(f"finished: {run.path}" if finished else f"stopped; go on with: python train.py --resume {run.path}")
     return 0 if finished else 130
 

@@ -6,6 +6,7 @@ A YAML file fills these dataclasses and command-line flags override it (`--train
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -277,6 +278,8 @@ class SamplingConfig:
             require(name in known, f"sampling.options: {self.sampler} has no option {name}: {has}")
         eta = self.options.get("eta", 0.0)
         require(0 <= eta <= 1, f"sampling.options: eta must be between 0 and 1, not {eta}")
+        for name, value in self.options.items():
+            require(0 <= value < math.inf, f"sampling.options: {name} must be a number from 0 on, not {value}")
         low, high = self.guidance_interval or (0.0, 1.0)
         require(
             0 <= low < high,

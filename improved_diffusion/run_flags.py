@@ -26,9 +26,12 @@ def parse_run(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> json
     """The flags in `arguments`; see `run_parser`.
 
     Raises:
-        UserError: as `parse_arguments`; or a resumed run is given settings or a directory.
+        UserError: as `parse_arguments`; a resumed run is given settings or a directory; or a path is empty, as of a
+            shell's variable that is not set.
     """
     options = parse_arguments(parser, arguments)
+    for name in ("config", "out", "resume"):
+        require(getattr(options, name) != "", f"--{name} is empty: name a path, or leave it out")
     require(
         options.resume is None or not (options.config or options.out),
         "--resume takes the settings and the directory of its run: leave out --config and --out",

@@ -60,7 +60,7 @@ def settings_parser(kind: type, **kwargs: Any) -> jsonargparse.ArgumentParser:
 @functools.cache
 def _shared_parser(kind: type) -> jsonargparse.ArgumentParser:
     """To make one takes longer than to parse a file with it, or to copy it."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(kind)
     return parser
 

@@ -31,6 +31,7 @@ from improved_diffusion.config import SAMPLER_OPTIONS, Config
 from improved_diffusion.config_file import RUNS, load_config
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import write_text
+from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.run_flags import run_type_of_flags
 from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_plain, to_settings
 
@@ -162,7 +163,8 @@ def require_free_flags(for_training: Sequence[str], of_arm: Sequence[str], hours
     told = {flag.split("=")[0] for flag in for_training}
     if own := told & {"--seed", "--resume", *(flag.split("=")[0] for flag in of_arm)}:
         raise UserError(f"{min(own)} is what differs between the runs of an ablation: give --arms, --seeds and --out")
-    if hours is not None and (own := told & {"--training.steps", "--evaluation.every"}):
+    of_arms = {flag.split("=")[0] for flag in of_arm}
+    if hours is not None and (own := (told | of_arms) & {"--training.steps", "--evaluation.every"}):
         raise UserError(f"{min(own)} follows from --hours: leave out one of them")
 
 
@@ -198,8 +200,10 @@ def require_different(settings: Mapping[str, Config]) -> None:
 
     def decisive(of_arm: Config) -> dict[str, Any]:
         plain = to_plain(of_arm)
-        training = {name: value for name, value in plain["training"].items() if name not in NOT_OF_THE_MODEL}
-        return {**plain, "training": training, "evaluation": None, "sampling": None}
+        ignored = {*NOT_OF_THE_MODEL, *(["cooldown"] if of_arm.training.lr_schedule != "wsd" else [])}
+        training = {name: value for name, value in plain["training"].items() if name not in ignored}
+        diffusion = {**plain["diffusion"], **({"vlb_weight": None} if of_arm.loss != "hybrid" else {})}
+        return {**plain, "training": training, "diffusion": diffusion, "evaluation": None, "sampling": None}
 
     for (first, one), (second, other) in itertools.combinations(settings.items(), 2):
         if decisive(one) == decisive(other):
@@ -291,7 +295,7 @@ def train(run: Path, settings: Config, seed: int, config_file: Path | None, flag
     """Train, or finish training, one run. A run that is there gets all flags again, and what a config file said, so
     that train.py refuses what it was not trained with, be it the content of the images."""
     flags = [*flags, f"--seed={seed}"]
-    if (run / "checkpoints" / "latest").is_file():
+    if RunDirectory(run).checkpoint_files():
         steps = settings.training.steps
         command = ["--resume", str(run), *flags, f"--data={settings.data}", f"--training.steps={steps}"]
     else:

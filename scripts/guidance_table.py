@@ -36,6 +36,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.scales) <= 1:
         parser.error(f"--scales are of guidance, above 1: {min(options.scales)} is none")
+    low, high = options.interval
+    if not 0 <= low < high:
+        parser.error(f"--interval must be two increasing levels, none below 0, not {low:g} and {high:g}")
+    if options.seeds[0] == options.seeds[1]:
+        parser.error("--seeds must differ: a scale is not reported on the noise by which it was chosen")
     return options
 
 
@@ -55,7 +60,6 @@ def main(arguments: list[str]) -> None:
         guided["autoguidance"] = model.guided_by(load(*split_guide(options.guide)))
     if not guided:
         raise UserError(f"{options.run} was trained with model.class_dropout 0: it can only be guided by --guide RUN")
-    options.out.mkdir(parents=True, exist_ok=True)
     choose, tell = options.seeds
 
     def row(kind: str, interval: list[float] | None, scales: list[float]) -> dict:

@@ -69,7 +69,6 @@ def main(arguments: list[str]) -> None:
     if min(options.evaluations) < 1:
         raise UserError(f"--evaluations must be at least 1, not {min(options.evaluations)}")
     samplers = {text: sampler_settings(text) for text in options.samplers}
-    options.out.mkdir(parents=True, exist_ok=True)
 
     from improved_diffusion.metrics import FeatureExtractor, extract_features, metric_name, open_source
     from improved_diffusion.metrics.estimate import bootstrap_interval

@@ -86,6 +86,10 @@ def test_settings_that_cannot_be(run_script, short_settings, tmp_path, change, w
         (["--training.larning=1"], ["larning"]),
         (["--resume", "nowhere", "--out", "elsewhere"], ["--resume"]),
         (["--diffusion.timesteps=0"], ["diffusion.timesteps"]),
+        (["--training.step=4"], ["--training.step"]),
+        (["--out="], ["--out is empty"]),
+        (["--config="], ["--config is empty"]),
+        (["--sampling.sampler=heun", "--sampling.options.churn=-5"], ["churn must be a number from 0 on"]),
     ],
 )
 def test_flags_that_cannot_be(run_script, config, flags, words):
@@ -114,6 +118,14 @@ def full_after(size: int) -> Iterator[None]:
 
 
 class TestRun:
+    def test_new_run_beside_a_config_of_something_else(self, run_script, config, tmp_path):
+        other = tmp_path / "out" / "config.yaml"
+        other.parent.mkdir()
+        for text in ("server: 1\n", "- a list\n", "a: [\n"):
+            other.write_text(text)
+            assert_refused(run_script("train.py", "--config", config, "--out", other.parent), str(other))
+            assert other.read_text() == text
+
     def test_new_run_in_a_taken_directory(self, run_script, config, trained):
         assert_refused(run_script("train.py", "--config", config, "--out", trained), str(trained), "--resume")
 
@@ -166,6 +178,7 @@ class TestRun:
             ["--batch-size", 0],
             ["--sampler", "x"],
             ["--guidance-scale", 2],
+            ["--guidance-interval", 0.3, 5],
             ["--checkpoint", "step_0000007.pt"],
             ["--seed", -1],
         ],

@@ -12,6 +12,7 @@ from torch import Tensor
 from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.config import PRETRAINED, Config
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import file_sha256
 from improved_diffusion.models.build import build_network, set_weights
 from improved_diffusion.run_directory import RunDirectory, is_run_directory
 from improved_diffusion.runtime.devices import sampling_precision, usable_device
@@ -160,5 +161,6 @@ def _model_of(card: ModelCard, weights: dict[str, Tensor], file: Path, source: P
         device=device,
         precision=sampling_precision(card.config.training.precision, device),
         checkpoint=file,
+        checkpoint_sha256=file_sha256(file),
         source=source,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from improved_diffusion.config import Config, SamplingConfig
 from improved_diffusion.diffusion.denoiser import Denoiser, Network, Prediction
 from improved_diffusion.diffusion.samplers import OnStep
 from improved_diffusion.errors import UserError
-from improved_diffusion.files import file_sha256
 from improved_diffusion.models.backbone import Backbone
 from improved_diffusion.models.build import build_denoiser, build_sampling_denoiser, number_of_steps
 from improved_diffusion.progress import progress
@@ -61,6 +59,8 @@ class Model(ModelCard):
     """What it is drawn in here: see `sampling_precision`."""
     checkpoint: Path
     """The file that it was loaded from."""
+    checkpoint_sha256: str
+    """Its hash when it was loaded: by now there may be another file, or none."""
     source: Path
     """What it is of: a run directory, or that file."""
     guide: Model | None = field(default=None, repr=False)
@@ -75,11 +75,6 @@ class Model(ModelCard):
     def row_names(self) -> tuple[str, ...]:
         """The names of its classes; one, `images`, for a model without classes."""
         return self.class_names if self.config.model.class_conditional else (ROW_OF_ALL,)
-
-    @functools.cached_property
-    def checkpoint_sha256(self) -> str:
-        """Hash of the checkpoint's file."""
-        return file_sha256(self.checkpoint)
 
     def sample(
         self,
@@ -260,9 +255,13 @@ def change_sampling(sampling: SamplingConfig, **given: Any) -> SamplingConfig:
     the options of the first.
 
     Raises:
-        UserError: no such setting, a value of a wrong type or out of range, or an option that the sampler lacks.
+        UserError: no such setting, a value of a wrong type or out of range, an option that the sampler lacks, or an
+            interval of no guidance.
     """
     changes = {name: value for name, value in given.items() if value is not None}
     if changes.get("sampler", sampling.sampler) != sampling.sampler:
         changes = {"spacing": None, "options": {}, **changes}
-    return settings_of(SamplingConfig, {**to_plain(sampling), **changes}, "the sampling settings")
+    changed = settings_of(SamplingConfig, {**to_plain(sampling), **changes}, "the sampling settings")
+    if "guidance_interval" in changes and changed.guidance_scale == 1:
+        raise UserError("a guidance interval guides nothing at guidance scale 1: give another scale")
+    return changed

@@ -34,9 +34,9 @@ STEPS_BETWEEN_STOP_CHECKS, SECONDS_BETWEEN_STOP_CHECKS = 10, 5.0
 
 
 class StopRequest:
-    """Within its block, turns SIGINT and SIGTERM into a wish to stop. Whoever signals twice may not know that a step or
-    its saving is under way (torchrun passes on a Ctrl-C that its processes got themselves): the second one only says
-    so, and the third one interrupts at once."""
+    """Within its block, turns SIGINT, SIGTERM and, but for nohup, SIGHUP (a terminal was closed) into a wish to stop.
+    Whoever signals twice may not know that a step or its saving is under way (torchrun passes on a Ctrl-C that its
+    processes got themselves): the second one only says so, and the third one interrupts at once."""
 
     def __init__(self) -> None:
         self.signals = 0
@@ -46,7 +46,10 @@ class StopRequest:
         return self.signals > 0
 
     def __enter__(self) -> StopRequest:
-        self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._handlers = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,12 +186,13 @@ class TrainingLoop:
 
     def _require_finite(self) -> None:
         if not self.trainer.terms.are_finite(self.processes):
-            saved = self.run.checkpoint_file(self.saved_step) if self.saved_step else None
-            advice = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been saved"
-            raise UserError(
-                f"the loss or its gradient was not finite between steps {self.logged_step} and {self.trainer.step}; "
-                f"{advice}: go on from there with a lower training.lr or a tighter training.grad_clip"
-            )
+            if self.saved_step:
+                saved = self.run.checkpoint_file(self.saved_step)
+                advice = f"go on from the last good one, --resume {saved}, with a lower --training.lr, or a tighter"
+            else:
+                advice = "no checkpoint had been saved: begin anew with a lower --training.lr, or a tighter"
+            where = f"between steps {self.logged_step} and {self.trainer.step}"
+            raise UserError(f"the loss or its gradient was not finite {where}; {advice} --training.grad_clip")
 
     def _save(self) -> None:
         """Save a checkpoint of this step, unless there is one."""

@@ -45,6 +45,9 @@ CHANGEABLE = {
     "sampling": tuple(f.name for f in dataclasses.fields(Config().sampling)),
 }
 
+# And beside those one that goes on from a checkpoint that is named: a run whose loss was not finite needs other ones.
+CHANGEABLE_FROM_A_CHECKPOINT = {**CHANGEABLE, "training": (*CHANGEABLE["training"], "lr", "grad_clip")}
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -140,6 +143,8 @@ def new_run(out: str | None, name: str) -> Iterator[RunDirectory]:
     with RunDirectory(Path(out) if out is not None else _new_directory(name)).held() as run:
         if holds_run(run.path):
             raise UserError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
+        if run.config_file.is_file() and "provenance" not in read_settings(run.config_file):
+            raise UserError(f"{run.config_file} is no run's and would be overwritten: choose another --out")
         yield run
 
 
@@ -201,13 +206,13 @@ def state_to_resume(run: RunDirectory, path: str, keys: tuple[str, ...] = TRAINI
     """The state in the checkpoint at `path`, or in the latest one of the run there.
 
     Raises:
-        UserError: no checkpoint, a damaged one, or one that lies under another step's name.
+        UserError: no checkpoint, a damaged one, or one that lies elsewhere or under another step's name.
     """
     file = Path(path) if path.endswith(".pt") else run.latest_checkpoint()
     state = read_checkpoint(file, keys)
     named = run.checkpoint_file(state["step"])
-    if file.name != named.name:
-        raise UserError(f"{file} is the checkpoint of step {state['step']}: to go on from it, name it {named.name}")
+    if file.resolve() != named.resolve():
+        raise UserError(f"{file} is the checkpoint of step {state['step']}: to go on from it, copy it to {named}")
     return state
 
 
@@ -234,11 +239,12 @@ def require_same_run(old: Any, new: Any, changeable: Mapping[str, Collection[str
 
 def require_same_learning_rates(old: TrainingConfig, new: TrainingConfig, step: int) -> None:
     """A run that goes on at `step` took the steps until then at the learning rates that `new` would have given them:
-    another number of steps may mean another schedule.
+    another number of steps may mean another schedule. Another `lr`, where one may be given, is meant for what follows.
 
     Raises:
         UserError: it did not; the message names the step up to which it did.
     """
+    old = dataclasses.replace(old, lr=new.lr)
     require_same_rates(functools.partial(learning_rate, old), functools.partial(learning_rate, new), step)
 
 

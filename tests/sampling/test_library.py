@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 import improved_diffusion
 from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import file_sha256
 from improved_diffusion.metrics import open_source
 from improved_diffusion.metrics.inception.weights import packaged_weights
 from improved_diffusion.run_directory import RunDirectory
@@ -123,6 +125,12 @@ class TestLoad:
         shipped = improved_diffusion.load("pretrained")
         assert shipped.sample(["creme_brulee"], n=2, steps=1, show_progress=False).shape == (2, 64, 64, 3)
         assert shipped.config.model.image_size == 64
+
+    def test_remembers_which_file_it_was(self, other_run):
+        model = improved_diffusion.load(other_run)
+        expected = file_sha256(model.checkpoint)
+        model.checkpoint.write_bytes(b"of another training")
+        assert model.checkpoint_sha256 == expected == dataclasses.replace(model).checkpoint_sha256
 
     @pytest.mark.parametrize(
         ("path", "words"),

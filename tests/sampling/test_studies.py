@@ -90,6 +90,20 @@ def test_the_scale_of_guidance_is_chosen_on_one_seed_and_reported_on_another(
     assert f"{free['chosen']:g}: {chosen:.3f}" in outcome.out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--interval", 5, 0.3], "--interval must be two increasing levels"),
+        (["--seeds", 1, 1], "--seeds must differ"),
+        (["--scales", 1, 2], "above 1: 1.0 is none"),
+    ],
+)
+def test_a_table_that_would_mean_nothing_is_refused(run_script, quick_run, tiny_set, tmp_path, flags, message):
+    outcome = run_script(TABLE, quick_run, tiny_set, *flags, "--out", tmp_path / "table")
+    assert outcome.is_one_clear_line(), outcome.err
+    assert message in outcome.err
+
+
 def test_a_curve_without_points_is_refused(run_script, quick_run, tiny_set, tmp_path):
     where = quick_run, tiny_set / "test", "--per-class=2", f"--out={tmp_path / 'curve'}"
     outcome = run_script(CURVE, *where, "--evaluations", 2000, "--samplers", "ancestral")

@@ -92,6 +92,7 @@ class TestArms:
             (["--hours=0"], "--hours must be more than 0"),
             (["--hours=nan"], "--hours must be more than 0"),
             (["--hours=1", "--training.steps=5"], "--training.steps follows from --hours"),
+            (["--hours=1", "--arms=training.steps=5,9"], "--training.steps follows from --hours"),
             (["--sampling-steps", "5", "0"], "--sampling-steps must be at least 1"),
             (["--no.such=1"], "--no.such"),
             (["--loss=mse,hybrid", "--arms=evaluation.every=1,2"], "--loss is"),
@@ -101,10 +102,19 @@ class TestArms:
         with pytest.raises(UserError, match=complaint):
             ablate.main([BOTH, f"--config={tiny_config_file}", *flags])
 
-    @pytest.mark.parametrize("arms", ["training.lr=1e-3,0.001", "sampling.steps=5,10", "evaluation.every=1,2"])
-    def test_arms_that_train_the_same_are_refused(self, arms, tiny_config_file, tmp_path):
+    @pytest.mark.parametrize(
+        ("arms", "flags"),
+        [
+            ("training.lr=1e-3,0.001", []),
+            ("sampling.steps=5,10", []),
+            ("evaluation.every=1,2", []),
+            ("diffusion.vlb_weight=0.1,1", ["--loss=mse"]),
+            ("training.cooldown=0.1,0.2", ["--training.lr_schedule=cosine"]),
+        ],
+    )
+    def test_arms_that_train_the_same_are_refused(self, arms, flags, tiny_config_file, tmp_path):
         with pytest.raises(UserError, match="train the same model"):
-            ablate.main([f"--arms={arms}", f"--config={tiny_config_file}", f"--out={tmp_path / 'out'}"])
+            ablate.main([f"--arms={arms}", f"--config={tiny_config_file}", f"--out={tmp_path / 'out'}", *flags])
         assert not (tmp_path / "out").exists()
 
     def test_runs_of_one_seed_begin_alike(self, tiny_trainer):

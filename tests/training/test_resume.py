@@ -143,7 +143,7 @@ def test_going_on_if_there_is_a_run(run_script, tiny_config_file, tmp_path):
     assert (outcome.code, "going on" in outcome.out) == (0, True), outcome.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_exits_cleanly(start_script, run_script, tiny_config_file, tmp_path, number):
     run = RunDirectory(tmp_path / "run")
     started = start_script(

@@ -154,6 +154,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(r
     assert not (out / "checkpoints" / "step_0000012.pt").exists()
 
 
+def test_from_a_checkpoint_that_is_named_a_run_goes_on_at_another_rate(run_script, tiny_config_file, tmp_path):
+    run, tamer = RunDirectory(tmp_path / "run"), ("--training.lr=1e-5", "--training.grad_clip=0.5")
+    assert run_script("train.py", "--config", tiny_config_file, "--out", run.path, "--training.steps=3").code == 0
+    assert "cannot change training.lr" in run_script("train.py", "--resume", run.path, *tamer).err
+    outcome = run_script("train.py", "--resume", run.checkpoint_file(3), *tamer, "--training.steps=6")
+    assert outcome.code == 0, outcome.err
+    assert run_script("train.py", "--resume", run.path, "--training.steps=9").code == 0
+    assert [record["lr"] for record in read_jsonl(run.metrics_file)] == [1e-3, 1e-5, 1e-5]
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(tiny_trainer):
     with pytest.raises(UserError, match="accumulation"):
         tiny_trainer("--training.batch_size=6", "--training.accumulation=4")

@@ -142,10 +142,13 @@ def test_fewer_steps_than_were_taken_are_refused(run_script, tiny_config_file, t
     assert run.config_file.read_text() == before
 
 
-def test_a_checkpoint_under_another_steps_name(run_script, tiny_config_file, tmp_path):
+def test_a_checkpoint_elsewhere_or_under_another_steps_name(run_script, tiny_config_file, tmp_path):
     run = RunDirectory(tmp_path / "run")
     assert run_script("train.py", "--config", tiny_config_file, "--out", run.path, "--training.steps=3").code == 0
-    shutil.copy(run.checkpoint_file(3), run.checkpoints / "mine.pt")
-    outcome = run_script("train.py", "--resume", run.checkpoints / "mine.pt")
-    assert outcome.is_one_clear_line(), outcome.err
-    assert "name it step_0000003.pt" in outcome.err
+    (run.path / "kept").mkdir()
+    for copy in (run.checkpoints / "mine.pt", run.path / "kept" / "step_0000003.pt"):
+        shutil.copy(run.checkpoint_file(3), copy)
+        outcome = run_script("train.py", "--resume", copy)
+        assert outcome.is_one_clear_line(), outcome.err
+        assert f"copy it to {run.checkpoint_file(3)}" in outcome.err
+    assert run.latest_checkpoint() == run.checkpoint_file(3)
