@@ -181,6 +181,7 @@ class TestRun:
             ["--guidance-interval", 0.3, 5],
             ["--checkpoint", "step_0000007.pt"],
             ["--seed", -1],
+            ["--seed", 2**63],
         ],
         ids=str,
     )

@@ -17,6 +17,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.models.build import build_schedule, number_of_steps
 
 BATCH_ON_CPU = 32  # the feature maps of more images leave the caches, and their memory is touched anew in each layer
+SEEDS = range(2**63)  # that records of images have room for
 
 
 class SampleKey(NamedTuple):

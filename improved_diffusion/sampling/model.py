@@ -21,7 +21,7 @@ from improved_diffusion.models.backbone import Backbone
 from improved_diffusion.models.build import build_denoiser, build_sampling_denoiser, number_of_steps
 from improved_diffusion.progress import progress
 from improved_diffusion.runtime.devices import arithmetic, with_autocast
-from improved_diffusion.sampling.generate import SampleKey, generate, sampling_record
+from improved_diffusion.sampling.generate import SEEDS, SampleKey, generate, sampling_record
 from improved_diffusion.settings import settings_of, to_plain
 
 ROW_OF_ALL = "images"  # what stands for the class of a model that has none
@@ -136,10 +136,10 @@ class Model(ModelCard):
         """Those of `n` images of each of `classes` (see `sample`), class by class.
 
         Raises:
-            UserError: no such class, fewer than one image, or a negative seed.
+            UserError: no such class, fewer than one image, or a seed out of range.
         """
-        if n < 1 or seed < 0:
-            raise UserError(f"n must be at least 1 and the seed at least 0, not {n} and {seed}")
+        if n < 1 or seed not in SEEDS:
+            raise UserError(f"n must be at least 1 and the seed at least 0 and below 2^63, not {n} and {seed}")
         return [SampleKey(seed, label, number) for label in self.class_indices(classes) for number in range(n)]
 
     def class_indices(self, classes: Sequence[str | int] | str | int | None) -> list[int]:

@@ -14,7 +14,7 @@ from improved_diffusion.config import SamplingConfig
 from improved_diffusion.errors import UserError
 from improved_diffusion.metrics.images.sources import Batch, Source
 from improved_diffusion.metrics.statistics import FeatureStatistics
-from improved_diffusion.sampling.generate import SampleKey
+from improved_diffusion.sampling.generate import SEEDS, SampleKey
 from improved_diffusion.sampling.model import Model
 
 # The source files, and folders of them, that decide what image a checkpoint, settings and a key give.
@@ -105,8 +105,10 @@ def run_source(
         per_class: images of each class, whatever the reference has.
 
     Raises:
-        UserError: a reference that does not say how many images to generate, or fewer than two.
+        UserError: a reference that does not say how many images to generate, fewer than two, or a seed out of range.
     """
+    if seed not in SEEDS:
+        raise UserError(f"the seed of the generated images must be at least 0 and below 2^63, not {seed}")
     classes = len(model.row_names)
     if per_class is None:
         counts = _counts_of(reference, model)

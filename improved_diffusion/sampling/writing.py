@@ -24,6 +24,7 @@ from improved_diffusion.sampling.sample_folder import (
     claim,
     free_folder,
     manifest_of,
+    read_manifest,
     read_sample,
     sample_file,
 )
@@ -53,8 +54,9 @@ def write_samples(
         The folder.
 
     Raises:
-        UserError: sampling settings that the model cannot follow, a folder that holds other samples which `overwrite`
-            does not replace, or in which another process is writing, or a disk that cannot be written.
+        UserError: sampling settings that the model cannot follow, a folder that holds other samples, or another picture
+            where the grid would be, which `overwrite` does not replace; another process that is writing there, or a disk that
+            cannot be written.
     """
     # What the model cannot follow is refused before anything is written, or removed.
     model.denoiser(sampling)
@@ -92,6 +94,9 @@ def _claim_folder(
     def claimed() -> Path:
         manifest, name = manifest_of(model, sampling, keys), model.name
         folder = out or (SAMPLES / name if overwrite else free_folder(SAMPLES, name, manifest))
+        grid = grid_file(folder)
+        if out is not None and not overwrite and grid.exists() and read_manifest(folder) is None:
+            raise UserError(f"{grid}, where the grid would go, exists: choose another --out, or give --overwrite")
         lock_file = folder.with_name(f".{folder.name}.lock")
         held.enter_context(exclusive(lock_file, f"another process is writing {folder} at this moment"))
         held.callback(lock_file.unlink, missing_ok=True)

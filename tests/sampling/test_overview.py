@@ -49,6 +49,17 @@ def test_few_images_of_few_classes_are_shown(sample, tmp_path, monkeypatch):
     np.testing.assert_array_equal(grid[:, -32:], np.concatenate([np.concatenate(row, axis=1) for row in shown]))
 
 
+def test_a_picture_that_lies_there_is_not_replaced(sample, tmp_path):
+    (tmp_path / "out.png").write_text("a photograph")
+    refused = sample("--n", 1)
+    assert refused.is_one_clear_line(), refused
+    assert f"{tmp_path / 'out.png'}, where the grid would go" in refused.err
+    assert (tmp_path / "out.png").read_text() == "a photograph"
+    assert not (tmp_path / "out").exists()
+    assert sample("--n", 1, "--overwrite").code == 0
+    assert sample("--n", 1).code == 0  # the grid is its own now
+
+
 def test_one_class_alone_is_a_square(sample, tmp_path):
     outcome = sample("--n", 5, "--class", "waffles")
     assert outcome.code == 0, outcome.err

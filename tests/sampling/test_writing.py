@@ -17,6 +17,7 @@ from improved_diffusion.files import exclusive
 from improved_diffusion.metrics.images.opening import open_source
 from improved_diffusion.runtime.devices import Processes
 from improved_diffusion.sampling import sample_folder, writing
+from improved_diffusion.sampling.generate import SampleKey
 from improved_diffusion.sampling.loading import load
 from improved_diffusion.sampling.model import Model, change_sampling
 
@@ -170,7 +171,7 @@ def test_what_cannot_be_drawn_replaces_nothing(write, model, tmp_path):
     folder = write(2)
     before = {file: file.read_bytes() for file in folder.rglob("*.png")}
     for wrong in ({"sampler": "ancestral", "steps": 5000}, {"sampler": "ddim", "steps": 2, "noise": "philox"}):
-        sampling, keys = change_sampling(model.config.sampling, **wrong), model.keys(None, 2, seed=2**64)
+        sampling, keys = change_sampling(model.config.sampling, **wrong), [SampleKey(2**64, 0, i) for i in range(2)]
         with pytest.raises(UserError):
             writing.write_samples(model, keys, sampling, folder, Processes(CPU), with_npz=False, overwrite=True)
     assert {file: file.read_bytes() for file in folder.rglob("*.png")} == before
