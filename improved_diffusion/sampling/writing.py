@@ -55,8 +55,8 @@ def write_samples(
 
     Raises:
         UserError: sampling settings that the model cannot follow, a folder that holds other samples, or another picture
-            where the grid would be, which `overwrite` does not replace; another process that is writing there, or a disk
-            that cannot be written.
+            where the grid would be, which `overwrite` does not replace; another process that is writing there, or a
+            disk that cannot be written.
     """
     # What the model cannot follow is refused before anything is written, or removed.
     model.denoiser(sampling)
