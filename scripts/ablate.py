@@ -31,7 +31,6 @@ from improved_diffusion.config import SAMPLER_OPTIONS, Config
 from improved_diffusion.config_file import RUNS, load_config
 from improved_diffusion.errors import ArgumentParser, UserError, user_errors_exit
 from improved_diffusion.files import write_text
-from improved_diffusion.run_directory import RunDirectory
 from improved_diffusion.run_flags import run_type_of_flags
 from improved_diffusion.settings import parse_arguments, read_settings, settings_parser, to_plain, to_settings
 
@@ -294,8 +293,10 @@ def flags_of_hours(hours: float, seconds_per_step: float) -> list[str]:
 def train(run: Path, settings: Config, seed: int, config_file: Path | None, flags: Sequence[str]) -> None:
     """Train, or finish training, one run. A run that is there gets all flags again, and what a config file said, so
     that train.py refuses what it was not trained with, be it the content of the images."""
+    from improved_diffusion.training.start import holds_run
+
     flags = [*flags, f"--seed={seed}"]
-    if RunDirectory(run).checkpoint_files():
+    if holds_run(run):
         steps = settings.training.steps
         command = ["--resume", str(run), *flags, f"--data={settings.data}", f"--training.steps={steps}"]
     else:

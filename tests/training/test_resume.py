@@ -146,10 +146,14 @@ def test_going_on_if_there_is_a_run(run_script, tiny_config_file, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_exits_cleanly(start_script, run_script, tiny_config_file, tmp_path, number):
     run = RunDirectory(tmp_path / "run")
-    started = start_script(
-        *("train.py", "--config", tiny_config_file, "--out", run.path),
-        *("--training.steps=100000", "--training.save_every=50000"),
-    )
+    handler = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP would be ignored
+    try:
+        started = start_script(
+            *("train.py", "--config", tiny_config_file, "--out", run.path),
+            *("--training.steps=100000", "--training.save_every=50000"),
+        )
+    finally:
+        signal.signal(number, handler)
     started.wait_for(lambda: run.metrics_file.is_file() and run.metrics_file.stat().st_size > 0)
     outcome = started.send(number)
     assert outcome.code == 130
