@@ -6,6 +6,8 @@ In prompts, `{token}` and `{class}` stand for the subject's.
 from __future__ import annotations
 
 import re
+import string
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +54,8 @@ class ImagesConfig:
     """Take an image's own transparency for its mask."""
     cache: bool = True
     """Keep latents and text embeddings, in memory and from run to run on disk, instead of encoding at every step."""
+    cache_folder: str | None = None
+    """Where on disk; by default with all else that is kept from run to run."""
 
     def __post_init__(self) -> None:
         for name in ("crops", "repeats"):
@@ -112,7 +116,7 @@ class SubjectConfig:
             UserError: it asks for one that is not set, or for something else.
         """
         try:
-            text = template.format_map(_Set({"token": self.token, "class": self.class_name}))
+            text = "".join(self._parts(template))
         except KeyError as error:
             advice = "only {token} and {class} can be filled in"
             if error.args[0] in FILLED:
@@ -121,6 +125,16 @@ class SubjectConfig:
         except (ValueError, IndexError, AttributeError) as error:
             raise UserError(f"the prompt {template!r} cannot be filled in: {error}") from error
         return " ".join(text.split())
+
+    def _parts(self, template: str) -> Iterator[str]:
+        """Not by str.format, which whoever writes a prompt could tell to fill the memory: {token:>1000000000}."""
+        values = _Set({"token": self.token, "class": self.class_name})
+        for literal, name, form, conversion in string.Formatter().parse(template):
+            yield literal
+            if form or conversion:
+                raise ValueError(f"{{{name}}} takes no format")
+            if name is not None:
+                yield values[name]
 
 
 def escape_braces(caption: str) -> str:

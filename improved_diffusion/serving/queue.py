@@ -204,9 +204,10 @@ class JobQueue:
         return was is not None
 
     def style_of(self, user: str) -> str | None:
-        """The style that a user has chosen."""
+        """The style that a user has chosen; None for the base, or where that style has gone."""
         with self.engine.connect() as connection:
-            return connection.scalar(sa.select(preferences.c.style).where(preferences.c.user == user))
+            style = connection.scalar(sa.select(preferences.c.style).where(preferences.c.user == user))
+        return style if style is None or style in self.offer(user)["styles"] else None
 
     def choose_style(self, user: str, style: str | None) -> None:
         """Remember a user's choice of style; None is the base without one. Raises UserError if there is no such."""

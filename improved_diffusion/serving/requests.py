@@ -6,6 +6,7 @@ A new kind is a dataclass here, a line in KINDS, and a drawer in drawers.py.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from improved_diffusion.stickers.finish import require_outline
 from improved_diffusion.stickers.prompt import CAPTION
 
 NO_STYLE = "none"  # how users call the base without one
+SURROGATE = re.compile("[\ud800-\udfff]")
 LONG_LIST = 3000  # characters: a message of Telegram's has 4,096
 
 
@@ -52,6 +54,9 @@ class Request:
         most = self.most_steps(limits)
         require(1 <= self.steps <= most, f"1 to {most} steps, not {self.steps}")
         require(0 <= self.seed < 2**62, f"the seed must be from 0 to 2^62, not {self.seed}")
+        # Neither of them can be in a database's text.
+        texts = [value for value in self.plain().values() if isinstance(value, str)]
+        require(not any("\0" in text or SURROGATE.search(text) for text in texts), "the text has letters that are none")
 
     def plain(self) -> dict[str, Any]:
         return {"kind": self.kind, **dataclasses.asdict(self)}

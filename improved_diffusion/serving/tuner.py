@@ -12,7 +12,13 @@ from PIL import Image
 from improved_diffusion.checkpoint_file import read_checkpoint
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import atomic_write
-from improved_diffusion.personalize.config import PersonalizeConfig, SubjectConfig, TrainingConfig, WatchConfig
+from improved_diffusion.personalize.config import (
+    ImagesConfig,
+    PersonalizeConfig,
+    SubjectConfig,
+    TrainingConfig,
+    WatchConfig,
+)
 from improved_diffusion.personalize.training import start
 from improved_diffusion.personalize.training.loop import PersonalizeLoop
 from improved_diffusion.run_directory import RunDirectory
@@ -23,7 +29,7 @@ from improved_diffusion.serving.queue import Job
 from improved_diffusion.serving.requests import TuneRequest
 from improved_diffusion.training.start import holds_run, state_to_resume
 
-RUN, PICTURES = "run", "pictures"  # in the folder of a job's results
+RUN, PICTURES, ENCODED = "run", "pictures", "encoded"  # in the folder of a job's results
 SHOWN = {"seeds": (0, 1), "steps": 20}  # pictures in the style, when it is learned
 
 
@@ -39,6 +45,7 @@ def tune_config(request: TuneRequest, base: str, pictures: Path) -> PersonalizeC
         data=str(pictures),
         seed=request.seed,
         subject=SubjectConfig(request.token, request.class_name),
+        images=ImagesConfig(cache_folder=str(pictures.with_name(ENCODED))),  # which goes with them
         # A checkpoint at the end of each chunk, and a look at the end of all.
         training=TrainingConfig(steps=request.steps, save_every=request.steps, keep_checkpoints=1),
         watch=WatchConfig(
@@ -111,7 +118,7 @@ class Tuner:
 
 def _complete(run: RunDirectory, pictures: Path) -> None:
     """Keep of a finished run what is drawn with, and not what it learned from."""
-    for folder in (pictures, run.tensorboard):
+    for folder in (pictures.with_name(ENCODED), pictures, run.tensorboard):
         shutil.rmtree(folder, ignore_errors=True)
     state = read_checkpoint(run.latest_checkpoint())
     run.save_checkpoint({name: state[name] for name in ("step", "model", "ema")}, keep=1)

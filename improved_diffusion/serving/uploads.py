@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 
 import sqlalchemy as sa
@@ -15,6 +16,8 @@ from improved_diffusion.serving.config import ServingConfig
 from improved_diffusion.serving.database import put, uploads
 from improved_diffusion.serving.queue import Busy, JobQueue, require_disk
 
+DECODING = threading.Semaphore(2)  # at once: a file of 100 KB may take 600 MB
+
 
 def keep_upload(queue: JobQueue, user: str, data: bytes) -> str:
     """Keep the picture in the content of a file that a user sent; returns the name under which requests know it.
@@ -24,7 +27,8 @@ def keep_upload(queue: JobQueue, user: str, data: bytes) -> str:
         Busy: the disk is full, or the user's part of it.
     """
     limits = queue.config.limits
-    picture = clean(data, limits.photo)
+    with DECODING:
+        picture = clean(data, limits.photo)
     name = hashlib.sha256(user.encode() + b"\0" + data).hexdigest()[:32]  # the same again is the same
     with queue.engine.connect() as connection:
         require_disk(connection, queue.config)

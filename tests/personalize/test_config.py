@@ -185,5 +185,10 @@ def test_prompts_are_filled_in():
     assert SubjectConfig().fill("plain") == "plain"
     with pytest.raises(UserError, match=r"needs \{token\}: set subject.token"):
         SubjectConfig().fill("a {token}")
-    with pytest.raises(UserError, match="cannot be filled in"):
-        subject.fill("a { dog")
+    assert subject.fill("{{token}}: {token}") == "{token}: sks"
+    for wrong in ("a { dog", "{token:>1000000000}", "{token:a<{class}}", "{class!r}"):
+        with pytest.raises(UserError, match="cannot be filled in"):
+            subject.fill(wrong)
+    for wrong in ("{}", "{0}", "{token.__class__}", "{token[0]}"):
+        with pytest.raises(UserError, match="only {token} and {class} can be filled in"):
+            subject.fill(wrong)

@@ -167,6 +167,8 @@ def test_pictures_are_taken_and_hostile_files_answered(make_server, open_queue, 
     telegram.send_file(JPEG, "one caption", media_group_id="album")
     telegram.send_file(JPEG, None, media_group_id="album")
     telegram.send_file(JPEG)
+    telegram.send_file(JPEG, None, media_group_id="another", user=9)
+    telegram.send_file(JPEG, "a later caption", media_group_id="another", user=9)
     for number, (data, _) in enumerate(REFUSED.values()):
         telegram.send_file(data, "a picture", user=100 + number)
     wait_until(lambda: len(telegram.texts()) == 4)
@@ -175,6 +177,8 @@ def test_pictures_are_taken_and_hostile_files_answered(make_server, open_queue, 
     assert (kept.size, kept.info, first.request.prompt) == ((43, 64), {}, "as a drawing")
     assert [job.request.prompt for job in album] == ["one caption"] * 2
     assert "with a caption" in telegram.texts()[3]
+    wait_until(lambda: len(telegram.texts(9)) == 2)
+    assert [job.request.prompt for job in queue.jobs_of("telegram:9")] == ["a later caption"]
     for number in range(len(REFUSED)):
         wait_until(lambda: telegram.texts(100 + number))  # noqa: B023
         (answer,) = telegram.texts(100 + number)

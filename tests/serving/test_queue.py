@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -188,6 +189,9 @@ def test_nothing_is_left_of_a_purged_user(make_server, open_queue, run_script):
     queue.choose_style("telegram:7", "dog")
     records.finish(*records.begin([done.id]), [Image.new("RGB", (8, 8))])
     (begun,) = records.begin([running.id])
+    refused = run_script("serve.py", "purge-user", "7", "--home", queue.config.home)
+    assert refused.is_one_clear_line()
+    assert "telegram:NUMBER" in refused.err
     outcome = run_script("serve.py", "purge-user", "telegram:7", "--home", queue.config.home)
     assert outcome.code == 0
     assert outcome.out.startswith("2 jobs of telegram:7 removed")
@@ -256,6 +260,8 @@ def test_requests_are_checked_before_they_are_queued(make_server, open_queue):
         a_job(guidance_scale=float("nan")): "guidance scale",
         TextRequest(prompt=" "): "prompt is empty",
         TextRequest(prompt="a" * 501): "at most 500 letters",
+        TextRequest(prompt="a\0dog"): "letters that are none",
+        TextRequest(prompt="a dog", negative_prompt="\ud800"): "letters that are none",
         TextRequest(prompt="a dog", style="cat"): "no style 'cat'; there are: dog",
         TextRequest(prompt="a dog", style="dog", unet_scale=3.0): "from 0 to 2, not 3",
         TextRequest(prompt="a dog", text_encoder_scale=0.5): "choose one, or leave them at 1",
@@ -290,6 +296,7 @@ def test_a_home_keeps_its_settings_and_its_queue(make_server, open_queue, run_sc
     queue = open_queue(config)
     queue.submit("A", a_job())
     outcome = run_script("serve.py", "init", "--home", config.home, "--limits.queued", 7)
+    assert Path(config.home).stat().st_mode & 0o777 == 0o700
     assert outcome.code == 0
     changed = load_serving_config(config.home)
     assert (changed.limits.queued, changed.models, changed.port) == (7, config.models, 0)

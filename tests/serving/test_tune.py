@@ -181,8 +181,9 @@ def test_a_killed_worker_costs_at_most_a_chunk(queue, tmp_path, run_script):
     assert queue.job(job.id).state == "parked"
 
 
-def test_from_pictures_to_a_picture_in_the_style(queue, start_worker, fresh_base):
-    """With a worker that is stopped on the way; the style is its user's alone."""
+def test_from_pictures_to_a_picture_in_the_style(queue, start_worker, fresh_base, monkeypatch, tmp_path):
+    """With a worker that is stopped on the way; the style is its user's alone, and so are the pictures' latents."""
+    monkeypatch.setenv("IMPROVED_DIFFUSION_CACHE", str(tmp_path / "cache"))
     job = queue.submit("A", a_style(queue)).job
     worker = start_worker(queue.config, *open_drawers(queue.config))
     wait_until(lambda: queue.job(job.id).start > 0)  # one chunk is over
@@ -192,6 +193,8 @@ def test_from_pictures_to_a_picture_in_the_style(queue, start_worker, fresh_base
     assert run_of(queue.config.results, job.id).checkpoint_files()
     start_worker(queue.config, *open_drawers(queue.config))
     wait_until(lambda: queue.job(job.id).state == "done")
+    assert list((tmp_path / "cache").rglob("*.tensors")) == []
+    assert list(queue.config.results.rglob("*.tensors")) == []
     assert queue.offer("A")["styles"] == ["rex"]
     assert queue.offer("B")["styles"] == []
     few = {"steps": 2, "guidance_scale": 3.0, "seed": 5}
@@ -271,7 +274,10 @@ def test_what_is_refused(queue):
     queue.submit("A", a_style(queue, name="second"))
     with pytest.raises(Busy, match="remove one first"):
         queue.submit("A", a_style(queue, name="third"))
+    queue.choose_style("A", "rex")
+    assert queue.style_of("A") == "rex"
     queue.forget_style("A", "rex")
+    assert queue.style_of("A") is None
     queue.submit("A", a_style(queue, name="third"))
     queue.submit("B", a_style(queue, "B"))
     with pytest.raises(Busy, match="busy"):

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ SUM_BYTES = hashlib.sha256().digest_size
 
 
 class EncodedFiles:
-    """What `networks` made, in the cache: those of other weights, or in another arithmetic, have files of their own."""
+    """What `networks` made, in `folder` or in the cache: those of other weights, or in another arithmetic, have files
+    of their own."""
 
-    def __init__(self, *networks: nn.Module):
+    def __init__(self, *networks: nn.Module, folder: str | None = None):
         made_how = [
             (n.device.type, str(n.dtype), getattr(n.config, "scaling_factor", None), *tiles_of(n)) for n in networks
         ]
         makers = hashlib.sha256(f"{fingerprint(*networks)} {made_how}".encode()).hexdigest()
-        self.folder = cache_directory() / "encoded" / makers[:16]
+        self.folder = (cache_directory() / "encoded" if folder is None else Path(folder)) / makers[:16]
 
     def find(self, key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors, on the CPU, that are kept under `key`, plain values; or else those of `make`, kept from now on.

@@ -263,7 +263,7 @@ def _encode(
     config: PersonalizeConfig,
     accelerator: Accelerator,
 ) -> EncodedSet:
-    files = EncodedFiles(base.pipeline.vae) if config.images.cache else None
+    files = EncodedFiles(base.pipeline.vae, folder=config.images.cache_folder) if config.images.cache else None
     share = (accelerator.process_index, accelerator.num_processes)
     return EncodedSet(Examples(base, found.images, sizes, config.images, files, share), found.wordings, found.concepts)
 
@@ -273,7 +273,9 @@ def _conditions(
 ) -> Conditions:
     """What encodes texts; where they are kept, with those of all `sources`, and the empty one of a caption dropped."""
     # Of adapted or learning text encoders no text is kept.
-    files = EncodedFiles(*base.text_encoders.values()) if config.images.cache and not config.trains_text else None
+    files = None
+    if config.images.cache and not config.trains_text:
+        files = EncodedFiles(*base.text_encoders.values(), folder=config.images.cache_folder)
     conditions = Conditions(base, config.keeps_texts, files)
     texts = [text for source in sources if source is not None for wordings in source.wordings for text in wordings]
     if config.images.caption_dropout:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import logging
 import re
+import textwrap
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -43,6 +44,7 @@ COMMANDS = {
     "result": "send again what may not have arrived",
     "delete_me": "remove everything that is kept of you",
 }
+MOST_OF_A_MESSAGE, MOST_OF_A_NOTICE = 4096, 200  # letters, of Telegram's; a notice answers a button
 ALBUMS = 1000  # whose captions are remembered
 STICKER = re.compile(r"(?:/sticker(?:@\w+)?(?:\s+(.*))?)?", re.DOTALL)  # a caption of which a sticker is made
 
@@ -235,7 +237,9 @@ class _Conversation:
             return caption
         while len(self._captions) >= ALBUMS:
             del self._captions[next(iter(self._captions))]
-        return self._captions.setdefault(album, caption)
+        if caption or album not in self._captions:  # any picture of an album may have it
+            self._captions[album] = caption
+        return self._captions[album]
 
 
 async def answer_mistakes(
@@ -247,7 +251,8 @@ async def answer_mistakes(
     try:
         return await handler(event, data)
     except UserError as error:
-        return await event.answer(f"{error}.")
+        most = MOST_OF_A_MESSAGE if isinstance(event, Message) else MOST_OF_A_NOTICE
+        return await event.answer(textwrap.shorten(f"{error}.", most, placeholder="..."))
     except Exception:
         log.exception("%s of %s failed", type(event).__name__, event.from_user.id)
         return await event.answer("Something went wrong here. Please try again later.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import yaml
 
 from improved_diffusion.files import write_text
@@ -27,6 +29,7 @@ def make_home(config: ServingConfig) -> None:
     from improved_diffusion.serving.database import create_database  # takes seconds to import
 
     write_text(config_file(config.home), yaml.safe_dump(to_plain(config), sort_keys=False))
+    Path(config.home).chmod(0o700)  # what users ask for, and the addresses of their pages, are nobody else's
     for folder in (config.uploads, config.results):
         folder.mkdir(mode=0o700, exist_ok=True)
     create_database(config)

@@ -10,6 +10,8 @@ def run(arguments: list[str]) -> None:
     parser = command_parser("purge-user", __doc__)
     parser.add_argument("user", metavar="ID", help="telegram:NUMBER, for one")
     options = parser.parse_args(arguments)
+    if not options.user.startswith(("telegram:", "page:")):
+        parser.error(f"users are telegram:NUMBER or page:ADDRESS, not {options.user}")
     config = load_serving_config(options.home)
 
     from improved_diffusion.serving.queue import JobQueue

@@ -99,7 +99,7 @@ def score_sets(scorer: Scorer, sets: Sequence[PictureSet], prompts: Sequence[str
     Raises:
         UserError: a score cannot be written.
     """
-    folder = out / "scores" / fingerprint(scorer.model)[:DIGITS]
+    folder = out / "scores" / f"{scorer.name.replace(' ', '-')}-{fingerprint(scorer.model)[:DIGITS]}"
     pictures = {digest: image for group in sets for image, digest in zip(group.images, group.digests, strict=True)}
     known = {digest: _read(folder / f"{digest[:DIGITS]}.json") for digest in pictures}
     missing = [digest for digest, scores in known.items() if not scores.keys() >= set(prompts)]

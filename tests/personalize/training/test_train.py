@@ -188,7 +188,7 @@ def mistaken_data(photos, tmp_path_factory) -> Path:
         (("--training.epochs=3",), "both given: set one of them to null"),
         (("--watch.loss_timesteps=[1000]",), "watch.loss_timesteps must be below 1000"),
         (("--seed=99999999999999999999",), "seed must be a finite number, and a whole one below 2^63"),
-        (("--subject.prompt=a {token.x}",), "cannot be filled in"),
+        (("--subject.prompt=a {token.x}",), "only {token} and {class} can be filled in"),
         (("--method=textual_inversion",), "knows 'sks' already"),
         (("--watch.clip=nowhere",), "the CLIP model nowhere does not exist"),
         (('--watch.prompts=["a {colour} ball"]',), "only {token} and {class} can be filled in"),
