@@ -18,16 +18,16 @@ INPUTS = "inputs"  # of a description
 
 
 def claim(description: Path, settings: Mapping[str, Any], advice: str) -> None:
-    """Write to the file `description` with what `settings` the pictures of its folder are made; where it is there
-    already, see that they are the same.
+    """Write to the file `description` with what `settings` the pictures of its folder are made; where there are some
+    already, see that those are the same.
 
     Raises:
         UserError: they are not; the message names the first that differs, and gives the `advice`.
     """
-    if not description.is_file():
+    folder = description.parent
+    if not description.is_file() or not holds_something(folder, besides=description):
         _write(description, settings)
         return
-    folder = description.parent
     other = _read(description, advice)
     for name, value in settings.items():
         if other.get(name) != value:
@@ -56,9 +56,11 @@ def claim_for(description: Path, settings: Mapping[str, Any], inputs: Mapping[st
         _write(description, {**settings, INPUTS: {**known, **inputs}})
 
 
-def holds_something(folder: Path) -> bool:
+def holds_something(folder: Path, besides: Path | None = None) -> bool:
     """Whether anything is there but an empty folder, and hidden files, which a kill leaves half-written."""
-    return folder.exists() and not (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()))
+    if not folder.is_dir():
+        return folder.exists()
+    return any(path != besides and not path.name.startswith(".") for path in folder.iterdir())
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

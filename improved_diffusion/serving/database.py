@@ -3,7 +3,9 @@ transaction."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -98,12 +100,13 @@ def open_database(config: ServingConfig) -> sa.Engine:
     """Connections to the database of a server. Tables that an older version did not make are made.
 
     Raises:
-        UserError: `create_database` has not been here.
+        UserError: `create_database` has not been here, or the database cannot be reached, or is damaged.
     """
     if config.database is None and not Path(config.folder / "queue.sqlite").is_file():
         raise UserError(f"there is no queue in {config.home}: python serve.py init --home {config.home}")
     engine = _engine(config)
-    metadata.create_all(engine)
+    with _usable(engine):
+        metadata.create_all(engine)
     return engine
 
 
@@ -111,11 +114,11 @@ def create_database(config: ServingConfig) -> None:
     """Make the tables, DBOS's and ours, where they are not there.
 
     Raises:
-        UserError: the database cannot be reached.
+        UserError: the database cannot be reached, or is damaged.
     """
     quieten_dbos()
     engine = _engine(config)
-    try:
+    with _usable(engine):
         if config.database is None:
             with engine.connect() as connection:  # kept in the file; writers no longer stop readers
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
@@ -124,10 +127,22 @@ def create_database(config: ServingConfig) -> None:
         with engine.begin() as connection:
             if connection.scalar(sa.select(counter.c.jobs)) is None:
                 connection.execute(counter.insert().values(id=1, jobs=0, virtual=0.0))
+    engine.dispose()
+
+
+@contextlib.contextmanager
+def _usable(engine: sa.Engine) -> Iterator[None]:
+    """Say in one line, as a UserError, what is the matter with a database; its connections are closed then."""
+    try:
+        yield
     except sa.exc.DBAPIError as error:
-        raise UserError(f"the database {engine.url!r} cannot be used: {str(error.orig).splitlines()[0]}") from error
-    finally:
         engine.dispose()
+        raise UserError(f"the database {engine.url!r} cannot be used: {str(error.orig).splitlines()[0]}") from error
+
+
+def hold_queue(connection: sa.Connection) -> None:
+    """Nothing is queued until the end of the transaction, of which this is to be the first statement."""
+    connection.execute(counter.update().values(jobs=counter.c.jobs))
 
 
 def take_number(connection: sa.Connection) -> int:

@@ -7,7 +7,7 @@ import time
 
 import sqlalchemy as sa
 
-from improved_diffusion.serving.database import jobs, uploads
+from improved_diffusion.serving.database import hold_queue, jobs, uploads
 from improved_diffusion.serving.queue import FINISHED, IS_TUNE, UNFINISHED, JobQueue
 from improved_diffusion.serving.requests import uploads_in
 
@@ -24,14 +24,15 @@ def remove_expired(queue: JobQueue) -> int:
     old_upload = uploads.c.created < now - 3600 * limits.uploads_hours
     with queue.engine.connect() as connection:
         names = connection.scalars(sa.select(jobs.c.id).where(old_job).limit(REMOVED_AT_ONCE)).all()
+    queue.remove(names)
+    with queue.engine.begin() as connection:
+        hold_queue(connection)  # or a job that starts from one of them could come in between
         in_use = connection.scalars(sa.select(jobs.c.request).where(jobs.c.state.not_in(FINISHED))).all()
         pictures = set(connection.scalars(sa.select(uploads.c.id).where(old_upload)))
-    queue.remove(names)
-    pictures -= {name for request in in_use for name in uploads_in(request)}
-    with queue.engine.begin() as connection:
+        pictures -= {name for request in in_use for name in uploads_in(request)}
         connection.execute(uploads.delete().where(uploads.c.id.in_(pictures)))
-    for picture in pictures:
-        (queue.config.uploads / picture).unlink(missing_ok=True)
+        for picture in pictures:  # before it is sent again
+            (queue.config.uploads / picture).unlink(missing_ok=True)
     return len(names) + len(pictures)
 
 

@@ -35,6 +35,8 @@ def keep_upload(queue: JobQueue, user: str, data: bytes) -> str:
         others = sa.select(sa.func.count()).where(uploads.c.user == user, uploads.c.id != name)
         if connection.scalar(others) >= limits.uploads_per_user:
             raise Busy(f"you have sent {limits.uploads_per_user} pictures: try again in {limits.uploads_hours:g} hours")
+    with queue.engine.begin() as connection:  # it does not expire while its file is written anew
+        connection.execute(uploads.update().where(uploads.c.id == name).values(created=time.time()))
     file = queue.config.uploads / name
     with atomic_write(file) as temporary:
         picture.save(temporary, format="png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +28,10 @@ class Stages:
     sticker: Image.Image  # RGBA
 
 
-def stages_sheet(photos: Sequence[Stages]) -> np.ndarray:
-    """A row for each photograph. Returns uint8 (height, width, 3)."""
-    titles = [f"{photo.name}: {photo.caption}" for photo in photos]
-    return contact_sheet([_row(photo) for photo in photos], titles, COLUMNS)
+def stages_sheet(photos: Iterable[Stages]) -> np.ndarray:
+    """A row for each photograph, none of which is kept at its own size. Returns uint8 (height, width, 3)."""
+    rows, titles = zip(*((_row(photo), f"{photo.name}: {photo.caption}") for photo in photos), strict=True)
+    return contact_sheet(rows, titles, COLUMNS)
 
 
 def _row(photo: Stages) -> list[Image.Image]:

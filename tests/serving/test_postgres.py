@@ -15,6 +15,7 @@ import pytest
 from improved_diffusion.errors import UserError
 from improved_diffusion.serving.commands.init import make_home
 from improved_diffusion.serving.config import ServingConfig
+from improved_diffusion.serving.queue import JobQueue
 from improved_diffusion.serving.summary import summarize
 from improved_diffusion.serving.upkeep import remove_expired
 from improved_diffusion.serving.uploads import keep_upload
@@ -90,3 +91,5 @@ def test_a_database_that_is_away_is_one_clear_line(config):
     away = dataclasses.replace(config, database=f"postgresql+psycopg://server@127.0.0.1:{free_port()}/queue")
     with pytest.raises(UserError, match="cannot be used"):
         make_home(away)
+    with pytest.raises(UserError, match="cannot be used"):
+        JobQueue(away)

@@ -318,6 +318,16 @@ def test_mistakes_are_one_line(run_script, tmp_path):
         assert run_script("serve.py", *arguments).is_one_clear_line(), arguments
 
 
+def test_a_damaged_queue_is_one_clear_line(make_server, run_script):
+    config = make_server()
+    file = Path(config.home) / "queue.sqlite"
+    file.write_bytes(b"nothing that SQLite knows" * 1000)
+    for command in (["status"], ["purge-user", "telegram:1"], ["init"]):
+        outcome = run_script("serve.py", *command, "--home", config.home)
+        assert outcome.is_one_clear_line()
+        assert "queue.sqlite" in outcome.err
+
+
 def test_clients_are_told_when_no_worker_ever_was(make_server):
     queue = JobQueue(make_server())
     with pytest.raises(UserError, match=r"serve\.py worker"):

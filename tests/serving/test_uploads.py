@@ -7,6 +7,8 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +18,12 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from improved_diffusion.data.photo import clean
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import atomic_write
 from improved_diffusion.serving.config import LimitsConfig
+from improved_diffusion.serving.database import uploads
 from improved_diffusion.serving.queue import Busy
-from improved_diffusion.serving.uploads import keep_upload
+from improved_diffusion.serving.upkeep import remove_expired
+from improved_diffusion.serving.uploads import keep_upload, open_upload
 
 LIMITS = LimitsConfig(upload_bytes=300_000, upload_pixels=1_000_000, upload_side=256)
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8)).resize((120, 80))
@@ -188,3 +193,20 @@ def test_the_same_picture_is_kept_once(make_server, open_queue):
         keep_upload(queue, "A", JPEG)
     queue.purge("A")
     assert len(list(queue.config.uploads.iterdir())) == 1
+
+
+def test_a_picture_does_not_expire_while_it_is_sent_again(make_server, open_queue, monkeypatch):
+    queue = open_queue(make_server())
+    name = keep_upload(queue, "A", encoded(PHOTO))
+    with queue.engine.begin() as connection:
+        connection.execute(uploads.update().values(created=0.0))
+
+    @contextlib.contextmanager
+    def writing_takes_long(file: Path) -> Iterator[Path]:
+        with atomic_write(file) as temporary:
+            yield temporary
+        remove_expired(queue)
+
+    monkeypatch.setattr("improved_diffusion.serving.uploads.atomic_write", writing_takes_long)
+    assert keep_upload(queue, "A", encoded(PHOTO)) == name
+    assert open_upload(queue.config, name).size == PHOTO.size

@@ -10,6 +10,7 @@ from PIL import Image
 
 from improved_diffusion.errors import UserError
 from improved_diffusion.personalize.config import SubjectConfig
+from improved_diffusion.results import claim_for
 from improved_diffusion.stickers.finish import require_sticker
 from improved_diffusion.stickers.prompt import TEMPLATE, TUNED, default_template, fill
 
@@ -90,6 +91,15 @@ def test_results_of_other_settings_or_pictures_are_not_mixed(
     outcome = run_script("stickers.py", *command)
     assert outcome.is_one_clear_line()
     assert "a.png was made of something else: choose another --out" in outcome.err
+
+
+def test_a_mistake_before_the_first_picture_is_mended_by_other_flags(tmp_path):
+    description = tmp_path / "out" / "manifest.json"
+    claim_for(description, {"prompt": "a dgo"}, {"a.png": "1"}, "choose another --out")
+    claim_for(description, {"prompt": "a dog"}, {"a.png": "1"}, "choose another --out")
+    (tmp_path / "out" / "a.png").touch()
+    with pytest.raises(UserError, match="drawn with prompt 'a dog', not 'a cat': choose another --out"):
+        claim_for(description, {"prompt": "a cat"}, {"a.png": "1"}, "choose another --out")
 
 
 def test_each_stage_alone_gives_what_all_together_give(command, run_script, tmp_path):

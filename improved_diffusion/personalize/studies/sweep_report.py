@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from improved_diffusion.files import atomic_write
 from improved_diffusion.metrics.estimate import mean_score
 from improved_diffusion.personalize.measuring.choice import on_front
@@ -111,13 +109,13 @@ def _draw_sheets(drawn: Sequence[Drawn], titles: Sequence[str], out: Path) -> No
     grouped = by_point(drawn)
     first = next(iter(grouped.values()))
     seeds = list(dict.fromkeys(picture.seed for picture in first))
-    opened = [[Image.open(picture.file) for picture in pictures] for pictures in grouped.values()]
+    files = [[picture.file for picture in pictures] for pictures in grouped.values()]
     per_prompt = len(seeds)
     # The prompts of two runs may name their subjects differently; their numbers are the same.
     prompts = [picture.prompt for picture in first[::per_prompt]]
-    save_png(contact_sheet([row[::per_prompt] for row in opened], titles, prompts), out / "sheet.png")
+    save_png(contact_sheet([row[::per_prompt] for row in files], titles, prompts), out / "sheet.png")
     for number in range(len(prompts)):
-        rows = [row[number * per_prompt : (number + 1) * per_prompt] for row in opened]
+        rows = [row[number * per_prompt : (number + 1) * per_prompt] for row in files]
         sheet = contact_sheet(rows, titles, [f"seed {seed}" for seed in seeds])
         save_png(sheet, out / "sheets" / f"{number:02d}.png")
 

@@ -56,12 +56,16 @@ def run(arguments: list[str]) -> None:
     cut = cut_photos(restyled.photos(), out / "cut", matter, identity(options.matting))
     finished = finish_photos(cut.photos(), out / "stickers", options.outline, options.format)
     if finished.made:
-        rows = []
-        for photo in usable:
-            if photo.name in finished.made:
-                files = [stage.made[photo.name] for stage in (restyled, cut, finished)]
-                caption = captions.get(photo.name, options.prompt)
-                rows.append(Stages(photo.name, caption, photo.load(), *map(Image.open, files)))
-        save_png(stages_sheet(rows), out / "sheet.png")
-        print(f"{len(rows)} stickers in {out / 'stickers'}, all stages on {out / 'sheet.png'}")
+        stages = (
+            Stages(
+                photo.name,
+                captions.get(photo.name, options.prompt),
+                photo.load(),
+                *(Image.open(stage.made[photo.name]) for stage in (restyled, cut, finished)),
+            )
+            for photo in usable
+            if photo.name in finished.made
+        )
+        save_png(stages_sheet(stages), out / "sheet.png")
+        print(f"{len(finished.made)} stickers in {out / 'stickers'}, all stages on {out / 'sheet.png'}")
     require_all([*refused, *restyled.refused, *cut.refused, *finished.refused])

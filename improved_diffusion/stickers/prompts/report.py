@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from improved_diffusion.files import atomic_write, write_text
 from improved_diffusion.metrics.estimate import Score
@@ -138,5 +137,5 @@ def _score(score: Score) -> str:
 def write_first_pictures(pictures: Mapping[str, Sequence[Path]], out: Path) -> None:
     """A sheet with a row for each prompt."""
     columns = min(map(len, pictures.values()))
-    rows = [[Image.open(file) for file in files[:columns]] for files in pictures.values()]
+    rows = [files[:columns] for files in pictures.values()]
     save_png(contact_sheet(rows, list(pictures), [f"seed {seed}" for seed in range(columns)]), out / "prompts.png")

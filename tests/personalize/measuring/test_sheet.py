@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
+import pytest
 from PIL import Image
 
 from improved_diffusion.personalize.measuring.sheet import SIDE, contact_sheet
@@ -26,3 +31,24 @@ def test_pictures_stand_in_their_places_and_holes_stay_white():
     ]
     assert tuple(sheet[top + SIDE + 5, left + SIDE + SIDE // 2]) == (255, 255, 255)  # above the wide one
     assert (sheet[:, :left] < 128).any()  # the titles
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """How many files may be open at once, and are not yet."""
+    resource = pytest.importorskip("resource")
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = 16
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + few, most))
+    yield few
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+
+
+def test_a_sheet_shows_more_pictures_than_files_may_be_open(tmp_path: Path, few_files: int):
+    colours = [(5 * number, 0, 255) for number in range(3 * few_files)]
+    files = [tmp_path / f"{number}.png" for number in range(len(colours))]
+    for file, colour in zip(files, colours, strict=True):
+        Image.new("RGB", (8, 8), colour).save(file)
+    sheet = contact_sheet([[file] for file in files], ["title"] * len(files))
+    middles = sheet[SIDE // 2 :: SIDE, sheet.shape[1] - SIDE // 2]
+    assert [tuple(colour) for colour in middles[-len(colours) :]] == colours
