@@ -295,6 +295,27 @@ def test_a_slow_chat_keeps_no_other_waiting(make_server, open_queue, telegram, s
     assert len(telegram.texts(8)) == 230
 
 
+def test_a_chat_that_sends_without_end_keeps_no_other_waiting(
+    make_server, open_queue, telegram, start_bot, monkeypatch
+):
+    monkeypatch.setattr("improved_diffusion.serving.bot.updates.KEPT", 60)
+    monkeypatch.setattr("improved_diffusion.serving.bot.updates.KEPT_OF_CHAT", 20)
+    queue = open_queue(make_server())
+    bot = start_bot(queue)
+    put_off = 429, {"description": "Too Many Requests", "parameters": {"retry_after": 3600}}
+    telegram.refuse = lambda call: put_off if call.values.get("chat_id") == "8" else None
+    for _ in range(230):
+        telegram.say("/status", user=8)
+    telegram.say("/status", user=7)
+    wait_until(lambda: telegram.texts(7))
+    bot.stop()
+    telegram.refuse = lambda call: None
+    start_bot(queue)
+    wait_until(lambda: len(telegram.texts(8)) >= 20)
+    wait_until(lambda: not telegram.unacknowledged)
+    assert len(telegram.texts(8)) < 230
+
+
 def test_a_gateway_that_answers_for_telegram_is_waited_for(make_server, open_queue, telegram, start_bot):
     """With a page for people, as proxies do."""
     queue = open_queue(make_server())

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -21,7 +21,8 @@ from improved_diffusion.serving.database import updates
 SECONDS_OF_POLL = 10  # for which Telegram holds a request for updates
 SECONDS_OF_ALBUM = 2.0  # until all messages of an album have come
 ASKED_FOR = ["message", "callback_query"]
-WINDOW, KEPT = 50, 2000  # updates that Telegram keeps, of the 100 that it shows, and that are kept here
+WINDOW, KEPT = 50, 20_000  # updates that Telegram keeps, of the 100 that it shows, and that are kept here
+KEPT_OF_CHAT = 500
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,12 @@ log = logging.getLogger(__name__)
 class _Begun:
     update: Update
     task: asyncio.Task[None]
+
+
+@dataclass(eq=False)
+class _Chat:
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: int = 0  # updates, with the one whose turn it is
 
 
 def under_way(some: Mapping[int, _Begun]) -> dict[int, _Begun]:
@@ -42,7 +49,7 @@ class Updates:
     Telegram is told that an update has come when it has been dealt with, and all before it; until then it would send
     it again to a bot that was started anew. So a handler may run twice, and has to bear that. Telegram shows no more
     than 100 from the oldest on: where many wait, for one chat that is slow, say, they are kept in the inbox instead, so
-    that others are heard.
+    that others are heard. So that no chat can fill it, what comes when KEPT_OF_CHAT of one wait is thrown away.
 
     A handler may return a coroutine: what is to be done when the messages have been read that come at once with its
     own, as those of an album do.
@@ -55,7 +62,7 @@ class Updates:
         self._shown: dict[int, _Begun] = {}  # what Telegram keeps, by number
         self._kept: dict[int, _Begun] = {}  # what the inbox keeps
         self._offset = 0  # of what Telegram shows
-        self._chats: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
+        self._chats: WeakValueDictionary[int, _Chat] = WeakValueDictionary()
 
     async def run(self) -> None:
         """Until it is cancelled, or Telegram no longer knows the token (TelegramUnauthorizedError)."""
@@ -104,14 +111,19 @@ class Updates:
 
     async def _feed(self, update: Update) -> None:
         event: Any = update.message or getattr(update.callback_query, "message", None)
-        chat = event.chat.id if event is not None else 0
-        lock = self._chats.setdefault(chat, asyncio.Lock())
-        async with lock:
+        number = event.chat.id if event is not None else 0
+        chat = self._chats.setdefault(number, _Chat())
+        if chat.waiting >= KEPT_OF_CHAT:
+            log.info("update %s is thrown away: %d of its chat wait", update.update_id, chat.waiting)
+            return
+        chat.waiting += 1
+        async with chat.turn:
             later = await self._settle(self.dispatcher.feed_update(self.bot, update), update)
+            chat.waiting -= 1
         if asyncio.iscoroutine(later):
             with contextlib.closing(later):
                 await asyncio.sleep(SECONDS_OF_ALBUM)
-                async with lock:  # after those that wait for it by now
+                async with chat.turn:  # after those that wait for it by now
                     await self._settle(later, update)
 
     async def _settle(self, handling: Awaitable[Any], update: Update) -> Any:
