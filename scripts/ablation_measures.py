@@ -83,9 +83,11 @@ class Measures:
     def describe(self) -> str:
         """With what the runs were measured."""
         samplers = sorted({self.options.sampler or one.sampling.sampler for one in self.settings.values()})
+        scales = sorted({one.sampling.guidance_scale for one in self.settings.values()})
+        guided = "" if scales == [1] else f" with guidance {' or '.join(f'{scale:g}' for scale in scales)}"
         return (
             f"Images of the last checkpoints: {self.per_class} of each class, seed {self.options.generation_seed}, "
-            f"drawn by {' or '.join(samplers)}. Reference: the {len(self.reference):,} images of "
+            f"drawn by {' or '.join(samplers)}{guided}. Reference: the {len(self.reference):,} images of "
             f"{os.path.relpath(self.images.path)}; bits/dim are of {self.bound_images} of them. "
             "The list of runs has FID at all of a model's sampling steps. FID is biased upwards by few "
             "images: compare only values of one table."

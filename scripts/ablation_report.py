@@ -57,7 +57,12 @@ def write_report(
         writer.writerow(Row._fields)
         writer.writerows(rows)
     machines = {entry["device"] for entry in provenance(rows, out)}
-    parts = ["# Ablation", *preamble, f"Trained on: {'; '.join(sorted(machines))}.", "\n".join(table_of_runs(rows))]
+    parts = [
+        "# Ablation",
+        *preamble,
+        f"Trained on: {'; '.join(sorted(machines))}.",
+        "\n".join(table_of_runs(rows, settings)),
+    ]
     for section in sections(rows, settings, by_time):
         lines = table(section.curves, section.x_name)
         parts += [f"## {section.title}", "\n".join(lines), "\n".join(judgements(section.curves, section.judged))]
@@ -82,11 +87,13 @@ def provenance(rows: Sequence[Row], out: Path) -> list[dict]:
 # Tables
 
 
-def table_of_runs(rows: Sequence[Row]) -> list[str]:
-    """One line for each run: what it cost, and its last checkpoint with the intervals of its metrics."""
+def table_of_runs(rows: Sequence[Row], settings: Mapping[str, Config]) -> list[str]:
+    """One line for each run: what it cost, and its last checkpoint with the intervals of its metrics, at all of the
+    model's sampling steps."""
     runs: dict[tuple[str, int], dict[str, Row]] = defaultdict(dict)
-    for row in sorted(rows, key=lambda row: row.sampling_steps or 0):  # what is drawn in most steps stays
-        runs[row.arm, row.seed][row.metric] = row
+    for row in rows:
+        if row.sampling_steps in (None, all_steps(settings[row.arm])):
+            runs[row.arm, row.seed][row.metric] = row
     measured = dict.fromkeys(row.metric for row in rows if is_final(row))
     lines = []
     for (arm, seed), of in sorted(runs.items(), key=lambda item: item[0][1]):

@@ -230,6 +230,15 @@ class TestReport:
         assert "Not decided" in at_20
         assert "Not decided" in at_all
 
+    def test_the_list_of_runs_is_of_all_of_a_models_own_steps(self, tiny_config):
+        continuous = tiny_config("--diffusion.timesteps=null", "--loss=mse")
+        all_steps = ablation_measures.all_steps(continuous)
+        distances = {10: 3.0, all_steps: 2.0, 2 * all_steps: 1.0}
+        rows = [Row("a", 0, 9, "FID64", steps, None, value) for steps, value in distances.items()]
+        rows += [Row("a", 0, 9, name, None, None, 1.0) for name in ("parameters", "hours")]
+        lines = ablation_report.table_of_runs(rows, {"a": continuous})
+        assert lines[2:] == ["| a | 0 | 1.0 | 9 | 1 | 2.000 |"]
+
     def test_runs_that_were_measured_in_different_ways_are_not_compared(self, tiny_config):
         settings = {
             steps: tiny_config(f"--diffusion.timesteps={steps}", f"--sampling.steps={steps}") for steps in ("20", "40")
