@@ -114,7 +114,7 @@ class TrainingLoop:
         batches = trainer.stream.batches(trainer.step)
         shown = {"total": training.steps, "initial": trainer.step, "desc": "training", "unit": "step"}
         with self.stop, self.log, progress(**shown, disable=not self.processes.is_first) as bar:
-            while trainer.step < training.steps or self._evaluation_is_due():
+            while not self._is_finished():
                 if self._evaluation_is_due():
                     self._save()
                     self._evaluate()
@@ -127,8 +127,11 @@ class TrainingLoop:
                         self._save()
                 if self._should_stop():
                     self._save()
-                    return False
-        return True
+                    break
+        return self._is_finished()
+
+    def _is_finished(self) -> bool:
+        return self.trainer.step >= self.config.training.steps and not self._evaluation_is_due()
 
     def _is_due(self, every: int) -> bool:
         return self.trainer.step % every == 0 or self.trainer.step == self.config.training.steps

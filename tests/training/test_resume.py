@@ -224,6 +224,20 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(
     assert [record["step"] for record in read_jsonl(RunDirectory(out).evaluations_file)] == [12]
 
 
+def test_a_signal_when_all_is_done_stops_nothing(run_script, tiny_config_file, tmp_path, monkeypatch):
+    evaluate = Evaluator.evaluate
+
+    def then_interrupted(*arguments):
+        result = evaluate(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(Evaluator, "evaluate", then_interrupted)
+    outcome = run_script("train.py", "--config", tiny_config_file, "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "finished" in outcome.out
+
+
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_every_line_of_the_record_is_that_of_an_unbroken_run(
     run_script, unbroken, tiny_config_file, tmp_path, monkeypatch, how
