@@ -271,16 +271,21 @@ def test_a_failed_job_is_explained(make_server, open_queue, telegram, start_bot)
     assert telegram.texts()[1] == "waffles: the device has too little memory."
 
 
+def send_too_much(telegram: FakeTelegram, user: int) -> None:
+    """Messages whose answers are put off."""
+    put_off = 429, {"description": "Too Many Requests", "parameters": {"retry_after": 3600}}
+    telegram.refuse = lambda call: put_off if call.values.get("chat_id") == f"{user}" else None
+    for _ in range(230):
+        telegram.say("/status", user=user)
+
+
 def test_a_slow_chat_keeps_no_other_waiting(make_server, open_queue, telegram, start_bot):
     """However much comes from it; and nothing of it is lost when the bot is started anew."""
     from improved_diffusion.serving.bot.updates import Inbox
 
     queue = open_queue(make_server())
     bot = start_bot(queue)
-    put_off = 429, {"description": "Too Many Requests", "parameters": {"retry_after": 3600}}
-    telegram.refuse = lambda call: put_off if call.values.get("chat_id") == "8" else None
-    for _ in range(230):
-        telegram.say("/status", user=8)
+    send_too_much(telegram, user=8)
     for user in (7, 9):
         telegram.say("/status", user=user)
         wait_until(lambda: telegram.texts(user))  # noqa: B023
@@ -302,10 +307,7 @@ def test_a_chat_that_sends_without_end_keeps_no_other_waiting(
     monkeypatch.setattr("improved_diffusion.serving.bot.updates.KEPT_OF_CHAT", 20)
     queue = open_queue(make_server())
     bot = start_bot(queue)
-    put_off = 429, {"description": "Too Many Requests", "parameters": {"retry_after": 3600}}
-    telegram.refuse = lambda call: put_off if call.values.get("chat_id") == "8" else None
-    for _ in range(230):
-        telegram.say("/status", user=8)
+    send_too_much(telegram, user=8)
     telegram.say("/status", user=7)
     wait_until(lambda: telegram.texts(7))
     bot.stop()
